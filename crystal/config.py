@@ -1,0 +1,245 @@
+"""YAML in, validated values out.
+
+A config is a YAML mapping. `extends:` names one or more files (relative to the file, or packaged under
+`configs/`) that are merged under it, mapping by mapping; `a.b=c` overrides are merged on top; then a strict
+pydantic model reads the result. Every mistake becomes one line, `FILE: KEY: what was expected`, where FILE is
+the file that the key really came from. Classes live beside the code that reads them; this file knows none.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar, get_args
+
+import pydantic
+import yaml
+
+CONFIGS = Path(__file__).resolve().parent / "configs"
+
+
+class ConfigError(Exception):
+    """A mistake of the user's; `str()` is the one line to show. The command exits with 2."""
+
+
+class Strict(pydantic.BaseModel):
+    """A config section: unknown keys are errors, types are not coerced, values do not change."""
+
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+Section = TypeVar("Section", bound=Strict)
+
+
+class Config(NamedTuple):
+    """A merged mapping, and for each key path (a tuple) the file that set it."""
+
+    mapping: dict
+    origin: dict[tuple, str]
+
+    def where(self, loc: tuple) -> str:
+        """The file that set the key at `loc`, or its nearest ancestor."""
+        for end in range(len(loc), -1, -1):
+            if loc[:end] in self.origin:
+                return self.origin[loc[:end]]
+        return "config"
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that reads `1e-5` as a number (YAML 1.1 wants `1.0e-5`) and refuses a key given twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        seen = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key.value!r} given twice", key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(?:[0-9][0-9_]*\.?[0-9_]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)$"),
+    list("-+0123456789."),
+)
+
+
+def cache_dir() -> Path:
+    """Where fetched packages, corpora, tokenizers and stores live: $CRYSTAL_CACHE or ~/.cache/crystal."""
+    return Path(os.environ.get("CRYSTAL_CACHE") or Path.home() / ".cache" / "crystal")
+
+
+def find(name: str | Path, kind: str = "") -> Path:
+    """The file meant by `name`: a path, or a packaged file under configs/ (with or without `kind/` and `.yaml`).
+
+    Raises ConfigError when there is none, with the nearest packaged name.
+    """
+    path = Path(name)
+    if path.is_file():
+        return path
+    parts = path.parts[1:] if path.parts[:1] == ("configs",) else path.parts
+    bare = Path(*parts) if parts and not path.is_absolute() else Path(path.name)
+    for candidate in (CONFIGS / bare, CONFIGS / kind / bare):
+        for file in (candidate, candidate.with_name(candidate.name + ".yaml")):
+            if file.is_file():
+                return file
+    names = [p.stem for p in (CONFIGS / kind).glob("*.yaml" if kind else "*/*.yaml")]
+    raise ConfigError(f"{name}: no such file{nearest(path.stem, names)}")
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """`; did you mean 'x'?` for the closest of `known`, or nothing."""
+    close = difflib.get_close_matches(str(word), [str(k) for k in known], n=1, cutoff=0.5)
+    return f"; did you mean '{close[0]}'?" if close else ""
+
+
+def load_yaml(path: str | Path) -> Config:
+    """Read a YAML mapping and what it `extends`. Raises ConfigError with file and line for bad YAML."""
+    return _load(find(path), ())
+
+
+def _load(path: Path, above: tuple[Path, ...]) -> Config:
+    if path.resolve() in above:
+        raise ConfigError(f"{path}: extends: expected no circle, but the file extends itself")
+    try:
+        mapping = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # noqa: S506  a SafeLoader, see above
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark else ""
+        raise ConfigError(f"{path}{line}: expected YAML, {getattr(error, 'problem', None) or error}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read: {error}") from None
+    if not isinstance(mapping, dict):
+        raise ConfigError(f"{path}: expected a mapping of keys, got {type(mapping).__name__}")
+    parents = mapping.pop("extends", [])
+    merged = Config({}, {})
+    for parent in [parents] if isinstance(parents, str) else parents:
+        beside = path.parent / str(parent)
+        try:
+            file = beside if beside.is_file() else find(str(parent))
+        except ConfigError as error:
+            raise ConfigError(f"{path}: extends: {error}") from None
+        merged = merge(merged, _load(file, (*above, path.resolve())))
+    return merge(merged, Config(mapping, _origins(mapping, str(path))))
+
+
+def _origins(value: Any, file: str, loc: tuple = ()) -> dict[tuple, str]:
+    found = {loc: file} if loc else {}
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, item in items:
+        found |= _origins(item, file, (*loc, key))
+    return found
+
+
+def merge(under: Config, over: Config) -> Config:
+    """`over` on top of `under`: mappings merge key by key, everything else is replaced."""
+
+    def join(a: Any, b: Any) -> Any:
+        if isinstance(a, dict) and isinstance(b, dict):
+            return a | {key: join(a[key], value) if key in a else value for key, value in b.items()}
+        return b
+
+    return Config(join(under.mapping, over.mapping), under.origin | over.origin)
+
+
+def override(config: Config, assignments: Iterable[str]) -> Config:
+    """Apply `dotted.key=value` words; the value is YAML, list items go by position or by their `name`."""
+    for word in assignments:
+        key, equals, text = word.partition("=")
+        if not equals or not key:
+            raise ConfigError(f"{word}: expected dotted.key=value")
+        try:
+            value = yaml.load(text, _Loader)  # noqa: S506  a SafeLoader
+        except yaml.YAMLError:
+            raise ConfigError(f"{word}: expected a YAML value after '='") from None
+        config = Config(_put(config.mapping, key.split("."), value, key), dict(config.origin))
+        config.origin[tuple(_number(part) for part in key.split("."))] = "command line"
+    return config
+
+
+def _number(part: str) -> str | int:
+    return int(part) if part.isdigit() else part
+
+
+def _put(node: Any, keys: list[str], value: Any, dotted: str) -> Any:
+    if not keys:
+        return value
+    head, rest = keys[0], keys[1:]
+    if isinstance(node, list):
+        names = [item.get("name") if isinstance(item, dict) else None for item in node]
+        index = int(head) if head.isdigit() else names.index(head) if head in names else -1
+        if not 0 <= index < len(node):
+            expected = ", ".join(str(n) for n in names if n) or f"0 to {len(node) - 1}"
+            raise ConfigError(f"command line: {dotted}: expected one of {expected} at '{head}'")
+        return [*node[:index], _put(node[index], rest, value, dotted), *node[index + 1 :]]
+    return (node if isinstance(node, dict) else {}) | {
+        head: _put(node.get(head) if isinstance(node, dict) else None, rest, value, dotted)
+    }
+
+
+def parse(cls: type[Section], mapping: Any, where: str | Config, prefix: tuple = ()) -> Section:
+    """Validate `mapping` as `cls`.
+
+    where: the file's name, or the Config that knows each key's file; prefix: the section's place in it.
+    Raises ConfigError for the first mistake: `FILE: KEY: what was expected`.
+    """
+    try:
+        # JSON mode: strict about types, but a list may become a tuple and a string a path, as YAML needs.
+        return cls.model_validate_json(json.dumps(mapping))
+    except pydantic.ValidationError as problem:
+        # an unknown key first: a typo also makes the right key "missing", which is not the useful half
+        errors = sorted(problem.errors(), key=lambda e: e["type"] != "extra_forbidden")
+        error = errors[0]
+        loc = (*prefix, *(part for part in error["loc"] if not _is_tag(part, mapping, error["loc"])))
+        file = where if isinstance(where, str) else where.where(loc)
+        line = _sentence(cls, error)
+        raise ConfigError(f"{file}: {'.'.join(map(str, loc)) + ': ' if loc else ''}{line}") from None
+    except (TypeError, ValueError) as problem:
+        file = where if isinstance(where, str) else where.where(prefix)
+        raise ConfigError(f"{file}: {problem}") from None
+
+
+def _is_tag(part: Any, mapping: Any, loc: tuple) -> bool:
+    """pydantic puts the branch of a union into the location; it is not a key that the user wrote."""
+    node: Any = mapping
+    for step in loc[: loc.index(part)]:
+        try:
+            node = node[step]
+        except (KeyError, IndexError, TypeError):
+            return False
+    return isinstance(part, str) and not (isinstance(node, dict) and part in node) and part != loc[-1]
+
+
+def _sentence(cls: type[pydantic.BaseModel], error: dict) -> str:
+    kind, value = error["type"], error.get("input")
+    if kind == "extra_forbidden":
+        known = _fields(cls, error["loc"][:-1])
+        return f"unknown key{nearest(error['loc'][-1], known)}" + (f" (known: {', '.join(known)})" if known else "")
+    if kind == "missing":
+        return "expected a value, none given"
+    if kind in ("value_error", "assertion_error"):
+        return str(error["ctx"]["error"])
+    message = error["msg"].removeprefix("Input should be ")
+    shown = json.dumps(value, default=str)
+    return f"expected {message}, got {shown if len(shown) < 60 else shown[:57] + '...'}"
+
+
+def _fields(cls: Any, loc: tuple) -> list[str]:
+    """Names of the fields of the section at `loc`, walking through lists, mappings and unions."""
+    for part in loc:
+        models = [cls] if isinstance(cls, type) else _models(cls)
+        holder = next((m for m in models if hasattr(m, "model_fields") and part in m.model_fields), None)
+        if holder is not None:
+            cls = holder.model_fields[part].annotation
+    models = _models(cls)
+    return [name for m in models for name in m.model_fields]
+
+
+def _models(annotation: Any) -> list:
+    if isinstance(annotation, type) and issubclass(annotation, pydantic.BaseModel):
+        return [annotation]
+    return [m for a in get_args(annotation) for m in _models(a)]
