@@ -1,0 +1,214 @@
+"""The parameter plan: for every tensor, by name and global shape, what muP says about it. Plain data.
+
+The `mup` package decides which dimensions are widths, by comparing a base and a delta model of other widths, all
+three on the meta device; from then on nothing hangs on tensors, so the plan holds after deepcopy, to_empty,
+assign=True, functional_call, export, compile, DDP, FSDP, tensor parallelism and weight streaming. It knows no
+model of ours: a role follows from the kind of module that holds a tensor and from which of its dimensions grow.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+import mup
+from torch import nn
+
+from crystal.mup.rules import PARAMETRIZATIONS, Parametrization, Role, Tuning
+
+
+class PlanError(ValueError):
+    """A tensor whose role cannot be told, or models that do not match; the message names the tensor."""
+
+
+@dataclass(frozen=True)
+class TensorPlan:
+    """One tensor's row. init_std is the parent normal's sigma; init_cut the bound it is cut at, or None."""
+
+    tensor: str
+    shape: tuple[int, ...]
+    role: Role
+    group: str  # optimizer group: tensors of one role with one lr, weight decay and eps
+    width_multiplier: float
+    init: str  # normal | zeros | ones
+    init_std: float
+    init_cut: float | None
+    lr_multiplier: float
+    weight_decay: float
+    eps: float
+    forward_multiplier: float
+    rule: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All rows, and the two multipliers that belong to the model rather than to a tensor."""
+
+    parametrization: str
+    width_multiplier: float  # of d_model
+    depth_multiplier: float
+    embedding_multiplier: float
+    logits_multiplier: float
+    residual_multiplier: float
+    tensors: tuple[TensorPlan, ...]
+
+    def __getitem__(self, tensor: str) -> TensorPlan:
+        return next(row for row in self.tensors if row.tensor == tensor)
+
+    def groups(self) -> dict[str, tuple[TensorPlan, ...]]:
+        """Optimizer groups in order of first appearance: name → rows, equal in lr, weight decay and eps."""
+        found: dict[str, tuple[TensorPlan, ...]] = {}
+        for row in self.tensors:
+            found[row.group] = (*found.get(row.group, ()), row)
+        return found
+
+    def as_dict(self) -> dict:
+        """JSON-ready; what a run's manifest holds."""
+        return asdict(self)
+
+
+# which dimension of a weight is fan_in and which fan_out
+_LAYOUTS = {"Linear": (1, 0), "Embedding": (0, 1), "Conv1D": (0, 1), "Conv2d": (1, 0)}
+
+
+def make_plan(
+    target: nn.Module,
+    base: nn.Module,
+    delta: nn.Module,
+    parametrization: str,
+    tuning: Tuning,
+    *,
+    residual_out: Sequence[str] = (),
+    blocks: str = "blocks.",
+    n_layers: int = 1,
+    base_n_layers: int | None = None,
+) -> Plan:
+    """The plan of `target`.
+
+    target, base, delta: the same architecture and depth at the target's, the base and another width, on meta.
+    residual_out: endings of the names of matrices that write into the residual stream.
+    blocks: start of the names of tensors inside residual blocks. n_layers, base_n_layers: for 2L and CompleteP.
+    Raises PlanError for a tensor of unknown role or models of different structure.
+    """
+    rules = PARAMETRIZATIONS[parametrization]
+    infshapes = _infshapes(target, base, delta)
+    layouts = _layouts(target)
+    m_depth = n_layers / (base_n_layers or n_layers) if rules.depth else 1.0
+    m_model = _model_width(infshapes, layouts)
+    rows = [
+        _row(name, infshape, layouts[name], rules, tuning, m_model, m_depth, name.startswith(blocks),
+             name.endswith(tuple(residual_out)), n_layers)
+        for name, infshape in infshapes.items()
+    ]  # fmt: skip
+    return Plan(
+        parametrization=parametrization,
+        width_multiplier=m_model,
+        depth_multiplier=m_depth,
+        embedding_multiplier=tuning.embedding_multiplier,
+        logits_multiplier=tuning.output_alpha * m_model ** rules.powers["output"].forward,
+        residual_multiplier=m_depth**-tuning.depth_alpha if rules.depth else 1.0,
+        tensors=tuple(_named_groups(rows)),
+    )
+
+
+def _infshapes(target: nn.Module, base: nn.Module, delta: nn.Module) -> dict[str, mup.InfShape]:
+    """mup's verdict on every dimension; its marks are taken off the tensors again."""
+    names = [{n for n, _ in m.named_parameters()} for m in (target, base, delta)]
+    if not names[0] == names[1] == names[2]:
+        raise PlanError(f"base and delta must have the target's tensors; differing: {sorted(names[0] ^ names[1])[:3]}")
+    mup.set_base_shapes(target, base, delta=delta, rescale_params=False, do_assert=False)
+    found = {name: p.infshape for name, p in target.named_parameters()}
+    for p in target.parameters():
+        del p.infshape
+    return found
+
+
+def _layouts(model: nn.Module) -> dict[str, tuple[int, int] | None]:
+    """name → (fan_in dimension, fan_out dimension) of a matrix, or None for a vector."""
+    found: dict[str, tuple[int, int] | None] = {}
+    names = {id(p): name for name, p in model.named_parameters()}
+    for module in model.modules():
+        kind = next((c.__name__ for c in type(module).__mro__ if c.__name__ in _LAYOUTS), None)
+        for key, p in module.named_parameters(recurse=False):
+            name = names[id(p)]
+            if p.ndim < 2:
+                found[name] = None
+            elif kind and key == "weight":
+                # a tied tensor keeps the layout of the embedding, which is registered first
+                found.setdefault(name, _LAYOUTS[kind])
+            else:
+                raise PlanError(f"{name}: expected a known module (Linear, Embedding, …), got {type(module).__name__}")
+    return found
+
+
+def _role(name: str, infshape: mup.InfShape, layout: tuple[int, int] | None) -> Role:
+    if layout is None:
+        return "vector"
+    fan_in, fan_out = (infshape[d].isinf() for d in layout)
+    if not (fan_in or fan_out):
+        raise PlanError(f"{name}: no dimension of {tuple(infshape.shape())} grows from base to delta")
+    return "hidden" if fan_in and fan_out else "output" if fan_in else "embedding"
+
+
+def _model_width(infshapes: dict, layouts: dict) -> float:
+    """m of d_model: the growing dimension of the first embedding (or of the first matrix there is)."""
+    matrices = [name for name in infshapes if layouts[name] is not None]
+    first = next((n for n in matrices if _role(n, infshapes[n], layouts[n]) == "embedding"), matrices[0])
+    return infshapes[first].width_mult()
+
+
+def _row(
+    name, infshape, layout, rules: Parametrization, tuning: Tuning, m_model, m_depth, in_block, is_residual_out, n_layers
+) -> TensorPlan:
+    role = _role(name, infshape, layout)
+    powers = rules.powers[role]
+    own = infshape[layout[0]].width_mult() if role == "hidden" else infshape.width_mult()
+    m = own if rules.own_fan_in else m_model
+    notes = [f"{role}: init m^{powers.init:g}, lr m^{powers.lr:g}" if role == "hidden" else f"{role}: init 1, lr 1"]
+
+    init = "normal" if layout is not None else "ones" if name.endswith("weight") else "zeros"
+    std = tuning.init_std * m**powers.init if init == "normal" else 0.0
+    if is_residual_out and tuning.residual_init_2l:
+        std /= math.sqrt(2 * n_layers)
+        notes.append("init /sqrt(2L)")
+    lr, eps = m**powers.lr, tuning.eps
+    if rules.depth and in_block:
+        lr *= m_depth ** (tuning.depth_alpha - 1)
+        eps *= m_model**-1 * m_depth**-tuning.depth_alpha
+        notes.append("block: lr m_L^(alpha-1), eps m^-1 m_L^-alpha")
+    decay = tuning.weight_decay if role != "vector" or tuning.decay_vectors else 0.0
+    if tuning.independent_decay:
+        decay *= m**-powers.lr
+        notes.append("weight decay x m")
+    forward = tuning.embedding_multiplier if role == "embedding" else 1.0
+    if role == "output":
+        forward = tuning.output_alpha * m_model**powers.forward
+    return TensorPlan(
+        tensor=name,
+        shape=tuple(infshape.shape()),
+        role=role,
+        group="",
+        width_multiplier=m,
+        init=init,
+        init_std=std,
+        init_cut=std * tuning.init_truncate if tuning.init_truncate and init == "normal" else None,
+        lr_multiplier=lr,
+        weight_decay=decay,
+        eps=eps,
+        forward_multiplier=forward,
+        rule=f"{'; '.join(notes)} ({rules.source})",
+    )
+
+
+def _named_groups(rows: list[TensorPlan]) -> list[TensorPlan]:
+    """Name each row's optimizer group: the role, plus the lr multiplier where a role has more than one."""
+    settings = {row.role: {(r.lr_multiplier, r.weight_decay, r.eps) for r in rows if r.role == row.role} for row in rows}
+
+    def name(row: TensorPlan) -> str:
+        if len(settings[row.role]) == 1:
+            return row.role
+        same_lr = sum(s[0] == row.lr_multiplier for s in settings[row.role]) > 1
+        return f"{row.role} lr x{row.lr_multiplier:g}" + (f" eps {row.eps:g}" if same_lr else "")
+
+    return [TensorPlan(**{**row.__dict__, "group": name(row)}) for row in rows]

@@ -1,0 +1,99 @@
+"""Config → decoder, plan and initial weights: everything that is decided before a backend exists."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from crystal.mup.plan import Plan, TensorPlan, make_plan
+from crystal.mup.rules import Tuning
+from crystal.zoo.config import ModelConfig, with_width
+from crystal.zoo.decoder import Decoder, Multipliers
+
+RESIDUAL_OUT = ("attn.out.weight", "mlp.down.weight")
+_NEUTRAL = Multipliers(1.0, 1.0, 1.0, 1.0)
+
+
+def meta_decoder(config: ModelConfig, multipliers: Multipliers = _NEUTRAL) -> Decoder:
+    """The decoder on the meta device: shapes and structure, no memory."""
+    with torch.device("meta"):
+        return Decoder(config, multipliers)
+
+
+def parameter_count(config: ModelConfig) -> int:
+    """Exact number of parameters, tied tensors counted once, from tensors on the meta device."""
+    return sum(p.numel() for p in meta_decoder(config).parameters())
+
+
+def plan_for(
+    config: ModelConfig, *, weight_decay: float = 0.1, decay_vectors: bool = False, eps: float = 1e-8
+) -> Plan:
+    """The parameter plan of a decoder; weight decay and eps are the optimizer's, the rest is in config.mup."""
+    mup_ = config.mup
+    base = max(mup_.base_d_model // config.d_head, 1) * config.d_head
+    if config.n_heads % config.kv_heads == 0:  # whole kv heads at the base width too
+        group = config.n_heads // config.kv_heads * config.d_head
+        base = max(base // group, 1) * group
+    tuning = Tuning(
+        init_std=mup_.init_std,
+        init_truncate=mup_.init_truncate,
+        embedding_multiplier=mup_.embedding_multiplier,
+        output_alpha=mup_.output_alpha,
+        residual_init_2l=mup_.residual_init_2l,
+        depth_alpha=mup_.depth_alpha,
+        weight_decay=weight_decay,
+        decay_vectors=decay_vectors,
+        independent_decay=mup_.weight_decay == "independent",
+        eps=eps,
+    )
+    return make_plan(
+        meta_decoder(config),
+        meta_decoder(with_width(config, base)),
+        meta_decoder(with_width(config, 2 * base)),
+        mup_.parametrization,
+        tuning,
+        residual_out=RESIDUAL_OUT,
+        n_layers=config.n_layers,
+        base_n_layers=mup_.base_n_layers,
+    )
+
+
+def multipliers_for(config: ModelConfig, plan: Plan) -> Multipliers:
+    """The floats that the decoder multiplies with, at training and at inference."""
+    power = -1.0 if config.mup.attention_scale == "1/d" else -0.5
+    return Multipliers(
+        embedding=plan.embedding_multiplier,
+        attention=config.d_head**power,
+        residual=plan.residual_multiplier,
+        logits=plan.logits_multiplier,
+    )
+
+
+def build(config: ModelConfig, plan: Plan) -> Decoder:
+    """The decoder with its multipliers, on meta; fill it with `initial_weights` or a checkpoint."""
+    return meta_decoder(config, multipliers_for(config, plan))
+
+
+def initial_weights(plan: Plan, seed: int) -> Iterator[tuple[str, Tensor]]:
+    """(name, fp32 tensor on the CPU), one at a time.
+
+    Each tensor has its own generator, seeded by (seed, name): the same weights whatever the order, the layout or
+    the number of processes that ask for them.
+    """
+    for row in plan.tensors:
+        yield row.tensor, initial_tensor(row, seed)
+
+
+def initial_tensor(row: TensorPlan, seed: int) -> Tensor:
+    """One tensor as its plan row says: zeros, ones, or a normal of parent sigma init_std cut at +-init_cut."""
+    tensor = torch.empty(row.shape, dtype=torch.float32)
+    if row.init != "normal":
+        return tensor.fill_(1.0 if row.init == "ones" else 0.0)
+    digest = hashlib.sha256(f"{seed}:{row.tensor}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+    if row.init_cut is None:
+        return tensor.normal_(0.0, row.init_std, generator=generator)
+    return nn.init.trunc_normal_(tensor, 0.0, row.init_std, -row.init_cut, row.init_cut, generator=generator)

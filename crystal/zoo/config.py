@@ -1,0 +1,141 @@
+"""What a decoder is: every number that fixes its tensors and its forward pass."""
+
+from __future__ import annotations
+
+import re
+from functools import cached_property
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from crystal.config import CONFIGS, Config, ConfigError, Strict, load_yaml, nearest, override, parse
+
+
+class MupConfig(Strict):
+    """The parametrization and its tuned multipliers (Yang et al. 2022, "Tensor Programs V")."""
+
+    parametrization: Literal["sp", "mup", "crystalcoder", "completep"] = "sp"
+    base_d_model: int = Field(256, gt=0, description="width at which lr and init_std were tuned")
+    base_n_layers: int | None = Field(None, gt=0, description="depth at which they were tuned (completep only)")
+    depth_alpha: float = Field(1.0, ge=0.5, le=1.0, description="CompleteP: residual branches x m_L^-alpha")
+    embedding_multiplier: float = Field(1.0, gt=0)
+    output_alpha: float = Field(1.0, gt=0, description="logits x output_alpha / m")
+    attention_scale: Literal["1/d", "1/sqrt_d"] = "1/sqrt_d"
+    init_std: float = Field(0.02, gt=0, description="parent-normal sigma at the base width")
+    init_truncate: float | None = Field(None, gt=0, description="cut the normal at this many sigmas")
+    residual_init_2l: bool = Field(False, description="residual-out matrices: sigma / sqrt(2 n_layers)")
+    weight_decay: Literal["coupled", "independent"] = Field(
+        "coupled", description="coupled: one lambda for all; independent: lambda x m where lr is / m"
+    )
+
+    @model_validator(mode="after")
+    def _depth(self) -> MupConfig:
+        if self.parametrization == "completep" and self.base_n_layers is None:
+            raise ValueError("base_n_layers: expected the depth of the tuned proxy with parametrization: completep")
+        return self
+
+
+class ModelConfig(Strict):
+    """One decoder-only transformer. Sizes in elements; see `docs/models.md` for the presets."""
+
+    d_model: int = Field(gt=0)
+    n_layers: int = Field(gt=0)
+    n_heads: int = Field(gt=0)
+    n_kv_heads: int | None = Field(None, gt=0, description="None: as many as n_heads")
+    d_ff: int = Field(gt=0)
+    vocab_size: int = Field(gt=0)
+    max_seq_len: int = Field(2048, gt=0)
+    norm: Literal["layernorm", "rmsnorm"] = "rmsnorm"
+    norm_eps: float = Field(1e-6, gt=0)
+    bias: bool = Field(False, description="biases on every linear but the head")
+    rotary_fraction: float = Field(1.0, gt=0, le=1)
+    rotary_base: float = Field(10000.0, gt=0)
+    rotary_style: Literal["interleaved", "half"] = "half"
+    tie_embeddings: bool = False
+    document_mask: bool = Field(False, description="True: packed documents do not see each other")
+    mup: MupConfig = MupConfig()
+
+    @model_validator(mode="after")
+    def _shapes(self) -> ModelConfig:
+        if self.d_model % self.n_heads:
+            raise ValueError(f"n_heads: expected a divisor of d_model {self.d_model}, got {self.n_heads}")
+        if self.n_heads % self.kv_heads:
+            raise ValueError(f"n_kv_heads: expected a divisor of n_heads {self.n_heads}, got {self.n_kv_heads}")
+        rotary = self.d_head * self.rotary_fraction
+        if rotary != int(rotary) or int(rotary) % 2:
+            raise ValueError(
+                f"rotary_fraction: expected an even number of rotary dimensions, got {self.rotary_fraction} x "
+                f"d_head {self.d_head} = {rotary:g}"
+            )
+        return self
+
+    @cached_property
+    def kv_heads(self) -> int:
+        return self.n_kv_heads or self.n_heads
+
+    @cached_property
+    def d_head(self) -> int:
+        return self.d_model // self.n_heads
+
+    @cached_property
+    def rotary_dim(self) -> int:
+        return int(self.d_head * self.rotary_fraction)
+
+
+def with_width(config: ModelConfig, d_model: int) -> ModelConfig:
+    """The same decoder at another width: head size fixed, d_ff and the number of heads in proportion.
+
+    Raises ConfigError when no whole number of heads fits.
+    """
+    heads, rest = divmod(d_model, config.d_head)
+    kv_heads = config.kv_heads * heads / config.n_heads
+    if rest or not heads or kv_heads != int(kv_heads) or heads % max(int(kv_heads), 1):
+        raise ConfigError(f"width {d_model}: expected a multiple of the head size {config.d_head} with whole kv heads")
+    changed = {"d_model": d_model, "n_heads": heads, "d_ff": config.d_ff * d_model // config.d_model}
+    if config.n_kv_heads is not None:
+        changed["n_kv_heads"] = int(kv_heads)
+    return ModelConfig(**(config.model_dump(exclude=set(changed) | {"mup"}) | changed), mup=config.mup)
+
+
+LADDER = re.compile(r"(?P<family>[a-z0-9-]+?)-w(?P<width>\d+)(?:-l(?P<layers>\d+))?")
+
+
+def preset(name: str) -> Config:
+    """The mapping of a preset (`model:` and its published `optimizer:`), by name.
+
+    A ladder rung `FAMILY-wWIDTH[-lLAYERS]` (crystalcoder-w256, amber-w128-l8) is computed from the family's
+    proxy file. Raises ConfigError for an unknown name, with the nearest known one.
+    """
+    rung = LADDER.fullmatch(name)
+    family = rung["family"] if rung else name
+    file = CONFIGS / "models" / (f"{family}-proxy.yaml" if rung or not _file(name).is_file() else f"{name}.yaml")
+    if not file.is_file():
+        raise ConfigError(f"{name}: no such model{nearest(name, [*presets(), *families()])}")
+    config = load_yaml(file)
+    if rung:
+        if rung["layers"]:
+            config = override(config, [f"model.n_layers={rung['layers']}"])
+        shape = with_width(parse(ModelConfig, config.mapping["model"], config, ("model",)), int(rung["width"]))
+        changed = ("d_model", "n_heads", "n_kv_heads", "d_ff")
+        config = override(config, [f"model.{k}={v}" for k in changed if (v := getattr(shape, k)) is not None])
+    return config
+
+
+def _file(name: str):
+    return CONFIGS / "models" / f"{name}.yaml"
+
+
+def presets() -> list[str]:
+    """Names of all full-size presets."""
+    return sorted(p.stem for p in (CONFIGS / "models").glob("*.yaml") if not p.stem.endswith("-proxy"))
+
+
+def families() -> list[str]:
+    """Names of the proxy families, whose rungs are FAMILY-wWIDTH[-lLAYERS]."""
+    return sorted(p.stem.removesuffix("-proxy") for p in (CONFIGS / "models").glob("*-proxy.yaml"))
+
+
+def model_config(name: str) -> ModelConfig:
+    """The validated ModelConfig of a preset or ladder rung."""
+    config = preset(name)
+    return parse(ModelConfig, config.mapping["model"], config, ("model",))

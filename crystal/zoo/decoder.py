@@ -1,0 +1,165 @@
+"""One decoder for every preset: embedding, a list of identical blocks, head.
+
+It knows one device and no backend; sharding, streaming, recomputation and compilation are applied from outside.
+muP enters as four plain floats (`Multipliers`), so nothing hangs on tensors and nothing is lost by deepcopy,
+meta tensors, functional_call or sharding, and inference applies the same numbers as training.
+Only operations that Cerebras' compiler lowers: no boolean indexing, no .item(), no complex numbers.
+
+Shapes in names: B batch, T tokens, D d_model, H heads, K d_head, P rotary pairs, S keys seen, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from crystal.kernels import layer_norm, linear_cross_entropy, rms_norm, rope, rope_table, swiglu
+from crystal.zoo.config import ModelConfig
+
+
+class Multipliers(NamedTuple):
+    """muP's forward multipliers; all 1 but `attention` under the standard parametrization."""
+
+    embedding: float  # token embeddings, x this before block 0
+    attention: float  # scores q.k, x this before the softmax
+    residual: float  # output of each residual branch (CompleteP's m_L^-alpha)
+    logits: float  # head(x), x this
+
+
+class Norm(nn.Module):
+    """LayerNorm with bias, or RMSNorm."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.eps = config.norm_eps
+        self.weight = nn.Parameter(torch.empty(config.d_model))
+        self.bias = nn.Parameter(torch.empty(config.d_model)) if config.norm == "layernorm" else None
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        if self.bias is None:
+            return rms_norm(x_BTD, self.weight, self.eps)
+        return layer_norm(x_BTD, self.weight, self.bias, self.eps)
+
+
+class Attention(nn.Module):
+    """Causal self-attention with partial rotary positions and grouped keys and values."""
+
+    def __init__(self, config: ModelConfig, scale: float):
+        super().__init__()
+        self.d_head, self.style, self.scale = config.d_head, config.rotary_style, scale
+        self.groups = config.n_heads // config.kv_heads
+        d_kv = config.kv_heads * config.d_head
+        self.q = nn.Linear(config.d_model, config.d_model, bias=config.bias)
+        self.k = nn.Linear(config.d_model, d_kv, bias=config.bias)
+        self.v = nn.Linear(config.d_model, d_kv, bias=config.bias)
+        self.out = nn.Linear(config.d_model, config.d_model, bias=config.bias)
+
+    def forward(self, x_BTD: Tensor, table: tuple[Tensor, Tensor], mask_BTS: Tensor | None, cache=None) -> Tensor:
+        def heads(y: Tensor) -> Tensor:
+            return y.unflatten(-1, (-1, self.d_head)).transpose(1, 2)
+
+        q_BHTK = rope(heads(self.q(x_BTD)), *table, self.style)
+        k_BHSK = rope(heads(self.k(x_BTD)), *table, self.style)
+        v_BHSK = heads(self.v(x_BTD))
+        if cache is not None:
+            k_BHSK, v_BHSK = cache.append(k_BHSK, v_BHSK)
+        if self.groups > 1:
+            k_BHSK = k_BHSK.repeat_interleave(self.groups, 1)
+            v_BHSK = v_BHSK.repeat_interleave(self.groups, 1)
+        mask = None if mask_BTS is None else mask_BTS[:, None]
+        y_BHTK = F.scaled_dot_product_attention(
+            q_BHTK, k_BHSK, v_BHSK, attn_mask=mask, is_causal=mask is None, scale=self.scale
+        )
+        return self.out(y_BHTK.transpose(1, 2).flatten(2))
+
+
+class MLP(nn.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.gate = nn.Linear(config.d_model, config.d_ff, bias=config.bias)
+        self.up = nn.Linear(config.d_model, config.d_ff, bias=config.bias)
+        self.down = nn.Linear(config.d_ff, config.d_model, bias=config.bias)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        return self.down(swiglu(self.gate(x_BTD), self.up(x_BTD)))
+
+
+class Block(nn.Module):
+    """Pre-norm residual block: x += attn(norm(x)); x += mlp(norm(x))."""
+
+    def __init__(self, config: ModelConfig, multipliers: Multipliers):
+        super().__init__()
+        self.residual = multipliers.residual
+        self.attn_norm = Norm(config)
+        self.attn = Attention(config, multipliers.attention)
+        self.mlp_norm = Norm(config)
+        self.mlp = MLP(config)
+
+    def forward(self, x_BTD: Tensor, table: tuple[Tensor, Tensor], mask_BTS: Tensor | None = None, cache=None):
+        x_BTD = x_BTD + self._branch(self.attn(self.attn_norm(x_BTD), table, mask_BTS, cache))
+        return x_BTD + self._branch(self.mlp(self.mlp_norm(x_BTD)))
+
+    def _branch(self, y_BTD: Tensor) -> Tensor:
+        return y_BTD if self.residual == 1 else y_BTD * self.residual
+
+
+class Decoder(nn.Module):
+    """Token ids to logits, or with labels to losses. Built on whatever device is the default (usually meta)."""
+
+    def __init__(self, config: ModelConfig, multipliers: Multipliers):
+        super().__init__()
+        self.config, self.multipliers = config, multipliers
+        self.embed = nn.Embedding(config.vocab_size, config.d_model)
+        self.blocks = nn.ModuleList(Block(config, multipliers) for _ in range(config.n_layers))
+        self.norm = Norm(config)
+        self.head = None if config.tie_embeddings else nn.Linear(config.d_model, config.vocab_size, bias=False)
+
+    @property
+    def head_weight(self) -> Tensor:
+        """[V, D]; the embedding itself when tied."""
+        return self.embed.weight if self.head is None else self.head.weight
+
+    def embedded(self, ids_BT: Tensor) -> Tensor:
+        """Token embeddings times their multiplier."""
+        x_BTD = F.embedding(ids_BT, self.embed.weight)
+        return x_BTD if self.multipliers.embedding == 1 else x_BTD * self.multipliers.embedding
+
+    def table(self, start: int, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Rotary cos and sin for positions start … start+length-1, fp32 [T, P]."""
+        positions = torch.arange(start, start + length, device=device)
+        return rope_table(positions, self.config.rotary_dim, self.config.rotary_base)
+
+    def hidden(self, ids_BT: Tensor, documents_BT: Tensor | None = None, cache=None) -> Tensor:
+        """Final normalised states x_BTD. documents_BT numbers each token's document (used by `document_mask`)."""
+        start = 0 if cache is None else cache.length
+        table = self.table(start, ids_BT.shape[1], ids_BT.device)
+        mask_BTS = self.mask(documents_BT) if cache is None else cache.mask(ids_BT.shape[1], ids_BT.device)
+        x_BTD = self.embedded(ids_BT)
+        for i, block in enumerate(self.blocks):
+            x_BTD = block(x_BTD, table, mask_BTS, None if cache is None else cache.layers[i])
+        return self.norm(x_BTD)
+
+    def mask(self, documents_BT: Tensor | None) -> Tensor | None:
+        """Which keys each query sees, or None for plain causal: documents in a row see each other, as published."""
+        if documents_BT is None or not self.config.document_mask:
+            return None
+        same_BTS = documents_BT[:, :, None] == documents_BT[:, None, :]
+        return same_BTS.tril()
+
+    def forward(self, ids_BT: Tensor, documents_BT: Tensor | None = None, cache=None) -> Tensor:
+        """Logits [B, T, V] in the weights' dtype, muP's logit multiplier applied."""
+        x_BTD = self.hidden(ids_BT, documents_BT, cache)
+        return F.linear(x_BTD, self.head_weight) * self.multipliers.logits
+
+    def loss(self, ids_BT, labels_BT, weights_BT, documents_BT=None) -> tuple[Tensor, Tensor]:
+        """Weighted sum of the tokens' cross-entropies and each token's own, fp32 nats: (scalar, [B, T])."""
+        x_BTD = self.hidden(ids_BT, documents_BT)
+        loss, nll_N = linear_cross_entropy(
+            x_BTD.flatten(0, 1), self.head_weight, labels_BT.flatten(), weights_BT.flatten(), self.multipliers.logits
+        )
+        return loss, nll_N.view_as(labels_BT)
