@@ -1,0 +1,378 @@
+"""Documents + tokenizer → token store: what `crystal prepare RUN.yaml` does.
+
+A store lives in a directory named by a fingerprint of all it depends on, so preparing an unchanged run
+finds it and returns. It is written beside its place, synced, and renamed: what is killed half-way never
+opens. One process prepares a given store at a time; a second one waits and then finds it.
+
+Memory is bounded whatever the corpus: documents go through in batches, tokens go to disk as they come
+(`crystal.data.pack.Spool`), and rows are cut from the spool in shuffled order.
+
+Validation documents are chosen by a hash of their id, so a document is validation in every store or in none
+as long as the fraction is the same. When `val_rows` are full the remaining chosen documents are training
+documents.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import heapq
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Self
+
+import numpy as np
+from pydantic import Field, model_validator
+
+from crystal.config import ConfigError, Strict, cache_dir, nearest
+from crystal.data import corpus, pack, store
+from crystal.data.tokenizer import Tokenizer, train_tokenizer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress, TaskID
+
+    from crystal.data.corpus import Document, Recipe
+
+_FORMAT = 1  # part of the fingerprint: raise it when the same inputs give other rows
+_BATCH_CHARS = 1 << 21
+
+
+class TrainTokenizer(Strict):
+    """A vocabulary trained here, on a sample of every source."""
+
+    vocab_size: int = Field(ge=300, le=1 << 20)
+    bytes_per_source: int = Field(default=10_000_000, gt=0)
+
+
+class TokenizerConfig(Strict):
+    """`train:` one, or the `path:` of a published one (sentencepiece `.model` or `tokenizer.json`)."""
+
+    train: TrainTokenizer | None = None
+    path: Path | None = None
+    added_tokens: bool = True
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> Self:
+        if (self.train is None) == (self.path is None):
+            raise ValueError("expected either train: or path:")
+        return self
+
+
+class DataConfig(Strict):
+    """`data:` of a run. The row length comes from the curriculum, the sources from its stages."""
+
+    corpus: str
+    tokenizer: TokenizerConfig
+    bos: bool = True
+    overlap: bool = True
+    min_tokens: int = Field(default=10, ge=0)
+    val_fraction: float = Field(default=0.01, ge=0, lt=1)
+    val_rows: int = Field(default=256, ge=0)
+    shuffle_seed: int = 0
+    dir: Path | None = None
+
+
+def prepare(
+    data: DataConfig,
+    seq_len: int,
+    *,
+    sources: list[str] | None = None,
+    where: str = "config",
+    console: Console | None = None,
+) -> Path:
+    """Make the token store of a run, unless it is there, and return its directory.
+
+    seq_len: tokens a row (a stored row has one more, the last label). sources: those to prepare, all by
+    default; a tokenizer trained here is trained on them. where: the run's file, for messages. console:
+    progress (stderr). Raises ConfigError for an unknown source, a source too small for one row, or anything
+    wrong with the corpus.
+    """
+    recipe = corpus.load_recipe(data.corpus)
+    known = list(recipe.sources)
+    names = sorted(set(known if sources is None else sources))
+    for name in names:
+        if name not in known:
+            raise ConfigError(
+                f"{where}: data.corpus: '{data.corpus}' has no source '{name}'{nearest(name, known)}"
+            )
+    tokenizer = tokenizer_for(data, sources=names, console=console)
+    fingerprint = _fingerprint(data, seq_len, names, recipe, tokenizer)
+    directory = (
+        data.dir or cache_dir() / "stores"
+    ) / f"{Path(data.corpus).stem}-{seq_len}-{fingerprint[:16]}"
+    with _only_one(directory):
+        if not _opens(directory, tokenizer):
+            with _progress(console) as progress, _aside(directory) as partial:
+                build = _Build(data, seq_len, recipe, tokenizer, partial, where, progress)
+                entries = {name: build.source(name) for name in names}
+                build.seal(entries, fingerprint)
+    return directory
+
+
+def tokenizer_for(data: DataConfig, *, sources: list[str], console: Console | None = None) -> Tokenizer:
+    """The run's tokenizer: the published file, or the one trained on `sources` (now, if not in the cache)."""
+    config = data.tokenizer
+    if config.path is not None:
+        return Tokenizer.load(config.path, added_tokens=config.added_tokens)
+    recipe = corpus.load_recipe(data.corpus)
+    key = _digest([_FORMAT, recipe.fingerprint, sorted(sources), config.train.model_dump()])
+    path = cache_dir() / "tokenizers" / f"{Path(data.corpus).stem}-{config.train.vocab_size}-{key[:16]}.model"
+    with _only_one(path):
+        if not path.is_file():
+            with _progress(console) as progress:
+                texts = _sample(recipe, sorted(sources), config.train.bytes_per_source, progress)
+                train_tokenizer(texts, config.train.vocab_size, path)
+    return Tokenizer.load(path, added_tokens=config.added_tokens)
+
+
+def _fingerprint(
+    data: DataConfig, seq_len: int, names: list[str], recipe: Recipe, tokenizer: Tokenizer
+) -> str:
+    return _digest(
+        [
+            _FORMAT,
+            recipe.fingerprint,
+            [tokenizer.sha256, tokenizer.vocab_size],
+            seq_len,
+            names,
+            data.model_dump(exclude={"corpus", "tokenizer", "dir"}),
+        ]
+    )
+
+
+def _digest(value: object) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def _sample(recipe: Recipe, sources: list[str], budget: int, progress: Progress) -> Iterator[str]:
+    """Texts to train a vocabulary on: of each source those with the smallest hash, up to `budget` bytes."""
+    for source in sources:
+        task = progress.add_task(f"sampling {source} for the tokenizer", total=None)
+        held: list[tuple[float, str, str]] = []  # a heap with the largest hash on top
+        size, limit = 0, 1.0
+        for document in corpus.documents(recipe, source, cache_dir()):
+            progress.advance(task)
+            key = pack.hash_fraction("tokenizer sample", document.id)
+            if key >= limit:
+                continue
+            heapq.heappush(held, (-key, document.id, document.text))
+            size += len(document.text.encode("utf-8", "replace"))
+            while size > budget and len(held) > 1:
+                largest, _, text = heapq.heappop(held)
+                size, limit = size - len(text.encode("utf-8", "replace")), -largest
+        progress.remove_task(task)
+        yield from (text for _, _, text in sorted(held, reverse=True))
+
+
+class _Build:
+    """One store in the making, in the directory `partial`."""
+
+    def __init__(
+        self,
+        data: DataConfig,
+        seq_len: int,
+        recipe: Recipe,
+        tokenizer: Tokenizer,
+        partial: Path,
+        where: str,
+        progress: Progress,
+    ) -> None:
+        self.data, self.seq_len, self.recipe, self.tokenizer = data, seq_len, recipe, tokenizer
+        self.partial, self.where, self.progress = partial, where, progress
+        self.dtype = pack.token_dtype(tokenizer.vocab_size)
+
+    def source(self, name: str) -> store.SourceEntry:
+        """Tokenize, shuffle and pack one source; returns its manifest entry."""
+        data, seq_len, overlap = self.data, self.seq_len, self.data.overlap
+        (self.partial / name).mkdir()
+        train = pack.Spool(self.partial / f".{name}.train", data.shuffle_seed, self.dtype)
+        val = pack.Spool(self.partial / f".{name}.val", data.shuffle_seed, self.dtype)
+        bos = self.tokenizer.bos_id if data.bos else None
+        for document, ids in self._tokenized(name):
+            if len(ids) < data.min_tokens:
+                continue
+            record = {"id": document.id, "path": document.path, "license": document.license}
+            record["bytes"] = len(document.text.encode("utf-8", "replace"))
+            chosen = pack.hash_fraction("validation", document.id) < data.val_fraction
+            (val if chosen else train).add(record, pack.frame(ids, bos, self.tokenizer.eos_id, self.dtype))
+
+        wanted = pack.span_of_row(data.val_rows - 1, seq_len, overlap).stop if data.val_rows else 0
+        held_out, taken = [], 0
+        enough = val.tokens > seq_len  # fewer would be no row: then all are training documents
+        for record, tokens in val.shuffled():
+            if enough and taken < wanted:
+                held_out.append((record, tokens))
+                taken += len(tokens)
+            else:
+                train.add(record, tokens)
+
+        log = _Log(self.partial / name / "documents.jsonl")
+        task = self.progress.add_task(f"{name}: packing", total=train.tokens)
+        shards = self._write(name, "train", log.each("train", train.shuffled()), None, task)
+        shards += self._write(name, "val", log.each("val", held_out), data.val_rows, task)
+        log.close()
+        self.progress.remove_task(task)
+        rows = {s: sum(shard.rows for shard in shards if f"/{s}-" in shard.file) for s in store.SPLITS}
+        if not rows["train"]:
+            raise ConfigError(
+                f"{self.where}: data.corpus: source '{name}' of '{data.corpus}' has {train.tokens} tokens, "
+                f"expected at least the {seq_len + 1} of one row"
+            )
+        self.progress.console.print(
+            f"{name}: train {log.documents['train']:,} documents, {log.tokens['train']:,} tokens, "
+            f"{rows['train']:,} rows; val {log.documents['val']:,} documents, {rows['val']:,} rows"
+        )
+        return store.SourceEntry(
+            licenses=sorted(log.licenses),
+            documents=log.documents["train"],
+            val_documents=log.documents["val"],
+            tokens=log.tokens["train"],
+            val_tokens=log.tokens["val"],
+            text_bytes=log.text_bytes,
+            train_rows=rows["train"],
+            val_rows=rows["val"],
+            documents_sha256=store.sha256_of(log.path),
+            shards=shards,
+        )
+
+    def seal(self, entries: dict[str, store.SourceEntry], fingerprint: str) -> None:
+        """Put the vocabulary and, last, the manifest in place."""
+        name = f"tokenizer{self.tokenizer.path.suffix}"
+        shutil.copyfile(self.tokenizer.path, self.partial / name)
+        with open(self.partial / name, "rb") as file:
+            os.fsync(file.fileno())
+        manifest = store.Manifest(
+            version=store.VERSION,
+            seq_len=self.seq_len,
+            overlap=self.data.overlap,
+            bos=self.data.bos,
+            dtype=self.dtype.name,
+            tokenizer=store.TokenizerEntry(
+                sha256=self.tokenizer.sha256,
+                vocab_size=self.tokenizer.vocab_size,
+                n_base=self.tokenizer.n_base,
+                added_tokens=self.tokenizer.added_tokens,
+                path=name,
+            ),
+            corpus=store.CorpusEntry(name=self.data.corpus, fingerprint=self.recipe.fingerprint),
+            fingerprint=fingerprint,
+            sources=entries,
+        )
+        with open(self.partial / "manifest.json", "w", encoding="utf-8") as file:
+            file.write(manifest.model_dump_json(indent=1) + "\n")
+            store.sync(file)
+
+    def _tokenized(self, name: str) -> Iterator[tuple[Document, list[int]]]:
+        """Documents with their ids; one batch is tokenized while the next is read."""
+        task = self.progress.add_task(f"{name}: tokenizing", total=None)
+        with ThreadPoolExecutor(1) as pool:
+            waiting: tuple[list[Document], Future] | None = None
+            for batch in _batches(corpus.documents(self.recipe, name, cache_dir())):
+                ahead = batch, pool.submit(self.tokenizer.encode_many, [document.text for document in batch])
+                if waiting:
+                    yield from zip(waiting[0], waiting[1].result(), strict=True)
+                waiting = ahead
+                self.progress.advance(task, len(batch))
+            if waiting:
+                yield from zip(waiting[0], waiting[1].result(), strict=True)
+        self.progress.remove_task(task)
+
+    def _write(
+        self, name: str, split: str, stream: Iterable[np.ndarray], limit: int | None, task: TaskID
+    ) -> list[store.Shard]:
+        writer = store.ShardWriter(self.partial, name, split, self.seq_len, self.dtype)
+        written = 0
+        for rows in pack.windows(stream, self.seq_len, self.data.overlap):
+            kept = rows if limit is None else rows[: limit - written]
+            writer.write(kept)
+            written += len(kept)
+            self.progress.advance(task, kept.size)
+        writer.close()
+        return writer.shards
+
+
+class _Log:
+    """Writes documents.jsonl while the documents pass by on their way into rows."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.documents = dict.fromkeys(store.SPLITS, 0)
+        self.tokens = dict.fromkeys(store.SPLITS, 0)
+        self.text_bytes = 0
+        self.licenses: set[str] = set()
+        self._file = open(path, "w", encoding="utf-8")  # noqa: SIM115  closed by close()
+
+    def each(self, split: str, documents: Iterable[tuple[dict, np.ndarray]]) -> Iterator[np.ndarray]:
+        for record, tokens in documents:
+            place = {"split": split, "start": self.tokens[split], "tokens": len(tokens)}
+            self._file.write(json.dumps(record | place, ensure_ascii=False) + "\n")
+            self.documents[split] += 1
+            self.tokens[split] += len(tokens)
+            self.text_bytes += record["bytes"]
+            self.licenses.add(record["license"])
+            yield tokens
+
+    def close(self) -> None:
+        store.sync(self._file)
+        self._file.close()
+
+
+def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
+    batch: list[Document] = []
+    size = 0
+    for document in documents:
+        batch.append(document)
+        size += len(document.text)
+        if size >= _BATCH_CHARS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _opens(directory: Path, tokenizer: Tokenizer) -> bool:
+    try:
+        store.TokenStore.open(directory, tokenizer)
+    except ConfigError:
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def _only_one(path: Path) -> Iterator[None]:
+    """Hold a lock beside `path`; a process that dies lets go of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path.with_name(f".{path.name}.lock"), "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+@contextlib.contextmanager
+def _aside(directory: Path) -> Iterator[Path]:
+    """A new directory beside `directory`: renamed to it when the block ends well, else removed."""
+    partial = directory.with_name(f".{directory.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        shutil.rmtree(directory, ignore_errors=True)
+        partial.rename(directory)
+        store.sync_directory(directory.parent)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _progress(console: Console | None) -> Iterator[Progress]:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    with Progress(*columns, console=console or Console(stderr=True), transient=True) as progress:
+        yield progress

@@ -1,0 +1,240 @@
+"""Text to token ids and back, exactly as SentencePiece's LLaMA tokenizer does it, plus CrystalCoder's 22
+tokens.
+
+Three sources of a vocabulary: one trained here (`train_tokenizer`), LLaMA's published `tokenizer.model`, or
+CrystalCoder's published `tokenizer.json`. All are byte-pair encodings with byte fallback, unk 0, BOS 1, EOS
+2, and a space put before every text (LLaMA's dummy prefix), which decoding takes off again.
+
+Encoding is left to the engine (sentencepiece, or `tokenizers` for the json). Decoding is done here from one
+table of bytes per id, because the engines disagree on bytes that are not UTF-8, which rows cut inside a
+character hold: `tokenizers` replaces a whole run of byte tokens when one is bad.
+
+Text never turns into a control or added token: `</s>` or `<|fim_prefix|>` in a document is encoded as
+characters. For that the json's list of added tokens is taken out before the engine sees it.
+
+Beware of LLaMA vocabularies from elsewhere (facts: data.md C): a npm package called tokenizer-llama2
+carries Mistral's ids, and a json converted from the bare `.model` by transformers 5 ranks merges by id,
+which changes the ids of runs of spaces. `Hello world` is 15043 3186, and a newline, four spaces, `return`
+is 29871 13 1678 736.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from crystal.config import ConfigError
+
+_NAMES = """ fim_prefix fim_middle fim_suffix fim_pad filename gh_stars issue_start issue_comment
+issue_closed jupyter_start jupyter_text jupyter_code jupyter_output empty_output commit_before commit_msg
+commit_after reponame im_start im_end sys_start sys_end
+"""
+ADDED_TOKENS = tuple(f"<|{name}|>" for name in _NAMES.split())
+"""CrystalCoder's added tokens; the first has id n_base (32000 for LLaMA's vocabulary)."""
+
+_SPACE = "\u2581"  # SentencePiece's visible space
+_BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
+_TRAIN_THREADS = 2  # written into the trained model, so a constant: same texts, same file anywhere
+
+
+class Tokenizer:
+    """A vocabulary and its two directions.
+
+    Ids: 0 unk, `bos_id`, `eos_id`, then pieces up to `n_base`, then the added tokens, then unused ids up to
+    `vocab_size`, a multiple of 32. `pad_id` is EOS, as published. `fim_*` are None without added tokens.
+    `token_bytes[id]` are the bytes a base id stands for (empty for control ids).
+    `path` and `sha256` are those of the vocabulary file.
+    """
+
+    def __init__(
+        self, path: Path, content: bytes, engine: Any, pieces: Sequence[str], added_tokens: bool
+    ) -> None:
+        self.path = path
+        self.sha256 = hashlib.sha256(content).hexdigest()
+        self.added_tokens = added_tokens
+        self.n_base = len(pieces)
+        names = ADDED_TOKENS if added_tokens else ()
+        self.added = {name: self.n_base + i for i, name in enumerate(names)}
+        self.vocab_size = -(-(self.n_base + len(names)) // 32) * 32
+        self.bos_id, self.eos_id = pieces.index("<s>"), pieces.index("</s>")
+        self.pad_id = self.eos_id
+        self.fim_prefix = self.added.get("<|fim_prefix|>")
+        self.fim_middle = self.added.get("<|fim_middle|>")
+        self.fim_suffix = self.added.get("<|fim_suffix|>")
+        self.fim_pad = self.added.get("<|fim_pad|>")
+        control = {pieces.index("<unk>"), self.bos_id, self.eos_id}
+        self.token_bytes = [b"" if i in control else _bytes_of(piece) for i, piece in enumerate(pieces)]
+        self._engine = engine
+        self._names = {i: name for name, i in self.added.items()}
+
+    @classmethod
+    def load(cls, path: str | Path, *, added_tokens: bool = True) -> Tokenizer:
+        """Read a sentencepiece `.model` or a `tokenizer.json`.
+
+        added_tokens: put CrystalCoder's 22 tokens after the base vocabulary (Amber's has none: 32,000 ids).
+        Raises ConfigError naming the file when it is missing or not a LLaMA-like vocabulary.
+        """
+        path = Path(path)
+        try:
+            content = path.read_bytes()
+        except OSError as error:
+            raise ConfigError(f"{path}: tokenizer cannot be read: {error.strerror}") from None
+        try:
+            read = _read_json if path.suffix == ".json" else _read_sentencepiece
+            engine, pieces = read(content)
+        except (ValueError, KeyError, TypeError, RuntimeError) as error:
+            raise ConfigError(
+                f"{path}: expected a sentencepiece model or a tokenizer.json of the LLaMA kind, got: {error}"
+            ) from None
+        return cls(path, content, engine, pieces, added_tokens)
+
+    def encode(self, text: str) -> list[int]:
+        """Base ids of `text`; no BOS or EOS is added. A lone surrogate, which has no UTF-8, becomes `?`."""
+        return self._engine.encode(_utf8(text))
+
+    def encode_many(self, texts: Sequence[str], threads: int = 2) -> list[list[int]]:
+        """`[encode(t) for t in texts]`, on several threads."""
+        return self._engine.encode_many([_utf8(text) for text in texts], threads)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of `ids`: added tokens by name, BOS, EOS and unused ids as nothing, bad bytes as U+FFFD.
+
+        The dummy space is dropped at the start and after each control or added token, where encoding put it.
+        """
+        out: list[str] = []
+        run: list[bytes] = []
+        for i in (*map(int, ids), self.eos_id):
+            piece = self.token_bytes[i] if i < self.n_base else b""
+            if piece:
+                run.append(piece)
+                continue
+            out.append(b"".join(run).decode("utf-8", "replace").removeprefix(" "))
+            out.append(self._names.get(i, ""))
+            run.clear()
+        return "".join(out)
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int, out_path: str | Path) -> Tokenizer:
+    """Train a byte-pair vocabulary of `vocab_size` base ids on `texts`, write it to `out_path` and load it.
+
+    LLaMA's settings: byte fallback, text taken as it is (identity normalization), digits apart, pieces of
+    spaces only allowed, 99.995 % of characters covered. Trained line by line, so a newline stays a byte
+    token. The same texts in the same order give the same file. Raises ConfigError when the texts cannot
+    fill the vocabulary.
+    """
+    import sentencepiece
+
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=_lines(texts),
+            model_writer=model,
+            model_type="bpe",
+            vocab_size=vocab_size,
+            byte_fallback=True,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            add_dummy_prefix=True,
+            split_digits=True,
+            allow_whitespace_only_pieces=True,
+            character_coverage=0.99995,
+            unk_id=0,
+            bos_id=1,
+            eos_id=2,
+            pad_id=-1,
+            shuffle_input_sentence=False,
+            num_threads=_TRAIN_THREADS,
+            minloglevel=2,
+        )
+    except (RuntimeError, OSError) as error:
+        reason = str(error).strip().splitlines()[-1] if str(error).strip() else "no text"
+        raise ConfigError(f"{out_path}: a vocabulary of {vocab_size} cannot be trained: {reason}") from None
+    out_path = Path(out_path)
+    out_path.parent.mkdir(parents=True, exist_ok=True)
+    aside = out_path.with_name(f"{out_path.name}.{os.getpid()}.partial")
+    aside.write_bytes(model.getvalue())
+    os.replace(aside, out_path)
+    return Tokenizer.load(out_path)
+
+
+def _lines(texts: Iterable[str]) -> Iterator[str]:
+    """Lines of at most 1,000 characters: the trainer skips sentences above 4,192 bytes."""
+    for text in texts:
+        for line in _utf8(text).split("\n"):
+            for start in range(0, len(line), 1000):
+                yield line[start : start + 1000]
+
+
+def _utf8(text: str) -> str:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return text.encode("utf-8", "replace").decode("utf-8")
+    return text
+
+
+def _bytes_of(piece: str) -> bytes:
+    byte = _BYTE_PIECE.fullmatch(piece)
+    return bytes([int(byte[1], 16)]) if byte else piece.replace(_SPACE, " ").encode("utf-8")
+
+
+class _SentencePiece:
+    def __init__(self, content: bytes) -> None:
+        import sentencepiece
+
+        self.processor = sentencepiece.SentencePieceProcessor(model_proto=content)
+
+    def encode(self, text: str) -> list[int]:
+        return self.processor.encode(text)
+
+    def encode_many(self, texts: list[str], threads: int) -> list[list[int]]:
+        return self.processor.encode(texts, num_threads=threads)
+
+
+class _Json:
+    def __init__(self, content: str) -> None:
+        import tokenizers
+
+        self.tokenizer = tokenizers.Tokenizer.from_str(content)
+
+    def encode(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text, add_special_tokens=False).ids
+
+    def encode_many(self, texts: list[str], threads: int) -> list[list[int]]:
+        # `tokenizers` takes its number of threads from RAYON_NUM_THREADS, not per call
+        return [e.ids for e in self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+
+
+def _read_sentencepiece(content: bytes) -> tuple[_SentencePiece, list[str]]:
+    engine = _SentencePiece(content)
+    pieces = engine.processor.id_to_piece(list(range(engine.processor.get_piece_size())))
+    _check(pieces)
+    return engine, pieces
+
+
+def _read_json(content: bytes) -> tuple[_Json, list[str]]:
+    spec = json.loads(content)
+    vocab = spec["model"]["vocab"]
+    pieces = sorted(vocab, key=vocab.__getitem__)
+    if [vocab[piece] for piece in pieces] != list(range(len(pieces))):
+        raise ValueError("ids with gaps")
+    _check(pieces)
+    for token in spec["added_tokens"]:
+        position = token["id"] - len(pieces)
+        # CrystalCoder's data scripts write <name> where its released tokenizer writes <|name|>
+        known = ADDED_TOKENS[position] if 0 <= position < len(ADDED_TOKENS) else None
+        if position >= 0 and (known is None or token["content"].strip("<|>") != known.strip("<|>")):
+            raise ValueError(f"added token {token['content']} at id {token['id']}, not one of CrystalCoder's")
+    return _Json(json.dumps(spec | {"added_tokens": [], "post_processor": None})), pieces
+
+
+def _check(pieces: list[str]) -> None:
+    missing = [p for p in ("<unk>", "<s>", "</s>", "<0x00>", "<0xFF>") if p not in set(pieces)]
+    if missing:
+        raise ValueError(f"a vocabulary without {' '.join(missing)}")

@@ -1,0 +1,39 @@
+"""A small tokenizer trained on Python's own library, and the published files when shared/ is beside the repository."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from crystal.data.tokenizer import Tokenizer, train_tokenizer
+
+SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
+
+
+@pytest.fixture(scope="session")
+def texts() -> list[str]:
+    """Source code and one text that needs byte fallback."""
+    return [inspect.getsource(module) for module in (inspect, json, textwrap)] + ["naïve café, 你好 😀\n" * 3]
+
+
+@pytest.fixture(scope="session")
+def tokenizer(texts: list[str], tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    """1,000 base ids."""
+    return train_tokenizer(texts, 1000, tmp_path_factory.mktemp("tokenizer") / "small.model")
+
+
+@pytest.fixture(scope="session")
+def published() -> Tokenizer:
+    """CrystalCoder's tokenizer.json."""
+    return Tokenizer.load(shared_file("crystalcoder-tokenizer.json"))
+
+
+def shared_file(name: str) -> Path:
+    """A file of ../shared/data, or a skip that says it is not there."""
+    if not (SHARED / name).is_file():
+        pytest.skip(f"{SHARED / name} is not on this machine")
+    return SHARED / name
