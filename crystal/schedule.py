@@ -37,7 +37,7 @@ class Segment:
             x = (1 - math.cos(math.pi * x)) / 2
         elif self.shape == "sqrt":
             x = math.sqrt(x)
-        return (1 - x) * self.start + x * self.end
+        return self.end if x == 1 else self.start + (self.end - self.start) * x
 
 
 @dataclass(frozen=True)
