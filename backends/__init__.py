@@ -1,0 +1,1 @@
+"""Where a training step runs. One protocol (`base`), one file or folder a backend."""

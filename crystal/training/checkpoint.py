@@ -146,6 +146,13 @@ def sweep(checkpoints: Path) -> None:
         shutil.rmtree(aside, ignore_errors=True)
 
 
+def remove(directory: Path) -> None:
+    """Take a checkpoint away; killed half-way, what is left does not look like one."""
+    aside = directory.with_name(f".tmp-{directory.name}")
+    os.rename(directory, aside)
+    shutil.rmtree(aside)
+
+
 def locate(path: Path, stage: int | None = None) -> Path:
     """The checkpoint meant by `path`: itself, or in a run directory the latest, or the end of a stage (from 1).
 

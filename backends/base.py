@@ -1,0 +1,114 @@
+"""The backend protocol: who owns a training step.
+
+The loop hands over micro-batches and gets a result; it never calls backward, never touches a device and never
+waits for one. A backend is built from (model config, plan, optimizer, schedule, seed) and from then on holds the
+weights: `cpu` is the reference that the others are held to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from pydantic import Field
+from torch import Tensor
+
+from crystal.config import Strict
+from crystal.zoo.decoder import Decoder
+
+Schedule = Callable[[int], float]  # optimizer step (global, from 1) → base lr
+
+
+class OptimizerConfig(Strict):
+    """AdamW (Loshchilov & Hutter 2019), torch's formula; per-group numbers come from the parameter plan."""
+
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.1, ge=0)
+    decay_norms_and_biases: bool = False
+    grad_clip: float | None = Field(1.0, gt=0, description="bound on the global gradient norm; null: none")
+
+
+class CpuConfig(Strict):
+    """`backend:` section of the reference backend."""
+
+    name: Literal["cpu"] = "cpu"
+    dtype: Literal["bf16", "fp32"] = Field("bf16", description="compute; weights and moments are always fp32")
+    threads: int | None = Field(None, gt=0, description="null: torch's default")
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Rows that go through the model together.
+
+    ids_BT, labels_BT int64; weights_BT fp32: what each label counts in the step's loss, 1/(global_batch_size *
+    seq_len), or 0 where masked; sources_B int64: index of each row's source; documents_BT int64: number of each
+    token's document in its row.
+    """
+
+    ids_BT: Tensor
+    labels_BT: Tensor
+    weights_BT: Tensor
+    sources_B: Tensor
+    documents_BT: Tensor
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step gives back; tensors stay where they are until `host` asks for them, in one copy.
+
+    loss: the published normalisation (masked sum / (global_batch_size * seq_len)); source_nll_S and
+    source_tokens_S: summed nats and unmasked tokens of each source; grad_norm before clipping; applied: 1 when
+    the update was made, 0 when loss or gradient was not finite and it was left out.
+    """
+
+    loss: Tensor
+    grad_norm: Tensor
+    applied: Tensor
+    source_nll_S: Tensor
+    source_tokens_S: Tensor
+
+    def host(self) -> dict:
+        """Plain Python numbers: loss, grad_norm, applied, source_nll and source_tokens (lists by source)."""
+        return {
+            "loss": self.loss.item(),
+            "grad_norm": self.grad_norm.item(),
+            "applied": bool(self.applied.item()),
+            "source_nll": self.source_nll_S.tolist(),
+            "source_tokens": self.source_tokens_S.tolist(),
+        }
+
+
+class Backend(Protocol):
+    """Everything the loop may ask for."""
+
+    def initialise(self) -> None:
+        """Fill the weights from the plan and the seed; moments zero."""
+
+    def reset_optimizer(self) -> None:
+        """Fresh moments and bias correction (CrystalCoder's stage 3 starts so)."""
+
+    def train_step(self, step: int, micro_batches: Iterable[MicroBatch]) -> StepResult:
+        """Forward, backward, clip and update at lr(step); step is global, from 1."""
+
+    def eval_step(self, batch: MicroBatch) -> tuple[Tensor, Tensor]:
+        """(summed nats, unmasked tokens) of each source, as in StepResult; changes nothing."""
+
+    def state(self) -> Iterator[tuple[str, Tensor]]:
+        """All tensors to save, fp32, one at a time: model.*, optimizer.exp_avg.*, optimizer.exp_avg_sq.*."""
+
+    def scalars(self) -> dict:
+        """What else must be saved: {"optimizer_step": int}."""
+
+    def load(self, tensors: Callable[[str], Iterable[tuple[str, Tensor]]], scalars: dict | None) -> None:
+        """Take weights (and, unless scalars is None, moments) from a checkpoint; tensors(prefix) reads it."""
+
+    def decoder(self) -> Decoder:
+        """A decoder with the current fp32 weights, for generation; not a copy where that can be avoided."""
+
+    def groups(self) -> Sequence[dict]:
+        """The optimizer's own groups: {name, tensors, lr_multiplier, weight_decay, eps}, to check against the plan."""
+
+    def describe(self) -> dict:
+        """What it runs on and can do: dtypes, exact clipping, accumulation, layouts."""

@@ -1,0 +1,188 @@
+"""The reference backend: one process, fp32 weights and AdamW, compute in bf16 or fp32.
+
+With bf16 the decoder holds a second, rounded set of weights that is cast from the fp32 ones once a step; gradients
+of each micro-batch are added up in fp32. With fp32 there is one set.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from crystal.backends.base import CpuConfig, MicroBatch, OptimizerConfig, Schedule, StepResult
+from crystal.backends.cast import round_to_bf16
+from crystal.mup.plan import Plan
+from crystal.zoo.build import build, initial_weights
+from crystal.zoo.config import ModelConfig
+from crystal.zoo.decoder import Decoder
+
+
+class CpuBackend:
+    """See `Backend` for the methods."""
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        plan: Plan,
+        optimizer: OptimizerConfig,
+        schedule: Schedule,
+        seed: int,
+        n_sources: int,
+        config: CpuConfig,
+    ):
+        if config.threads:
+            torch.set_num_threads(config.threads)
+        self.plan, self.optimizer_config, self.schedule, self.seed = plan, optimizer, schedule, seed
+        self.n_sources, self.config = n_sources, config
+        self.model_config = model
+        self.compute = build(model, plan).to_empty(device="cpu")
+        self.rounded = config.dtype == "bf16"
+        if self.rounded:
+            self.compute.to(torch.bfloat16)
+        parameters = dict(self.compute.named_parameters())
+        self.weights = {
+            name: nn.Parameter(torch.empty(p.shape)) if self.rounded else p for name, p in parameters.items()
+        }
+        if self.rounded:
+            for name, p in parameters.items():
+                p.register_post_accumulate_grad_hook(self._collect(self.weights[name]))
+        self.stale = True  # the rounded weights are older than the fp32 ones
+        self.reset_optimizer()
+
+    @staticmethod
+    def _collect(master: nn.Parameter) -> Callable[[Tensor], None]:
+        """Move a bf16 gradient into its fp32 sum as soon as it is whole."""
+
+        def hook(p: Tensor) -> None:
+            if master.grad is None:
+                master.grad = p.grad.float()
+            else:
+                master.grad += p.grad
+            p.grad = None
+
+        return hook
+
+    def initialise(self) -> None:
+        with torch.no_grad():
+            for name, tensor in initial_weights(self.plan, self.seed):
+                self.weights[name].copy_(tensor)
+        self.stale = True
+
+    def reset_optimizer(self) -> None:
+        groups = [
+            {
+                "name": name,
+                "params": [self.weights[row.tensor] for row in rows],
+                "lr_multiplier": rows[0].lr_multiplier,
+                "weight_decay": rows[0].weight_decay,
+                "eps": rows[0].eps,
+            }
+            for name, rows in self.plan.groups().items()
+        ]
+        self.adamw = torch.optim.AdamW(groups, lr=0.0, betas=self.optimizer_config.betas, fused=True)
+        self.optimizer_step = 0
+
+    def train_step(self, step: int, micro_batches: Iterable[MicroBatch]) -> StepResult:
+        self._cast()
+        loss = torch.zeros(())
+        nll_S, tokens_S = torch.zeros(self.n_sources), torch.zeros(self.n_sources)
+        for batch in micro_batches:
+            part, nll_BT = self._forward(batch)
+            part.backward()
+            loss += part.detach()
+            self._add_sources(batch, nll_BT, nll_S, tokens_S)
+        grads = [p.grad for p in self.weights.values()]
+        norm = torch.nn.utils.get_total_norm(grads, foreach=True)
+        applied = torch.isfinite(norm) & torch.isfinite(loss)
+        if applied:
+            clip = self.optimizer_config.grad_clip
+            if clip is not None and norm > clip:
+                torch._foreach_mul_(grads, clip / norm.item())
+            lr = self.schedule(step)
+            for group in self.adamw.param_groups:
+                group["lr"] = lr * group["lr_multiplier"]
+            self.adamw.step()
+            self.optimizer_step += 1
+            self.stale = True
+        self.adamw.zero_grad(set_to_none=not self.rounded)
+        return StepResult(loss, norm, applied, nll_S, tokens_S)
+
+    @torch.no_grad()
+    def eval_step(self, batch: MicroBatch) -> tuple[Tensor, Tensor]:
+        self._cast()
+        nll_S, tokens_S = torch.zeros(self.n_sources), torch.zeros(self.n_sources)
+        self._add_sources(batch, self._forward(batch)[1], nll_S, tokens_S)
+        return nll_S, tokens_S
+
+    def _forward(self, batch: MicroBatch) -> tuple[Tensor, Tensor]:
+        return self.compute.loss(batch.ids_BT, batch.labels_BT, batch.weights_BT, batch.documents_BT)
+
+    @staticmethod
+    def _add_sources(batch: MicroBatch, nll_BT: Tensor, nll_S: Tensor, tokens_S: Tensor) -> None:
+        counted_BT = (batch.weights_BT > 0).float()
+        nll_S.index_add_(0, batch.sources_B, (nll_BT * counted_BT).sum(1))
+        tokens_S.index_add_(0, batch.sources_B, counted_BT.sum(1))
+
+    @torch.no_grad()
+    def _cast(self) -> None:
+        """Round the weights for compute, once after each change."""
+        if self.rounded and self.stale:
+            for name, p in self.compute.named_parameters():
+                round_to_bf16(self.weights[name], p)
+        self.stale = False
+
+    def state(self) -> Iterator[tuple[str, Tensor]]:
+        for name, p in self.weights.items():
+            yield f"model.{name}", p.detach()
+        for moment in ("exp_avg", "exp_avg_sq"):
+            for name, p in self.weights.items():
+                held = self.adamw.state.get(p, {}).get(moment)
+                yield f"optimizer.{moment}.{name}", torch.zeros_like(p) if held is None else held
+
+    def scalars(self) -> dict:
+        return {"optimizer_step": self.optimizer_step}
+
+    @torch.no_grad()
+    def load(self, tensors: Callable[[str], Iterable[tuple[str, Tensor]]], scalars: dict | None) -> None:
+        for name, tensor in tensors("model"):
+            self.weights[name].copy_(tensor)
+        self.stale = True
+        self.reset_optimizer()
+        if scalars is None or scalars["optimizer_step"] == 0:
+            return
+        self.optimizer_step = scalars["optimizer_step"]
+        for p in self.weights.values():
+            self.adamw.state[p]["step"] = torch.tensor(float(self.optimizer_step))
+        for moment in ("exp_avg", "exp_avg_sq"):
+            for name, tensor in tensors(f"optimizer.{moment}"):
+                self.adamw.state[self.weights[name]][moment] = tensor.clone()
+
+    def decoder(self) -> Decoder:
+        if not self.rounded:
+            return self.compute
+        decoder = build(self.model_config, self.plan)
+        decoder.load_state_dict(self.weights, assign=True)
+        return decoder
+
+    def groups(self) -> Sequence[dict]:
+        names = {id(p): name for name, p in self.weights.items()}
+        keys = ("name", "lr_multiplier", "weight_decay", "eps")
+        return [
+            {key: group[key] for key in keys} | {"tensors": [names[id(p)] for p in group["params"]]}
+            for group in self.adamw.param_groups
+        ]
+
+    def describe(self) -> dict:
+        return {
+            "name": "cpu",
+            "device": platform.processor() or platform.machine(),
+            "threads": torch.get_num_threads(),
+            "compute_dtype": self.config.dtype,
+            "weights_dtype": "fp32",
+            "exact_clipping": True,
+            "gradient_accumulation": True,
+            "layouts": ["single process"],
+        }

@@ -1,0 +1,180 @@
+"""The `crystal` command. Exit 0: fine, 1: a verdict failed, 2: a usage or config error, 130: interrupted, saved.
+
+Every command imports what it needs when it runs, so that `crystal --help` and a mistyped flag cost nothing. With
+`--json` a command prints one JSON object on stdout and nothing else there; progress and notes go to stderr.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from crystal.config import ConfigError
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
+
+Json = Annotated[bool, typer.Option("--json", help="print one JSON object on stdout")]
+Run = Annotated[str, typer.Argument(metavar="RUN.yaml", help="a run file, or the name of a packaged one")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[dotted.key=value]...", help="changes to the run")]
+
+
+def main() -> None:
+    """Entry point: a user's mistake becomes one line on stderr and exit 2."""
+    try:
+        app()
+    except ConfigError as error:
+        print(f"crystal: {error}", file=sys.stderr)
+        sys.exit(2)
+    except BrokenPipeError:  # `crystal … | head`
+        sys.stderr.close()
+        sys.exit(0)
+
+
+def _print(result: dict, as_json: bool, text: str) -> None:
+    print(json.dumps(result) if as_json else text)
+
+
+@app.command()
+def models(
+    name: Annotated[str | None, typer.Argument(help="a preset, or a rung such as crystalcoder-w256-l8")] = None,
+    plan: Annotated[bool, typer.Option("--plan", help="also the parameter plan, a line a tensor")] = False,
+    as_json: Json = False,
+) -> None:
+    """List the presets, or print one: config, exact parameter count, FLOPs per token, memory per backend."""
+    from crystal import describe
+
+    if name is None:
+        listing = describe.listing()
+        _print(listing, as_json, describe.listing_text(listing))
+    else:
+        model = describe.model(name, with_plan=plan)
+        _print(model, as_json, describe.model_text(model))
+
+
+@app.command()
+def prepare(run: Run, overrides: Overrides = None, as_json: Json = False) -> None:
+    """Corpus → tokenizer → token store, for the sources that the run's curriculum names."""
+    from crystal.data.store import TokenStore
+    from crystal.run import load_run, prepare_run
+
+    directory = prepare_run(load_run(run, overrides or ()), _console())
+    store = TokenStore.open(directory)
+    sources = {
+        name: {"documents": s.documents, "tokens": s.tokens, "train_rows": s.train_rows, "val_rows": s.val_rows}
+        for name, s in store.manifest.sources.items()
+    }
+    lines = [f"{n:12} {s['documents']:>9,} documents {s['tokens']:>12,} tokens" for n, s in sources.items()]
+    _print({"store": str(directory), "sources": sources}, as_json, "\n".join([*lines, f"token store: {directory}"]))
+
+
+@app.command()
+def train(
+    run: Run,
+    overrides: Overrides = None,
+    stage: Annotated[int | None, typer.Option(help="train this stage only (from 1)")] = None,
+    until: Annotated[int | None, typer.Option(help="stop after this step, counted over all stages")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="print stages, steps, LR, memory; no data needed")] = False,
+    as_json: Json = False,
+) -> None:
+    """Run a curriculum, or continue it from its last checkpoint. Ctrl-C saves and exits with 130."""
+    from crystal import describe
+    from crystal.run import load_run
+
+    loaded = load_run(run, overrides or ())
+    if dry_run:
+        plan = describe.dry_run(loaded)
+        _print(plan, as_json, describe.dry_run_text(plan))
+        return
+    from crystal.training.start import start
+
+    outcome = start(loaded, stage, until, _console())
+    result = {
+        "run_dir": str(outcome.directory),
+        "step": outcome.step,
+        "interrupted": outcome.interrupted,
+        "peak_rss_bytes": outcome.peak_rss_bytes,
+        "tokens_per_second": outcome.tokens_per_second,
+    }
+    text = f"step {outcome.step}, {outcome.tokens_per_second:,.0f} tokens/s, peak {outcome.peak_rss_bytes / 1e9:.2f} GB"
+    if outcome.interrupted:
+        text = f"{outcome.interrupted}: saved at {text}; the same command continues"
+    _print(result, as_json, f"{text}\nrun directory: {outcome.directory}")
+    if outcome.interrupted:
+        sys.exit(130)
+
+
+@app.command()
+def schedule(
+    run: Run,
+    overrides: Overrides = None,
+    stage: Annotated[int, typer.Option(help="stage, from 1")] = 1,
+    at: Annotated[str | None, typer.Option(help="steps inside the stage, 1,86,1500")] = None,
+    plot: Annotated[Path | None, typer.Option(help="write a plot of the whole curriculum here (PNG)")] = None,
+    as_json: Json = False,
+) -> None:
+    """Base LR and each optimizer group's LR at given steps of a stage."""
+    from crystal import describe
+    from crystal.run import load_run
+
+    result = describe.schedule(load_run(run, overrides or ()), stage, at, plot)
+    _print(result, as_json, describe.schedule_text(result))
+
+
+@app.command("import")
+def import_(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="config.json and safetensors, as published")],
+    to: Annotated[Path, typer.Option(help="checkpoint directory to write")],
+    as_json: Json = False,
+) -> None:
+    """Read a Hugging Face directory (LLaMA form, or LLM360's CrystalCoder form) into a checkpoint."""
+    from crystal.interchange import import_published
+
+    result = import_published(directory, to)
+    _print(result, as_json, f"{result['parameters']:,} parameters from {directory} to {to}")
+
+
+@app.command()
+def logits(
+    checkpoint: Annotated[Path, typer.Argument(metavar="CKPT", help="a checkpoint or run directory")],
+    ids: Annotated[Path, typer.Option(help="token ids, .npy, integers [batch, seq]")],
+    out: Annotated[Path, typer.Option(help="where the logits go, .npy, fp32 [batch, seq, vocab]")],
+    as_json: Json = False,
+) -> None:
+    """Write fp32 logits for given token ids: the fidelity probe."""
+    from crystal.generate import logits_file
+
+    shape = logits_file(checkpoint, ids, out)
+    _print({"out": str(out), "shape": list(shape)}, as_json, f"{out}: fp32 {list(shape)}")
+
+
+@app.command()
+def generate(
+    checkpoint: Annotated[Path, typer.Argument(metavar="CKPT", help="a checkpoint or run directory")],
+    prompt: Annotated[str, typer.Option(help="text to continue")] = "",
+    stage: Annotated[int | None, typer.Option(help="of a run directory: the end of this stage (from 1)")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
+    temperature: Annotated[float, typer.Option(min=0, help="0: greedy")] = 0.0,
+    top_k: Annotated[int | None, typer.Option(min=1)] = None,
+    top_p: Annotated[float | None, typer.Option(min=0, max=1)] = None,
+    seed: int = 0,
+    as_json: Json = False,
+) -> None:
+    """Continue a text from a checkpoint, greedily or sampled, with a KV cache."""
+    from crystal.generate import generate_text
+
+    result = generate_text(checkpoint, prompt, stage, max_new_tokens, temperature, top_k, top_p, seed)
+    _print(result, as_json, prompt + result["text"])
+
+
+def _console():
+    from rich.console import Console
+
+    return Console(stderr=True)
+
+
+if __name__ == "__main__":
+    main()

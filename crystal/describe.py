@@ -1,0 +1,245 @@
+"""What a model or a run is, before anything runs: counts, FLOPs, memory, stages, learning rates. Data, then text."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from crystal.backends.base import OptimizerConfig
+from crystal.config import ConfigError, parse
+from crystal.curriculum import Curriculum, Stage, resolve
+from crystal.mup.plan import Plan
+from crystal.run import RunFile
+from crystal.zoo.build import parameter_count, plan_for
+from crystal.zoo.config import ModelConfig, families, preset, presets
+
+_PLAN_KEYS = (
+    "tensor", "shape", "role", "group", "width_multiplier", "init", "init_std", "init_cut", "lr_multiplier",
+    "weight_decay", "eps", "forward_multiplier", "rule",
+)  # fmt: skip
+
+
+def listing() -> dict:
+    """Names of all presets with their parameter counts, and of the ladders."""
+    counts = {}
+    for name in presets():
+        config = preset(name)
+        counts[name] = parameter_count(parse(ModelConfig, config.mapping["model"], config, ("model",)))
+    return {"models": [{"name": n, "parameters": c} for n, c in counts.items()], "families": families()}
+
+
+def listing_text(result: dict) -> str:
+    rows = [f"{m['name']:20} {m['parameters']:>15,} parameters" for m in result["models"]]
+    rows += [f"{f + '-wWIDTH[-lLAYERS]':36} proxies, e.g. {f}-w256, {f}-w128-l8" for f in result["families"]]
+    return "\n".join(rows)
+
+
+def model(name: str, with_plan: bool = False) -> dict:
+    """Everything about one preset or ladder rung; with_plan adds the parameter plan."""
+    source = preset(name)
+    config = parse(ModelConfig, source.mapping["model"], source, ("model",))
+    optimizer = parse(OptimizerConfig, source.mapping.get("optimizer", {}), source, ("optimizer",))
+    result = {
+        "name": name,
+        "parameters": parameter_count(config),
+        "flops_per_token": flops_per_token(config, config.max_seq_len),
+        "memory_bytes": memory_bytes(config),
+        "config": config.model_dump(mode="json"),
+        "optimizer": optimizer.model_dump(mode="json"),
+    }
+    if with_plan:
+        plan = plan_for(
+            config,
+            weight_decay=optimizer.weight_decay,
+            decay_vectors=optimizer.decay_norms_and_biases,
+            eps=optimizer.eps,
+        )
+        result["multipliers"] = {k: v for k, v in asdict(plan).items() if k.endswith("_multiplier")}
+        result["plan"] = [{key: getattr(row, key) for key in _PLAN_KEYS} for row in plan.tensors]
+    return result
+
+
+def model_text(result: dict) -> str:
+    config = {k: v for k, v in result["config"].items() if k != "mup"}
+    lines = [
+        f"{result['name']}: {result['parameters']:,} parameters, "
+        f"{result['flops_per_token'] / 1e9:.3g} GFLOP/token (forward + backward, causal attention)",
+        "memory without activations: "
+        + ", ".join(f"{k} {v / 1e9:.2f} GB" for k, v in result["memory_bytes"].items()),
+        *(f"  {key}: {value}" for key, value in config.items()),
+        *(f"  mup.{key}: {value}" for key, value in result["config"]["mup"].items()),
+    ]
+    if "plan" in result:
+        multipliers = ", ".join(f"{k.removesuffix('_multiplier')} x{v:g}" for k, v in result["multipliers"].items())
+        lines += ["", multipliers, plan_table(result["plan"])]
+    return "\n".join(lines)
+
+
+def plan_table(rows: list[dict]) -> str:
+    """The plan as text, a line a tensor."""
+    head = f"{'tensor':32} {'shape':>16} {'role':10} {'m':>8} {'init':>24} {'lr x':>8} {'wd':>5} {'eps':>7}  rule"
+    lines = [head]
+    for r in rows:
+        init = r["init"] if r["init"] != "normal" else f"N({r['init_std']:.7g})"
+        if r["init_cut"]:
+            init += f" cut {r['init_cut']:.6g}"
+        shape = "x".join(map(str, r["shape"]))
+        lines.append(
+            f"{r['tensor']:32} {shape:>16} {r['role']:10} {r['width_multiplier']:>8.6g} {init:>24} "
+            f"{r['lr_multiplier']:>8.6g} {r['weight_decay']:>5g} {r['eps']:>7g}  {r['rule']}"
+        )
+    return "\n".join(lines)
+
+
+def flops_per_token(config: ModelConfig, seq_len: int) -> int:
+    """6 x parameters that multiply (all but an untied input embedding) + 6 L d T for causal attention scores."""
+    embedding = 0 if config.tie_embeddings else config.vocab_size * config.d_model
+    return 6 * (parameter_count(config) - embedding) + 6 * config.n_layers * config.d_model * seq_len
+
+
+def memory_bytes(config: ModelConfig) -> dict[str, int]:
+    """Weights, gradients, AdamW's moments and (bf16) the compute copy, by backend; activations come on top."""
+    n = parameter_count(config)
+    return {"cpu fp32": 16 * n, "cpu bf16": 18 * n}
+
+
+def dry_run(run: RunFile) -> dict:
+    """The whole run on paper: stages, steps, tokens, LR, checkpoints, memory, FLOPs and the least time they take."""
+    curriculum = resolve(run.config.curriculum, run.source)
+    plan = run.config.plan()
+    flops = flops_per_token(run.config.model, curriculum.seq_len) * curriculum.tokens
+    rate = _matmul_rate(run.config.backend.dtype)
+    return {
+        "name": run.config.name,
+        "parameters": parameter_count(run.config.model),
+        "steps": curriculum.steps,
+        "tokens": curriculum.tokens,
+        "stages": [_stage(s) for s in curriculum.stages],
+        "groups": _groups(plan),
+        "memory_bytes": memory_bytes(run.config.model)[f"cpu {run.config.backend.dtype}"],
+        "flops": flops,
+        "matmul_flops_per_second": rate,
+        "seconds_at_least": flops / rate,
+        "run_dir": str(run.config.directory),
+    }
+
+
+def _stage(stage: Stage) -> dict:
+    edges = sorted({1, min(stage.schedule.knots[1], stage.steps), stage.steps})
+    return {
+        "name": stage.name,
+        "steps": stage.steps,
+        "first_step": stage.first_step,
+        "tokens": stage.tokens,
+        "global_batch_size": stage.global_batch_size,
+        "seq_len": stage.seq_len,
+        "sources": stage.weights,
+        "bound": stage.bound,
+        "fim_rate": stage.fim_rate,
+        "spm_rate": stage.spm_rate,
+        "lr": {str(t): stage.lr_at(t) for t in edges},
+        "optimizer": "carried over" if stage.carry_optimizer else "fresh",
+        "checkpoint_every": stage.checkpoint_every,
+        "checkpoints": -(-stage.steps // stage.checkpoint_every),
+    }
+
+
+def _groups(plan: Plan) -> dict[str, dict]:
+    return {
+        name: {
+            "tensors": len(rows),
+            "lr_multiplier": rows[0].lr_multiplier,
+            "weight_decay": rows[0].weight_decay,
+            "eps": rows[0].eps,
+        }
+        for name, rows in plan.groups().items()
+    }
+
+
+def _matmul_rate(dtype: str) -> float:
+    """FLOP/s of a 1024 x 1024 x 1024 product on this machine now: no step can be faster."""
+    a = torch.ones(1024, 1024, dtype=torch.bfloat16 if dtype == "bf16" else torch.float32)
+    a @ a
+    begin, count = time.perf_counter(), 0
+    while time.perf_counter() - begin < 0.2:
+        a @ a
+        count += 1
+    return 2 * 1024**3 * count / (time.perf_counter() - begin)
+
+
+def dry_run_text(result: dict) -> str:
+    lines = [
+        f"{result['name']}: {result['parameters']:,} parameters, {result['steps']:,} steps, "
+        f"{result['tokens'] / 1e9:,.6g} B tokens, run directory {result['run_dir']}"
+    ]
+    for i, s in enumerate(result["stages"], 1):
+        lrs = ", ".join(f"lr({t}) {v:.7g}" for t, v in s["lr"].items())
+        lines += [
+            f"stage {i} {s['name']}: {s['steps']:,} steps of {s['global_batch_size']} x {s['seq_len']} = "
+            f"{s['tokens'] / 1e9:,.6g} B tokens; {lrs}",
+            f"  FIM {s['fim_rate']:g} (SPM {s['spm_rate']:g}), optimizer {s['optimizer']}, checkpoint every "
+            f"{s['checkpoint_every']:,} steps ({s['checkpoints']:,})",
+            *(f"  {weight:8.4%} {name}" for name, weight in s["sources"].items()),
+        ]
+    for name, g in result["groups"].items():
+        lines.append(
+            f"group {name}: {g['tensors']} tensors, lr x{g['lr_multiplier']:g}, weight decay {g['weight_decay']:g}, "
+            f"eps {g['eps']:g}"
+        )
+    lines.append(
+        f"memory {result['memory_bytes'] / 1e9:.2f} GB without activations; {result['flops']:.3g} FLOPs, at least "
+        f"{_duration(result['seconds_at_least'])} at this machine's {result['matmul_flops_per_second'] / 1e9:,.0f} GFLOP/s"
+    )
+    return "\n".join(lines)
+
+
+def _duration(seconds: float) -> str:
+    for unit, size in (("years", 365.25 * 86400), ("days", 86400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:,.1f} {unit}"
+    return f"{seconds:.0f} s"
+
+
+def schedule(run: RunFile, stage: int, at: str | None, plot: Path | None) -> dict:
+    """Base and per-group LR of a stage (from 1) at steps given as `1,86,1500`; default its corners."""
+    curriculum = resolve(run.config.curriculum, run.source)
+    chosen = numbered_stage(curriculum, stage)
+    steps = sorted({0, *chosen.schedule.knots}) if at is None else _steps(at)
+    lr = {str(t): chosen.lr_at(t) for t in steps}
+    groups = {
+        name: {t: value * rows[0].lr_multiplier for t, value in lr.items()}
+        for name, rows in run.config.plan().groups().items()
+    }
+    if plot is not None:
+        from crystal.plots import plot_curriculum
+
+        plot_curriculum(curriculum, plot)
+    return {"stage": chosen.name, "steps": chosen.steps, "lr": lr, "groups": groups}
+
+
+def numbered_stage(curriculum: Curriculum, number: int) -> Stage:
+    """Stage `number`, from 1. Raises ConfigError."""
+    if not 1 <= number <= len(curriculum.stages):
+        raise ConfigError(f"--stage: expected 1 to {len(curriculum.stages)}, got {number}")
+    return curriculum.stages[number - 1]
+
+
+def _steps(at: str) -> list[int]:
+    try:
+        steps = [int(word) for word in at.split(",")]
+    except ValueError:
+        steps = [-1]
+    if min(steps) < 0:
+        raise ConfigError(f"--at: expected steps such as 1,86,1500, got {at}")
+    return steps
+
+
+def schedule_text(result: dict) -> str:
+    groups = result["groups"]
+    lines = [f"{result['stage']}, {result['steps']:,} steps", f"{'step':>10} {'base lr':>14}" + "".join(f"{g:>16}" for g in groups)]
+    for t, value in result["lr"].items():
+        lines.append(f"{t:>10} {value:>14.7g}" + "".join(f"{groups[g][t]:>16.7g}" for g in groups))
+    return "\n".join(lines)

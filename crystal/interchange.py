@@ -1,0 +1,106 @@
+"""Between published Hugging Face directories and checkpoints, both ways, a tensor at a time.
+
+`crystal import DIR --to CKPT` and `crystal export CKPT --to hf` are these two functions. The names and the
+meaning of config.json are in `crystal.zoo.forms`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from crystal.config import ConfigError, parse
+from crystal.training.checkpoint import locate, read, write
+from crystal.zoo.build import parameter_count
+from crystal.zoo.config import ModelConfig
+from crystal.zoo.forms import config_to_json
+from crystal.zoo.published import read_published, to_published
+
+# sentencepiece first: a tokenizer.json that transformers made from it may split runs of spaces otherwise
+TOKENIZERS = ("tokenizer.model", "tokenizer.json")
+SHARD_BYTES = 2 << 30
+
+
+def import_published(directory: Path, to: Path) -> dict:
+    """The model in a Hugging Face directory as a checkpoint at `to`, with its tokenizer when it has one.
+
+    Returns {checkpoint, parameters, tokenizer, config}, JSON-ready.
+    Raises ConfigError naming file and key or tensor, or when `to` exists already.
+    """
+    directory, to = Path(directory), Path(to)
+    if to.exists():
+        raise ConfigError(f"{to}: expected a new directory, it is there already")
+    config, tensors = read_published(directory)
+    tokenizers = [directory / name for name in TOKENIZERS if (directory / name).is_file()]
+    state = {"model": config.model_dump(mode="json"), "imported_from": str(directory)}
+    if tokenizers:
+        state["tokenizer"] = tokenizers[0].name
+    write(to, ((f"model.{name}", tensor) for name, tensor in tensors), state, tokenizers)
+    return {
+        "checkpoint": str(to),
+        "parameters": parameter_count(config),
+        "tokenizer": state.get("tokenizer"),
+        "config": state["model"],
+    }
+
+
+def export_published(checkpoint: Path, to: Path) -> Path:
+    """A checkpoint (or a run's latest) as a Hugging Face directory: config.json, fp32 safetensors, tokenizer.
+
+    Written aside, then renamed. Raises ConfigError when `to` exists, the disk fails, or no published form
+    computes this model's forward pass.
+    """
+    source, to = read(locate(Path(checkpoint))), Path(to)
+    if to.exists():
+        raise ConfigError(f"{to}: expected a new directory, it is there already")
+    config = parse(ModelConfig, source.state.get("model"), str(source.directory), ("model",))
+    mapping = config_to_json(config)
+    aside = to.with_name(f".tmp-{to.name}")
+    try:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+        _write_weights(aside, to_published(config, source.tensors("model")))
+        (aside / "config.json").write_text(json.dumps(mapping, indent=2) + "\n", encoding="utf-8")
+        for name in TOKENIZERS:
+            if (source.directory / name).is_file():
+                shutil.copyfile(source.directory / name, aside / name)
+        os.rename(aside, to)
+    except OSError as error:
+        raise ConfigError(f"{to}: cannot be written: {error.strerror or error}") from None
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    return to
+
+
+def _write_weights(directory: Path, tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """model.safetensors, or shards of at most SHARD_BYTES and their index, named as transformers does."""
+    shards: list[list[str]] = []
+    shard: dict[str, Tensor] = {}
+    total = 0
+
+    def flush() -> None:
+        save_file(shard, directory / str(len(shards)), metadata={"format": "pt"})
+        shards.append(list(shard))
+        shard.clear()
+
+    for name, tensor in tensors:
+        if shard and sum(t.nbytes for t in shard.values()) + tensor.nbytes > SHARD_BYTES:
+            flush()
+        shard[name] = tensor
+        total += tensor.nbytes
+    flush()
+    if len(shards) == 1:
+        os.rename(directory / "0", directory / "model.safetensors")
+        return
+    files = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    for i, file in enumerate(files):
+        os.rename(directory / str(i), directory / file)
+    weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
+    index = json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2)
+    (directory / "model.safetensors.index.json").write_text(index + "\n", encoding="utf-8")

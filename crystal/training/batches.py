@@ -1,0 +1,93 @@
+"""Order + store + FIM → the micro-batches of a step.
+
+A step's batch is a pure function of (curriculum, seed, step): which rows comes from the order, and each row's FIM
+draws its own random numbers from (seed, stage, source, epoch, index). So any process can make any step's batch at
+any time, a restart needs only the step's number, and the next batch is made in a thread while this one trains.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import torch
+
+from crystal.backends.base import MicroBatch
+from crystal.curriculum import Curriculum, Stage, split_entry
+from crystal.data.fim import fim_row
+from crystal.data.order import StageOrder
+from crystal.data.store import TokenStore
+
+
+class Batches:
+    """Micro-batches of any step of a curriculum, and of validation."""
+
+    def __init__(self, curriculum: Curriculum, store: TokenStore, seed: int, micro_batch_size: int):
+        self.curriculum, self.store, self.seed = curriculum, store, seed
+        self.micro_batch_size = micro_batch_size
+        self.tokenizer = store.tokenizer()
+        self.sources = sorted({split_entry(entry)[0] for stage in curriculum.stages for entry in stage.bound})
+        self._orders: dict[int, StageOrder] = {}
+
+    def order(self, stage: Stage) -> StageOrder:
+        """The stage's order, made when first asked for."""
+        if stage.index not in self._orders:
+            rows = {source: self.store.rows(source) for source in self.sources}
+            self._orders[stage.index] = stage.order(rows, self.seed)
+        return self._orders[stage.index]
+
+    def step(self, step: int) -> list[MicroBatch]:
+        """The micro-batches of global step `step` (from 0)."""
+        stage = self.curriculum.stage_at(step)
+        sequences = self.order(stage).sequences(step - stage.first_step)
+        rows = [self._row(stage, *sequence) for sequence in sequences]
+        return [
+            self._stack(rows[i : i + self.micro_batch_size], weight=1 / (len(rows) * stage.seq_len))
+            for i in range(0, len(rows), self.micro_batch_size)
+        ]
+
+    def ahead(self, first: int, last: int) -> Iterator[list[MicroBatch]]:
+        """`step(first)` … `step(last)`, each made while the one before is in use."""
+        with ThreadPoolExecutor(1) as pool:
+            coming = pool.submit(self.step, first) if first <= last else None
+            for step in range(first, last + 1):
+                batch = coming.result()
+                coming = pool.submit(self.step, step + 1) if step < last else None
+                yield batch
+
+    def validation(self, rows: int) -> Iterator[MicroBatch]:
+        """The first `rows` held-out rows of every source, as they are (no FIM), a source at a time."""
+        for source in self.sources:
+            count = min(rows, self.store.rows(source, "val"))
+            held = [self._plain(source, index, "val") for index in range(count)]
+            for i in range(0, count, self.micro_batch_size):
+                yield self._stack(held[i : i + self.micro_batch_size], weight=1.0)
+
+    def _row(self, stage: Stage, entry: str, epoch: int, index: int) -> tuple[np.ndarray, np.ndarray, int]:
+        source = split_entry(entry)[0]
+        row, mask, number = self._plain(source, index, "train")
+        rate = stage.fim_rates.get(source, 0.0)
+        if rate:
+            key = f"{self.seed}:{stage.name}:{source}:{epoch}:{index}".encode()
+            rng = np.random.default_rng(int.from_bytes(hashlib.sha256(key).digest()[:16], "little"))
+            row, mask = fim_row(row, self.tokenizer, rate, stage.spm_rate, rng)
+        return row, mask, number
+
+    def _plain(self, source: str, index: int, split: str) -> tuple[np.ndarray, np.ndarray, int]:
+        row = self.store.row(source, index, split)
+        return row, np.ones(len(row) - 1, dtype=bool), self.sources.index(source)
+
+    def _stack(self, rows: Iterable[tuple[np.ndarray, np.ndarray, int]], weight: float) -> MicroBatch:
+        tokens, masks, sources = zip(*rows, strict=True)
+        tokens_BT = torch.from_numpy(np.stack(tokens).astype(np.int64))
+        ids_BT = tokens_BT[:, :-1].contiguous()
+        ended_BT = ids_BT == self.tokenizer.eos_id
+        return MicroBatch(
+            ids_BT=ids_BT,
+            labels_BT=tokens_BT[:, 1:].contiguous(),
+            weights_BT=torch.from_numpy(np.stack(masks)).float() * weight,
+            sources_B=torch.tensor(sources),
+            documents_BT=ended_BT.cumsum(1) - ended_BT.long(),
+        )

@@ -1,0 +1,217 @@
+"""The training loop: steps through a curriculum on a backend, and writes everything down.
+
+It knows stages, validation, checkpoints and signals; it does not know devices. All it carries from step to step is
+the step's number: the batch, the learning rate and the stage follow from it, the weights and moments are the
+backend's. So a run that was killed anywhere goes on from its last checkpoint to the same losses, bit for bit.
+"""
+
+from __future__ import annotations
+
+import resource
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from crystal.backends.base import Backend
+from crystal.backends.cpu import CpuBackend
+from crystal.config import ConfigError
+from crystal.curriculum import Curriculum, Stage, resolve
+from crystal.data.store import TokenStore
+from crystal.mup.plan import Plan
+from crystal.run import RunFile
+from crystal.training import checkpoint
+from crystal.training.batches import Batches
+from crystal.training.guards import BadSteps, Interrupts, plan_differences
+from crystal.training.metrics import Metrics, event
+from crystal.training.record import open_run
+
+
+class Display(Protocol):
+    """What the loop tells the screen."""
+
+    def begin(self, curriculum: Curriculum, step: int, stop: int) -> None: ...
+
+    def step(self, stage: Stage, record: dict) -> None: ...
+
+    def note(self, text: str) -> None: ...
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended: `interrupted` is the signal's name, or None."""
+
+    directory: Path
+    step: int
+    interrupted: str | None
+    peak_rss_bytes: int
+    tokens_per_second: float  # over the steps of this start, validation and saving left out
+
+
+class Trainer:
+    """One start of a run. `position` is the number of steps done."""
+
+    def __init__(self, run: RunFile, store: TokenStore, display: Display):
+        config = run.config
+        self.run, self.config, self.display = run, config, display
+        self.curriculum = resolve(config.curriculum, run.source, store.sources)
+        if store.tokenizer().vocab_size != config.model.vocab_size:
+            raise ConfigError(
+                f"{run.where('model', 'vocab_size')}: expected {store.tokenizer().vocab_size}, the tokenizer's padded "
+                f"vocabulary, got {config.model.vocab_size}"
+            )
+        self.batches = Batches(self.curriculum, store, config.train.seed, config.train.micro_batch_size)
+        self.plan = config.plan()
+        self.backend = make_backend(run, self.plan, self.lr, len(self.batches.sources))
+        if problems := plan_differences(self.plan, self.backend.groups()):
+            raise RuntimeError(f"the optimizer does not follow the parameter plan: {problems[0]}")
+        self.directory = open_run(run, self.plan, store, self.backend.describe())
+        self.checkpoints = self.directory / "checkpoints"
+        self.tokenizer_file = store.directory / store.manifest.tokenizer.path
+        self.position = 0
+
+    def lr(self, step: int) -> float:
+        """Base LR of global optimizer step `step`, from 1; a pure function of it."""
+        stage = self.curriculum.stage_at(step - 1)
+        return stage.lr_for_step(step - 1 - stage.first_step)
+
+    def resume(self, stage: Stage | None) -> None:
+        """Take up the newest checkpoint (of `stage`, or the end of the one before it), or start afresh."""
+        checkpoint.sweep(self.checkpoints)
+        found = checkpoint.steps(self.checkpoints)
+        if stage is not None:
+            last = stage.first_step + stage.steps
+            found = [s for s in found if stage.first_step <= s <= last]
+            if stage.first_step and not found:
+                raise ConfigError(
+                    f"{self.directory}: expected the checkpoint at the end of stage {stage.index}, "
+                    f"step {stage.first_step}; train that stage first"
+                )
+        if not found:
+            self.backend.initialise()
+            return
+        self.position = found[-1]
+        saved = checkpoint.read(checkpoint.step_directory(self.checkpoints, self.position))
+        self.backend.load(saved.tensors, saved.state["backend"])
+        self.display.note(f"continuing from step {self.position}")
+
+    def train(self, stage: Stage | None = None, until: int | None = None) -> Outcome:
+        """Run to the end of the curriculum, of `stage`, or to global step `until`."""
+        self.resume(stage)
+        start, stop = self.position, self.curriculum.steps if stage is None else stage.first_step + stage.steps
+        stop = min(stop, until) if until is not None else stop
+        if start >= stop:
+            return Outcome(self.directory, start, None, _peak_rss(), 0.0)
+        event(self.directory, "start", step=start, stop=stop, backend=self.backend.describe())
+        self.display.begin(self.curriculum, start, stop)
+        metrics = Metrics(self.directory, start or None)
+        bad, busy = BadSteps(self.config.train.max_bad_steps), 0.0
+        try:
+            with Interrupts() as interrupts:
+                if start == 0 and stop > 0:
+                    metrics.write({"step": 0, "stage": 1, "val_loss": self.validate()})
+                for micro_batches in self.batches.ahead(start, stop - 1):
+                    now = self.curriculum.stage_at(self.position)
+                    if self.position == now.first_step:
+                        self._enter(now)
+                    record, seconds = self._step(now, micro_batches)
+                    busy += seconds
+                    stage_ended = self.position == now.first_step + now.steps
+                    if stage_ended or self.position == stop or self._due(now, self.config.train.eval_every):
+                        record["val_loss"] = self.validate()
+                    metrics.write(record)
+                    self.display.step(now, record)
+                    if bad.exceeded(record["applied"]):
+                        raise ConfigError(
+                            f"{self.directory}: {bad.in_a_row} steps in a row up to step {self.position} gave a loss "
+                            f"or gradient that is not finite; lower curriculum LR, or use backend.dtype=fp32"
+                        )
+                    last = stage_ended or self.position == stop or bool(interrupts.received)
+                    if last or self._due(now, now.checkpoint_every):
+                        self.save(now, stage_ended)
+                    if interrupts.received:
+                        event(self.directory, "interrupted", step=self.position, signal=interrupts.received)
+                        break
+        finally:
+            metrics.close()
+        tokens = (self.position - start) * self.curriculum.global_batch_size * self.curriculum.seq_len
+        peak = _peak_rss()
+        rate = tokens / busy if busy else 0.0
+        event(self.directory, "stop", step=self.position, peak_rss_bytes=peak, tokens_per_second=round(rate, 1))
+        return Outcome(self.directory, self.position, interrupts.received, peak, rate)
+
+    def _enter(self, stage: Stage) -> None:
+        """Cross into a stage: its first step is next."""
+        if stage.index and not stage.carry_optimizer:
+            self.backend.reset_optimizer()
+        event(self.directory, "stage", step=self.position, name=stage.name, optimizer_carried=stage.carry_optimizer)
+
+    def _step(self, stage: Stage, micro_batches: list) -> tuple[dict, float]:
+        begin = time.perf_counter()
+        result = self.backend.train_step(self.position + 1, micro_batches).host()
+        seconds = time.perf_counter() - begin
+        self.position += 1
+        step_tokens = stage.global_batch_size * stage.seq_len
+        if not result["applied"]:
+            event(self.directory, "update_left_out", step=self.position, loss=str(result["loss"]))
+        record = {
+            "step": self.position,
+            "stage": stage.index + 1,
+            "loss": result["loss"] if result["applied"] else None,
+            "lr": self.lr(self.position),
+            "grad_norm": result["grad_norm"] if result["applied"] else None,
+            "applied": result["applied"],
+            "tokens": self.position * step_tokens,
+            "tokens_per_second": round(step_tokens / seconds, 1),
+            "source_loss": self._by_source(result["source_nll"], result["source_tokens"]),
+        }
+        return record, seconds
+
+    def validate(self) -> dict[str, float]:
+        """Mean loss per held-out token of every source, in nats."""
+        nll_S, tokens_S = None, None
+        for batch in self.batches.validation(self.config.train.eval_rows):
+            nll, tokens = self.backend.eval_step(batch)
+            nll_S = nll if nll_S is None else nll_S + nll
+            tokens_S = tokens if tokens_S is None else tokens_S + tokens
+        return {} if nll_S is None else self._by_source(nll_S.tolist(), tokens_S.tolist())
+
+    def _by_source(self, nll: list[float], tokens: list[float]) -> dict[str, float]:
+        return {s: n / t for s, n, t in zip(self.batches.sources, nll, tokens, strict=True) if t}
+
+    def _due(self, stage: Stage, every: int | None) -> bool:
+        return every is not None and (self.position - stage.first_step) % every == 0
+
+    def save(self, stage: Stage, stage_ended: bool) -> None:
+        """Write the checkpoint of this step, list it, and drop those that are no longer to be kept."""
+        directory = checkpoint.step_directory(self.checkpoints, self.position)
+        if self.position in checkpoint.steps(self.checkpoints):
+            return
+        state = {
+            "step": self.position,
+            "stage": stage.name,
+            "stage_ended": stage.index + 1 if stage_ended else None,
+            "model": self.config.model.model_dump(mode="json"),
+            "optimizer": self.config.optimizer.model_dump(mode="json"),
+            "backend": self.backend.scalars(),
+            "tokenizer": self.tokenizer_file.name,
+        }
+        checkpoint.write(directory, self.backend.state(), state, [self.tokenizer_file])
+        event(self.directory, "checkpoint", step=self.position, path=directory.name)
+        keep = self.config.train.keep_checkpoints
+        if keep is not None:
+            ends = {s.first_step + s.steps for s in self.curriculum.stages}
+            for old in [s for s in checkpoint.steps(self.checkpoints) if s not in ends][:-keep]:
+                checkpoint.remove(checkpoint.step_directory(self.checkpoints, old))
+
+
+def make_backend(run: RunFile, plan: Plan, schedule: Callable[[int], float], n_sources: int) -> Backend:
+    """The backend that the run names."""
+    config = run.config
+    return CpuBackend(config.model, plan, config.optimizer, schedule, config.train.seed, n_sources, config.backend)
+
+
+def _peak_rss() -> int:
+    """Most memory this process has held, in bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,0 +1,89 @@
+"""What a run directory says about the run: config.yaml, and manifest.json with everything it was made from."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import platform
+import subprocess
+from pathlib import Path
+
+import yaml
+
+from crystal.config import ConfigError
+from crystal.data.store import TokenStore
+from crystal.mup.plan import Plan
+from crystal.run import RunFile
+
+_PACKAGES = ("torch", "numpy", "mup", "sentencepiece", "transformers", "safetensors", "triton")
+# what may change between two starts of one run: none of it changes what is computed
+_FREE = {("run_dir",), ("backend",), ("train", "keep_checkpoints"), ("train", "max_bad_steps")}
+
+
+def open_run(run: RunFile, plan: Plan, store: TokenStore, backend: dict) -> Path:
+    """Make the run directory, or check that the one there belongs to this run. Returns it.
+
+    Raises ConfigError naming the first key (or the data) that differs from when the run began.
+    """
+    directory = run.config.directory
+    config_path, manifest_path = directory / "config.yaml", directory / "manifest.json"
+    resolved = run.config.model_dump(mode="json", by_alias=True)
+    data = {"store": store.manifest.fingerprint, "tokenizer_sha256": store.manifest.tokenizer.sha256}
+    if manifest_path.exists():
+        before = yaml.safe_load(config_path.read_text(encoding="utf-8"))
+        for loc, old, new in _differences(before, resolved):
+            raise ConfigError(
+                f"{run.path}: {'.'.join(loc)}: the run in {directory} was made with {old!r}, the file now says "
+                f"{new!r}; set another run_dir"
+            )
+        recorded = json.loads(manifest_path.read_text(encoding="utf-8"))["data"]
+        if recorded != data:
+            raise ConfigError(f"{directory}: the run was made from the token store {recorded['store'][:16]}…, "
+                              f"the data now makes {data['store'][:16]}…; set another run_dir")  # fmt: skip
+        return directory
+    try:
+        (directory / "checkpoints").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"{run.path}: run_dir: {directory} cannot be made: {error.strerror}") from None
+    _put(config_path, yaml.safe_dump(resolved, sort_keys=False))
+    manifest = {
+        "name": run.config.name,
+        "code": {"crystal": importlib.metadata.version("crystal-zoo"), "commit": _commit()},
+        "python": platform.python_version(),
+        "packages": {name: importlib.metadata.version(name) for name in _PACKAGES},
+        "machine": platform.platform(),
+        "seed": run.config.train.seed,
+        "data": data,
+        "backend": backend,
+        "plan": plan.as_dict(),
+    }
+    _put(manifest_path, json.dumps(manifest, indent=1))
+    return directory
+
+
+def _differences(old: object, new: object, loc: tuple = ()) -> list[tuple[tuple, object, object]]:
+    if loc in _FREE or old == new:
+        return []
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = [*old, *(k for k in new if k not in old)]
+        return [d for k in keys for d in _differences(old.get(k), new.get(k), (*loc, str(k)))]
+    return [(loc, old, new)]
+
+
+def _put(path: Path, text: str) -> None:
+    aside = path.with_name(f".{path.name}.tmp")
+    aside.write_text(text, encoding="utf-8")
+    aside.replace(path)
+
+
+def _commit() -> str | None:
+    """The code's git commit, with + when files are changed; None outside a checkout."""
+    here = Path(__file__).parent
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", *words], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None

@@ -1,0 +1,65 @@
+"""`crystal train`: prepare, build, train, with a progress bar; then the plot of what happened."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from crystal.config import ConfigError
+from crystal.curriculum import Curriculum, Stage
+from crystal.data.store import TokenStore
+from crystal.describe import numbered_stage
+from crystal.run import RunFile, prepare_run
+from crystal.training.loop import Outcome, Trainer
+
+
+class _Bar:
+    """A bar for the whole run on a terminal, a line now and then elsewhere; notes above it."""
+
+    def __init__(self, console: Console):
+        self.console = console
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+            TextColumn("{task.fields[numbers]}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+        )
+        self.progress = Progress(*columns, console=console, disable=not console.is_terminal)
+        self.task = self.progress.add_task("", total=None, numbers="")
+        self.stop = 0
+
+    def begin(self, curriculum: Curriculum, step: int, stop: int) -> None:
+        self.stop = stop
+        self.progress.update(self.task, total=stop, completed=step)
+
+    def step(self, stage: Stage, record: dict) -> None:
+        loss = "not finite" if record["loss"] is None else f"{record['loss']:.3f}"
+        numbers = f"loss {loss}  {record['tokens_per_second']:,.0f} tok/s"
+        where = f"stage {stage.index + 1} {stage.name}"
+        self.progress.update(self.task, completed=record["step"], description=where, numbers=numbers)
+        if not self.console.is_terminal and record["step"] % max(self.stop // 20, 1) == 0:
+            self.console.print(f"{where}: step {record['step']}/{self.stop}  {numbers}", highlight=False)
+        if "val_loss" in record:
+            losses = "  ".join(f"{source} {value:.3f}" for source, value in record["val_loss"].items())
+            self.note(f"{where}: step {record['step']}  validation  {losses}")
+
+    def note(self, text: str) -> None:
+        self.progress.console.print(text, highlight=False)
+
+
+def start(run: RunFile, stage: int | None, until: int | None, console: Console) -> Outcome:
+    """Train what the run file says; stage (from 1) and until narrow it. Raises ConfigError."""
+    if until is not None and until < 1:
+        raise ConfigError(f"--until: expected a step from 1, got {until}")
+    store = TokenStore.open(prepare_run(run, console))
+    bar = _Bar(console)
+    trainer = Trainer(run, store, bar)
+    chosen = None if stage is None else numbered_stage(trainer.curriculum, stage)
+    with bar.progress:
+        outcome = trainer.train(chosen, until)
+    from crystal.plots import plot_losses
+
+    plot_losses(outcome.directory, trainer.curriculum)
+    return outcome

@@ -1,0 +1,193 @@
+"""Weights as published on Hugging Face, read and written one tensor at a time.
+
+A directory holds `config.json` and either safetensors or torch's `.bin` shards, single or with an index.
+Names and shapes of all shards are checked before the first tensor is handed out; then one shard is open at a
+time, memory-mapped, so a 7B model passes through a few tensors' memory. bf16 and fp16 widen to fp32 exactly.
+
+What the files call their tensors and what config.json means is `crystal.zoo.forms`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import zipfile
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from crystal.config import ConfigError, nearest
+from crystal.zoo.config import ModelConfig
+from crystal.zoo.forms import BUFFERS, TIED, Form, Published, config_from_json, form_of, published_tensors
+
+_EXACT = ("float32", "bfloat16", "float16", "F32", "BF16", "F16")  # dtypes that fp32 holds exactly
+_SETS = ("model.safetensors", "pytorch_model.bin")
+
+
+def read_published(directory: Path) -> tuple[ModelConfig, Iterator[tuple[str, Tensor]]]:
+    """The model in a Hugging Face directory: its config, and (our name, fp32 CPU tensor) one at a time.
+
+    Every tensor of the decoder comes exactly once, in the files' order, in memory of its own. The copy of a
+    tied embedding is compared with it, buffers are dropped.
+    Raises ConfigError naming the file and the key or tensor: at once for anything the config or the shards'
+    headers tell, while iterating for a duplicate head that differs.
+    """
+    directory = Path(directory)
+    mapping = _json(directory / "config.json")
+    config, form = config_from_json(mapping, str(directory / "config.json"))
+    shards, listing = _shards(directory)
+    expected = {tensor.name: tensor for tensor in published_tensors(config, form)}
+    _check(shards, listing, expected, config)
+    return config, _tensors(shards, expected)
+
+
+def to_published(config: ModelConfig, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """The inverse: (our name, tensor) in any order → (published name, contiguous tensor of the same dtype).
+
+    Parts of a fused tensor wait for each other; a tied head is not written twice. Raises ConfigError when no
+    published form fits the config, a tensor is missing, comes twice or is none of the model's.
+    """
+    form: Form = form_of(config)
+    home = {our: tensor for tensor in published_tensors(config, form) for our in tensor.ours}
+    waiting: dict[str, dict[str, Tensor]] = {}
+    for our, tensor in tensors:
+        if our not in home:
+            raise ConfigError(f"{our}: expected each tensor of the model once, this is another or came twice")
+        target = home.pop(our)
+        parts = waiting.setdefault(target.name, {})
+        parts[our] = tensor
+        if len(parts) == len(target.ours):
+            whole = torch.cat([parts[name] for name in target.ours])
+            yield target.name, (whole.T if target.transposed else whole).contiguous()
+            del waiting[target.name]
+    if home:
+        raise ConfigError(f"{next(iter(home))}: expected every tensor of the model, this one did not come")
+
+
+def _json(path: Path) -> dict:
+    try:
+        mapping = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file; expected a Hugging Face model directory") from None
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: expected JSON: {error}") from None
+    if not isinstance(mapping, dict):
+        raise ConfigError(f"{path}: expected a mapping of keys")
+    return mapping
+
+
+def _shards(directory: Path) -> tuple[list[Path], Path]:
+    """The files that hold the weights, and the one to name when a tensor is in none of them."""
+    for whole in _SETS:
+        index = directory / f"{whole}.index.json"
+        if index.is_file():
+            files = _json(index).get("weight_map")
+            names = list(files.values()) if isinstance(files, dict) else []
+            if not names or not all(isinstance(name, str) and name == Path(name).name for name in names):
+                raise ConfigError(f"{index}: weight_map: expected tensors and the files that hold them")
+            return [directory / name for name in sorted(set(names))], index
+        if (directory / whole).is_file():
+            return [directory / whole], directory / whole
+    raise ConfigError(f"{directory}: expected {' or '.join(_SETS)}, or an index of their shards")
+
+
+class _Torch:
+    """A `.bin` file with what `_Safetensors` has. `weights_only`: no code in the file is run."""
+
+    def __init__(self, path: Path):
+        zipped = zipfile.is_zipfile(path)  # files from before torch 1.6 are not, and are read whole
+        self.tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+        if not isinstance(self.tensors, Mapping):
+            raise ValueError(f"expected a mapping of names to tensors, got {type(self.tensors).__name__}")
+        wrong = [name for name, tensor in self.tensors.items() if not isinstance(tensor, Tensor)]
+        if wrong:
+            raise ValueError(f"{wrong[0]}: expected a tensor")
+
+    def names(self) -> list[str]:
+        return list(self.tensors)
+
+    def describe(self, name: str) -> tuple[tuple[int, ...], str]:
+        return tuple(self.tensors[name].shape), str(self.tensors[name].dtype).removeprefix("torch.")
+
+    def get(self, name: str) -> Tensor:
+        return self.tensors[name]
+
+
+class _Safetensors:
+    """A safetensors file, mapped."""
+
+    def __init__(self, path: Path):
+        self.file = safe_open(path, framework="pt")
+
+    def names(self) -> list[str]:
+        return list(self.file.keys())
+
+    def describe(self, name: str) -> tuple[tuple[int, ...], str]:
+        part = self.file.get_slice(name)
+        return tuple(part.get_shape()), part.get_dtype()
+
+    def get(self, name: str) -> Tensor:
+        return self.file.get_tensor(name)
+
+
+def _open(path: Path) -> _Torch | _Safetensors:
+    if not path.is_file():
+        raise ConfigError(f"{path}: no such file, though the index lists it")
+    try:
+        return _Torch(path) if path.suffix == ".bin" else _Safetensors(path)
+    except Exception as error:  # a damaged or hostile file shows as any of a dozen classes
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise ConfigError(f"{path}: cannot be read as weights: {reason[0]}") from None
+
+
+def _check(shards: list[Path], listing: Path, expected: dict[str, Published], config: ModelConfig) -> None:
+    """Every expected tensor in exactly one shard, in its shape and a dtype that fp32 holds; no others."""
+    home: dict[str, Path] = {}
+    for path in shards:
+        shard = _open(path)
+        for name in shard.names():
+            if BUFFERS.fullmatch(name):
+                continue
+            shape, dtype = shard.describe(name)
+            if name in home:
+                raise ConfigError(f"{path}: {name}: expected once, but {home[name].name} has it too")
+            home[name] = path
+            tied = name in TIED.values() and config.tie_embeddings
+            if name not in expected and not tied:
+                raise ConfigError(f"{path}: {name}: not a tensor of this model{nearest(name, expected)}")
+            wanted = (config.vocab_size, config.d_model) if tied else expected[name].shape
+            if shape != wanted:
+                raise ConfigError(f"{path}: {name}: expected shape {list(wanted)}, got {list(shape)}")
+            if dtype not in _EXACT:
+                raise ConfigError(f"{path}: {name}: expected fp32, bf16 or fp16, got {dtype}")
+    for name in expected:
+        if name not in home:
+            raise ConfigError(f"{listing}: {name}: expected, but no such tensor in the weights")
+
+
+def _tensors(shards: list[Path], expected: dict[str, Published]) -> Iterator[tuple[str, Tensor]]:
+    digests: dict[str, tuple[str, Path]] = {}  # of the embedding and its copy, maybe in different shards
+    for path in shards:
+        shard = _open(path)
+        for name in shard.names():
+            target = expected.get(name)
+            duplicate = target is None and name in TIED.values()
+            if target is None and not duplicate:
+                continue
+            tensor = shard.get(name)
+            if duplicate or name in TIED:
+                digest = hashlib.sha256(tensor.float().contiguous().numpy()).hexdigest()
+                digests["copy" if duplicate else "embedding"] = digest, path
+            if target is not None:
+                parts = (tensor.T if target.transposed else tensor).chunk(len(target.ours))
+                for our, part in zip(target.ours, parts, strict=True):
+                    # a copy, so that nothing keeps the file or a fused neighbour in memory
+                    yield our, part.to(torch.float32, copy=True).contiguous()
+    if "copy" in digests and digests["copy"][0] != digests["embedding"][0]:
+        raise ConfigError(
+            f"{digests['copy'][1]}: lm_head.weight: expected a copy of the embedding, as config.json's "
+            "tie_word_embeddings says, but they differ"
+        )
