@@ -74,9 +74,7 @@ def split_segments(ids: np.ndarray, eos_id: int) -> list[list[int]]:
     return [part.tolist() for part in np.split(ids, np.sort(np.concatenate([ends, ends + 1])))[::2]]
 
 
-def _permuted(
-    segment: list[int], tokenizer: Tokenizer, spm_rate: float, rng: np.random.Generator
-) -> list[int] | None:
+def _permuted(segment: list[int], tokenizer: Tokenizer, spm_rate: float, rng: np.random.Generator) -> list[int] | None:
     """The segment in PSM or SPM order, or None when there is nothing to cut."""
     head = segment[:1] if segment[:1] == [tokenizer.bos_id] else []
     body = segment[len(head) :]

@@ -88,9 +88,7 @@ def hash_fraction(purpose: str, document_id: str) -> float:
 
 
 def _key(purpose: str, document_id: str) -> int:
-    return int.from_bytes(
-        hashlib.blake2b(f"{purpose}\0{document_id}".encode(), digest_size=8).digest(), "big"
-    )
+    return int.from_bytes(hashlib.blake2b(f"{purpose}\0{document_id}".encode(), digest_size=8).digest(), "big")
 
 
 class Spool:

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 
 _FORMAT = 1  # part of the fingerprint: raise it when the same inputs give other rows
 _BATCH_CHARS = 1 << 21
+_PROCESSES = 2  # that extract sources side by side; tokenizing runs on threads
 
 
 class TrainTokenizer(Strict):
@@ -98,52 +99,45 @@ def prepare(
     names = sorted(set(known if sources is None else sources))
     for name in names:
         if name not in known:
-            raise ConfigError(
-                f"{where}: data.corpus: '{data.corpus}' has no source '{name}'{nearest(name, known)}"
-            )
-    tokenizer = tokenizer_for(data, sources=names, console=console)
-    fingerprint = _fingerprint(data, seq_len, names, recipe, tokenizer)
-    directory = (
-        data.dir or cache_dir() / "stores"
-    ) / f"{Path(data.corpus).stem}-{seq_len}-{fingerprint[:16]}"
+            raise ConfigError(f"{where}: data.corpus: '{data.corpus}' has no source '{name}'{nearest(name, known)}")
+    corpus_fingerprint = recipe.fingerprint
+    tokenizer = _tokenizer(data.tokenizer, recipe, corpus_fingerprint, names, where, console)
+    parts = [_FORMAT, corpus_fingerprint, tokenizer.sha256, tokenizer.added_tokens, seq_len, names]
+    fingerprint = _digest([*parts, data.model_dump(exclude={"corpus", "tokenizer", "dir"})])
+    directory = (data.dir or cache_dir() / "stores") / f"{recipe.name}-{seq_len}-{fingerprint[:16]}"
     with _only_one(directory):
         if not _opens(directory, tokenizer):
+            corpus.build(recipe, cache_dir(), names, _PROCESSES)
             with _progress(console) as progress, _aside(directory) as partial:
                 build = _Build(data, seq_len, recipe, tokenizer, partial, where, progress)
                 entries = {name: build.source(name) for name in names}
-                build.seal(entries, fingerprint)
+                build.seal(entries, store.CorpusEntry(name=recipe.name, fingerprint=corpus_fingerprint), fingerprint)
     return directory
 
 
-def tokenizer_for(data: DataConfig, *, sources: list[str], console: Console | None = None) -> Tokenizer:
-    """The run's tokenizer: the published file, or the one trained on `sources` (now, if not in the cache)."""
-    config = data.tokenizer
+def _tokenizer(
+    config: TokenizerConfig,
+    recipe: Recipe,
+    corpus_fingerprint: str,
+    names: list[str],
+    where: str,
+    console: Console | None,
+) -> Tokenizer:
+    """The published vocabulary, or the one trained on the sources `names` (now, if it is not in the cache)."""
     if config.path is not None:
         return Tokenizer.load(config.path, added_tokens=config.added_tokens)
-    recipe = corpus.load_recipe(data.corpus)
-    key = _digest([_FORMAT, recipe.fingerprint, sorted(sources), config.train.model_dump()])
-    path = cache_dir() / "tokenizers" / f"{Path(data.corpus).stem}-{config.train.vocab_size}-{key[:16]}.model"
+    key = _digest([_FORMAT, corpus_fingerprint, names, config.train.model_dump()])
+    path = cache_dir() / "tokenizers" / f"{recipe.name}-{config.train.vocab_size}-{key[:16]}.model"
     with _only_one(path):
         if not path.is_file():
+            corpus.build(recipe, cache_dir(), names, _PROCESSES)
             with _progress(console) as progress:
-                texts = _sample(recipe, sorted(sources), config.train.bytes_per_source, progress)
-                train_tokenizer(texts, config.train.vocab_size, path)
+                texts = _sample(recipe, names, config.train.bytes_per_source, progress)
+                try:
+                    train_tokenizer(texts, config.train.vocab_size, path)
+                except ConfigError as error:
+                    raise ConfigError(f"{where}: data.tokenizer.train: {error}") from None
     return Tokenizer.load(path, added_tokens=config.added_tokens)
-
-
-def _fingerprint(
-    data: DataConfig, seq_len: int, names: list[str], recipe: Recipe, tokenizer: Tokenizer
-) -> str:
-    return _digest(
-        [
-            _FORMAT,
-            recipe.fingerprint,
-            [tokenizer.sha256, tokenizer.vocab_size],
-            seq_len,
-            names,
-            data.model_dump(exclude={"corpus", "tokenizer", "dir"}),
-        ]
-    )
 
 
 def _digest(value: object) -> str:
@@ -241,7 +235,7 @@ class _Build:
             shards=shards,
         )
 
-    def seal(self, entries: dict[str, store.SourceEntry], fingerprint: str) -> None:
+    def seal(self, entries: dict[str, store.SourceEntry], origin: store.CorpusEntry, fingerprint: str) -> None:
         """Put the vocabulary and, last, the manifest in place."""
         name = f"tokenizer{self.tokenizer.path.suffix}"
         shutil.copyfile(self.tokenizer.path, self.partial / name)
@@ -260,7 +254,7 @@ class _Build:
                 added_tokens=self.tokenizer.added_tokens,
                 path=name,
             ),
-            corpus=store.CorpusEntry(name=self.data.corpus, fingerprint=self.recipe.fingerprint),
+            corpus=origin,
             fingerprint=fingerprint,
             sources=entries,
         )

@@ -176,10 +176,12 @@ class TokenStore:
     def check_tokenizer(self, tokenizer: Tokenizer) -> None:
         """Raise ConfigError unless `tokenizer` is the vocabulary that this store was made with."""
         mine = self.manifest["tokenizer"]
-        if (mine["sha256"], mine["vocab_size"]) != (tokenizer.sha256, tokenizer.vocab_size):
+        wanted = mine["sha256"], mine["added_tokens"]
+        if wanted != (tokenizer.sha256, tokenizer.added_tokens):
             raise ConfigError(
-                f"{tokenizer.path}: expected the tokenizer of {self.directory} (sha256 {mine['sha256'][:12]}, "
-                f"{mine['vocab_size']} ids), got sha256 {tokenizer.sha256[:12]}, {tokenizer.vocab_size} ids"
+                f"{tokenizer.path}: expected the tokenizer of {self.directory} (sha256 {wanted[0][:12]}, "
+                f"added tokens {wanted[1]}), got sha256 {tokenizer.sha256[:12]}, added tokens "
+                f"{tokenizer.added_tokens}"
             )
 
     def tokenizer(self) -> Tokenizer:
@@ -229,10 +231,7 @@ class TokenStore:
         """
         if self._source_of is None:
             self._source_of = {
-                i: source
-                for source in self.sources
-                for s in SPLITS
-                for i in self._documents_of(source, s).position
+                i: source for source in self.sources for s in SPLITS for i in self._documents_of(source, s).position
             }
         source = self._source_of.get(document_id)
         if source is None:
@@ -241,9 +240,7 @@ class TokenStore:
         if document is None:
             return source, range(0)
         rows = self.rows(source, split)
-        return source, pack.rows_of_span(
-            document["start"], document["tokens"], self.seq_len, self.overlap, rows
-        )
+        return source, pack.rows_of_span(document["start"], document["tokens"], self.seq_len, self.overlap, rows)
 
     def documents(self, source: str, split: str = "train") -> Iterable[dict]:
         """Every document of a source and split in token order."""

@@ -52,9 +52,7 @@ class Tokenizer:
     `path` and `sha256` are those of the vocabulary file.
     """
 
-    def __init__(
-        self, path: Path, content: bytes, engine: Any, pieces: Sequence[str], added_tokens: bool
-    ) -> None:
+    def __init__(self, path: Path, content: bytes, engine: Any, pieces: Sequence[str], added_tokens: bool) -> None:
         self.path = path
         self.sha256 = hashlib.sha256(content).hexdigest()
         self.added_tokens = added_tokens
@@ -98,9 +96,9 @@ class Tokenizer:
         """Base ids of `text`; no BOS or EOS is added. A lone surrogate, which has no UTF-8, becomes `?`."""
         return self._engine.encode(_utf8(text))
 
-    def encode_many(self, texts: Sequence[str], threads: int = 2) -> list[list[int]]:
+    def encode_many(self, texts: Sequence[str]) -> list[list[int]]:
         """`[encode(t) for t in texts]`, on several threads."""
-        return self._engine.encode_many([_utf8(text) for text in texts], threads)
+        return self._engine.encode_many([_utf8(text) for text in texts])
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of `ids`: added tokens by name, BOS, EOS and unused ids as nothing, bad bytes as U+FFFD.
@@ -153,8 +151,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, out_path: str | Path)
             minloglevel=2,
         )
     except (RuntimeError, OSError) as error:
-        reason = str(error).strip().splitlines()[-1] if str(error).strip() else "no text"
-        raise ConfigError(f"{out_path}: a vocabulary of {vocab_size} cannot be trained: {reason}") from None
+        reason = str(error).rpartition("] ")[2].strip() or "there is no text"
+        raise ConfigError(f"a vocabulary of {vocab_size} cannot be trained: {reason}") from None
     out_path = Path(out_path)
     out_path.parent.mkdir(parents=True, exist_ok=True)
     aside = out_path.with_name(f"{out_path.name}.{os.getpid()}.partial")
@@ -193,8 +191,8 @@ class _SentencePiece:
     def encode(self, text: str) -> list[int]:
         return self.processor.encode(text)
 
-    def encode_many(self, texts: list[str], threads: int) -> list[list[int]]:
-        return self.processor.encode(texts, num_threads=threads)
+    def encode_many(self, texts: list[str]) -> list[list[int]]:
+        return self.processor.encode(texts, num_threads=min(os.cpu_count() or 1, 16))
 
 
 class _Json:
@@ -206,8 +204,7 @@ class _Json:
     def encode(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=False).ids
 
-    def encode_many(self, texts: list[str], threads: int) -> list[list[int]]:
-        # `tokenizers` takes its number of threads from RAYON_NUM_THREADS, not per call
+    def encode_many(self, texts: list[str]) -> list[list[int]]:
         return [e.ids for e in self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
 
 

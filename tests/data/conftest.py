@@ -1,4 +1,4 @@
-"""A small tokenizer trained on Python's own library, and the published files when shared/ is beside the repository."""
+"""A small tokenizer trained on Python's own library, and the published files when shared/ is there."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ seeds = st.integers(0, 2**32 - 1)
 
 @st.composite
 def rows(draw) -> tuple[list[str], bool, int, int]:
-    """Texts of the documents, whether they have BOS, where the row is cut out of their stream, and its length."""
+    """Texts of the documents, whether they have BOS, where in their stream the row begins, its length."""
     return (
         draw(st.lists(words, min_size=1, max_size=6)),
         draw(st.booleans()),
@@ -43,9 +43,7 @@ def inverted(tokenizer: Tokenizer, segment: list[int]) -> bytes:
     middle_at, suffix_at = segment.index(MID), segment.index(SUF)
     suffix, rest = segment[suffix_at + 1 : middle_at], segment[middle_at + 1 :]
     if suffix_at > 1 or not rest:
-        return (
-            spelled(tokenizer, segment[1:suffix_at]) + spelled(tokenizer, rest) + spelled(tokenizer, suffix)
-        )
+        return spelled(tokenizer, segment[1:suffix_at]) + spelled(tokenizer, rest) + spelled(tokenizer, suffix)
     return b""  # SPM, or PSM with an empty prefix: the border of prefix and middle is not marked
 
 
@@ -138,7 +136,7 @@ class Draws:
 
 
 def test_psm_and_spm_by_hand(tokenizer):
-    """Two documents, 'return x' and 'def f()'; cut points come in any order; each piece is encoded by itself."""
+    """Two documents, 'return x' and 'def f()'; cut points in any order; pieces are encoded apart."""
     e = tokenizer.encode
     row = np.array([BOS, *e("return x"), EOS, BOS, *e("def f()"), EOS, BOS, *e("pass")])
     new, _ = fim_row(row, tokenizer, 0.5, 0.5, Draws([0, 0.9, 0, 0.1, 1], [(6, 2), (3, 5)]))
@@ -160,7 +158,7 @@ def test_an_empty_prefix_middle_or_suffix_is_possible(tokenizer):
 
 
 def test_the_end_of_the_row(tokenizer):
-    """EOS ends a transformed last segment, the next token an untouched one, cut rows go on with what was cut."""
+    """EOS ends a transformed last segment, the next token an untouched one; longer rows are cut."""
     e = tokenizer.encode
     word = "return" * 3
     one_by_one = [e("\n" + c)[-1] for c in word]  # 18 tokens, encoded together they are fewer
@@ -204,13 +202,9 @@ def test_segments_without_text_or_already_transformed_are_left_alone(tokenizer):
 
 def test_shares_are_those_asked_for(tokenizer):
     """1,200 segments at rate 0.9 and SPM share 0.5: binomial, five standard deviations allowed."""
-    row = np.array(
-        [i for _ in range(12) for i in [*tokenizer.encode("abab"), EOS]] + [EOS] * 150
-    )  # room to grow
+    row = np.array([i for _ in range(12) for i in [*tokenizer.encode("abab"), EOS]] + [EOS] * 150)  # room to grow
     rng = np.random.default_rng(1)
-    segments = [
-        s for _ in range(100) for s in split_segments(fim_row(row, tokenizer, 0.9, 0.5, rng)[0], EOS) if s
-    ]
+    segments = [s for _ in range(100) for s in split_segments(fim_row(row, tokenizer, 0.9, 0.5, rng)[0], EOS) if s]
     chosen = [s for s in segments if is_transformed(s)]
     assert len(segments) == 1200
     assert abs(len(chosen) - 1080) < 5 * (1200 * 0.09) ** 0.5

@@ -95,7 +95,9 @@ def test_mistakes_name_the_file(tmp_path):
     (tmp_path / "bad.json").write_text('{"model": {"vocab": {"a": 0}}}')
     with pytest.raises(ConfigError, match=r"bad\.json: .*without <unk> <s> </s>"):
         Tokenizer.load(tmp_path / "bad.json")
-    with pytest.raises(ConfigError, match=r"small\.model: a vocabulary of 5000 cannot be trained"):
+    with pytest.raises(
+        ConfigError, match=r"^a vocabulary of 5000 cannot be trained: Vocabulary size too high .* <= \d+\.$"
+    ):
         train_tokenizer(["too little text"], 5000, tmp_path / "small.model")
     assert not (tmp_path / "small.model").exists()
 
@@ -104,7 +106,7 @@ def test_added_tokens_of_another_model_are_refused(tmp_path):
     spec = json.loads(shared_file("crystalcoder-tokenizer.json").read_text())
     spec["added_tokens"][3]["content"] = "<|im_start|>"
     (tmp_path / "t.json").write_text(json.dumps(spec))
-    with pytest.raises(ConfigError, match="added token <.im_start.> at id 32000"):
+    with pytest.raises(ConfigError, match=r"added token <.im_start.> at id 32000"):
         Tokenizer.load(tmp_path / "t.json")
 
 
@@ -127,9 +129,9 @@ def test_published_ids(published):
 def test_ambers_rows_come_back_as_the_same_ids(published, chunk, counts):
     """Decode and encode 1,000 real rows, document segment by document segment.
 
-    Every segment comes back exactly unless the row starts in the middle of a word, or ends in the middle of a
-    character. A start inside a word gets the dummy space that the first piece of a text always has, which changes
-    the first word; the rest agrees.
+    Every segment comes back exactly unless the row starts in the middle of a word, or ends in the middle of
+    a character. A start inside a word gets the dummy space that the first piece of a text always has, which
+    changes the first word; the rest agrees.
     """
     whole = cut_word = cut_character = 0
     for line in shared_file(f"amber-rows-chunk{chunk}.jsonl").read_text().splitlines():

@@ -1,0 +1,211 @@
+"""From a corpus to a store: repeatable, complete, never half-written."""
+
+from __future__ import annotations
+
+import json
+import random
+
+import numpy as np
+import pytest
+
+from crystal.config import ConfigError, parse
+from crystal.data import corpus, pack
+from crystal.data import prepare as prepare_module
+from crystal.data.prepare import DataConfig, prepare
+from crystal.data.store import TokenStore
+
+WORDS = [
+    *["the", "a", "of", "model", "tensor", "width", "def", "return", "import", "for", "in", "range", "self"],
+    *"xy01():=[]",
+]
+
+
+@pytest.fixture
+def recipe(tmp_path, monkeypatch):
+    """Two sources of 120 and 60 short documents, in a file recipe, with a cache of their own."""
+    monkeypatch.setenv("CRYSTAL_CACHE", str(tmp_path / "cache"))
+    rng = random.Random(0)
+    for name, count in (("english", 120), ("python", 60)):
+        lines = [{"text": " ".join(rng.choices(WORDS, k=rng.randint(30, 80)))} for _ in range(count)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    entries = "{%s: {entries: [{files: %s.jsonl, license: MIT}]}}"
+    sources = ", ".join((entries % (n, n))[1:-1] for n in ("english", "python"))
+    path = tmp_path / "tiny.yaml"
+    path.write_text(f"name: tiny\nsources: {{{sources}}}\n")
+    return path
+
+
+def config(recipe, **changes) -> DataConfig:
+    tokenizer = {"train": {"vocab_size": 320, "bytes_per_source": 4000}}
+    return parse(DataConfig, {"corpus": str(recipe), "tokenizer": tokenizer, "val_fraction": 0.1} | changes, "t.yaml")
+
+
+def content(directory) -> dict[str, bytes]:
+    return {p.relative_to(directory).as_posix(): p.read_bytes() for p in directory.rglob("*") if p.is_file()}
+
+
+def test_rows_hold_the_documents_in_the_order_of_the_log(recipe):
+    """Stream of the log, encoded again from the corpus' texts = the rows."""
+    for overlap, bos in ((True, True), (False, False)):
+        store = TokenStore.open(prepare(config(recipe, overlap=overlap, bos=bos), 32))
+        store.verify()
+        tokenizer = store.tokenizer()
+        loaded = corpus.load_recipe(str(recipe))
+        texts = {d.id: d.text for d in corpus.documents(loaded, "english", prepare_module.cache_dir())}
+        seen = []
+        for split in ("train", "val"):
+            stream = []
+            for document in store.documents("english", split):
+                seen.append(document["id"])
+                assert document["start"] == len(stream)
+                assert document["license"] == "MIT"
+                assert document["path"].startswith("english.jsonl:")
+                assert document["bytes"] == len(texts[document["id"]])
+                stream += [1] * bos + tokenizer.encode(texts[document["id"]]) + [2]
+            rows = store.rows("english", split)
+            assert rows == pack.count_rows(len(stream), 32, overlap) > 0
+            step = 32 if overlap else 33
+            assert [store.row("english", r, split).tolist() for r in range(rows)] == [
+                stream[r * step : r * step + 33] for r in range(rows)
+            ]
+        assert sorted(seen) == sorted(texts)
+        assert store.manifest["sources"]["english"]["text_bytes"] == sum(map(len, texts.values()))
+        assert store.manifest["sources"]["english"]["licenses"] == ["MIT"]
+
+
+def test_same_inputs_same_bytes_wherever_they_lie(recipe, tmp_path):
+    one = prepare(config(recipe, dir=str(tmp_path / "one")), 32)
+    two = prepare(config(recipe, dir=str(tmp_path / "two")), 32)
+    assert one.name == two.name
+    assert content(one) == content(two)
+    other = prepare(config(recipe, dir=str(tmp_path / "one"), shuffle_seed=1), 32)
+    assert other != one
+    a, b = TokenStore.open(one), TokenStore.open(other)
+    assert [d["id"] for d in a.documents("python")] != [d["id"] for d in b.documents("python")]
+    assert {d["id"] for d in a.documents("python")} == {d["id"] for d in b.documents("python")}
+
+
+def test_an_unchanged_run_finds_its_store_without_reading_the_corpus(recipe, monkeypatch):
+    first = prepare(config(recipe), 32)
+    monkeypatch.setattr(corpus, "documents", lambda *a: pytest.fail("read the corpus again"))
+    monkeypatch.setattr(corpus, "build", lambda *a: pytest.fail("built the corpus again"))
+    assert prepare(config(recipe), 32) == first
+
+
+def test_a_changed_input_is_another_store(recipe):
+    base = prepare(config(recipe), 32)
+    assert prepare(config(recipe), 16) != base
+    for change in ({"bos": False}, {"overlap": False}, {"min_tokens": 50}, {"val_rows": 1}):
+        assert prepare(config(recipe, **change), 32) != base
+    assert prepare(config(recipe), 32, sources=["python"]) != base
+    with (recipe.parent / "python.jsonl").open("a") as file:
+        file.write(json.dumps({"text": "one more line of text, long enough to count as a document"}) + "\n")
+    assert prepare(config(recipe), 32) != base
+
+
+def test_validation_documents_are_chosen_by_id_and_never_trained_on(recipe):
+    wide = TokenStore.open(prepare(config(recipe), 32))
+    again = TokenStore.open(prepare(config(recipe, shuffle_seed=5), 16))
+    ids = {split: {d["id"] for d in wide.documents("english", split)} for split in ("train", "val")}
+    assert ids["val"] == {d["id"] for d in again.documents("english", "val")}
+    assert not ids["val"] & ids["train"]
+    assert ids["val"] == {i for i in ids["val"] | ids["train"] if pack.hash_fraction("validation", i) < 0.1}
+
+
+def test_validation_rows_are_capped_and_the_rest_is_trained_on(recipe):
+    full = TokenStore.open(prepare(config(recipe), 32))
+    capped = TokenStore.open(prepare(config(recipe, val_rows=2), 32))
+    assert full.rows("english", "val") > 2
+    assert capped.rows("english", "val") == 2
+    entries = [s.manifest["sources"]["english"] for s in (full, capped)]
+    assert entries[1]["documents"] > entries[0]["documents"]
+    assert entries[0]["documents"] + entries[0]["val_documents"] == 120
+    assert entries[1]["documents"] + entries[1]["val_documents"] == 120
+    none = TokenStore.open(prepare(config(recipe, val_rows=0), 32))
+    assert (none.rows("english", "val"), none.manifest["sources"]["english"]["documents"]) == (0, 120)
+
+
+def test_too_little_for_a_validation_row_is_trained_on(recipe):
+    store = TokenStore.open(prepare(config(recipe, val_fraction=0.01), 1000))
+    assert store.manifest["sources"]["python"]["val_documents"] == 0
+    assert store.manifest["sources"]["python"]["documents"] == 60
+
+
+def test_short_documents_are_dropped(recipe):
+    store = TokenStore.open(prepare(config(recipe, min_tokens=130), 32))
+    sizes = [d["tokens"] for d in store.documents("english")]
+    assert min(sizes) >= 132
+    assert len(sizes) < 100
+
+
+class KilledError(BaseException):
+    """Stands for the end of the process."""
+
+
+@pytest.mark.parametrize("where", ["windows", "sha256_of", "seal"])
+def test_a_killed_prepare_leaves_nothing_that_opens_and_the_next_one_finishes(recipe, monkeypatch, where):
+    def killed(*args, **kwargs):
+        raise KilledError
+
+    with monkeypatch.context() as patch:
+        owner = {"windows": pack, "sha256_of": prepare_module.store, "seal": prepare_module._Build}[where]
+        patch.setattr(owner, where, killed)
+        patch.setattr(prepare_module.shutil, "rmtree", lambda *a, **k: None)  # as if there were no time for it
+        with pytest.raises(KilledError):
+            prepare(config(recipe), 32)
+    stores = prepare_module.cache_dir() / "stores"
+    for left in stores.iterdir():
+        if left.is_dir():
+            with pytest.raises(ConfigError):
+                TokenStore.open(left)
+    directory = prepare(config(recipe), 32)
+    TokenStore.open(directory).verify()
+    assert [p for p in stores.iterdir() if p.is_dir()] == [directory]
+
+
+def test_a_damaged_store_is_made_again(recipe):
+    directory = prepare(config(recipe), 32)
+    before = content(directory)
+    (directory / "english" / "train-00000.bin").write_bytes(b"short")
+    assert prepare(config(recipe), 32) == directory
+    assert content(directory) == before
+
+
+def test_a_large_source_is_several_shards(recipe, monkeypatch):
+    whole = TokenStore.open(prepare(config(recipe), 32))
+    monkeypatch.setattr(prepare_module.store, "_SHARD_BYTES", 66 * 50)
+    split = TokenStore.open(prepare(config(recipe, dir=str(recipe.parent / "split")), 32))
+    assert len(split.manifest["sources"]["english"]["shards"]) > 3
+    split.verify()
+    rows = split.rows("english")
+    assert rows == whole.rows("english")
+    for r in range(rows):
+        assert np.array_equal(split.row("english", r), whole.row("english", r))
+
+
+def test_small_batches_give_the_same_store(recipe, monkeypatch):
+    whole = content(prepare(config(recipe), 32))
+    monkeypatch.setattr(prepare_module, "_BATCH_CHARS", 500)
+    assert content(prepare(config(recipe, dir=str(recipe.parent / "again")), 32)) == whole
+
+
+def test_a_published_tokenizer_is_used_as_it_is(recipe, tokenizer):
+    path = {"path": str(tokenizer.path)}
+    store = TokenStore.open(prepare(config(recipe, tokenizer=path), 32), tokenizer)
+    assert store.tokenizer().sha256 == tokenizer.sha256
+    plain = TokenStore.open(prepare(config(recipe, tokenizer=path | {"added_tokens": False}), 32))
+    assert plain.tokenizer().fim_prefix is None
+
+
+def test_mistakes_are_one_line(recipe):
+    with pytest.raises(ConfigError, match=r"^run\.yaml: data\.corpus: .* no source 'pyhton'; did you mean 'python'"):
+        prepare(config(recipe), 32, sources=["pyhton"], where="run.yaml")
+    with pytest.raises(
+        ConfigError, match=r"^run\.yaml: data\.corpus: source 'english' .* expected at least the 100000"
+    ):
+        prepare(config(recipe), 99_999, where="run.yaml")
+    with pytest.raises(ConfigError, match=r"^t\.yaml: tokenizer: .*expected either train: or path:"):
+        config(recipe, tokenizer={})
+    with pytest.raises(ConfigError, match=r"^t\.yaml: data\.tokenizer\.train: a vocabulary of 9999"):
+        prepare(config(recipe, tokenizer={"train": {"vocab_size": 9999, "bytes_per_source": 4000}}), 32, where="t.yaml")
+    assert not [p for p in (prepare_module.cache_dir() / "stores").glob("*") if p.is_dir()]
