@@ -63,10 +63,8 @@ def prepare(run: Run, overrides: Overrides = None, as_json: Json = False) -> Non
 
     directory = prepare_run(load_run(run, overrides or ()), _console())
     store = TokenStore.open(directory)
-    sources = {
-        name: {"documents": s.documents, "tokens": s.tokens, "train_rows": s.train_rows, "val_rows": s.val_rows}
-        for name, s in store.manifest.sources.items()
-    }
+    keys = ("documents", "tokens", "train_rows", "val_rows")
+    sources = {name: {key: s[key] for key in keys} for name, s in store.manifest["sources"].items()}
     lines = [f"{n:12} {s['documents']:>9,} documents {s['tokens']:>12,} tokens" for n, s in sources.items()]
     _print({"store": str(directory), "sources": sources}, as_json, "\n".join([*lines, f"token store: {directory}"]))
 

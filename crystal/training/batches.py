@@ -58,10 +58,11 @@ class Batches:
                 yield batch
 
     def validation(self, rows: int) -> Iterator[MicroBatch]:
-        """The first `rows` held-out rows of every source, as they are (no FIM), a source at a time."""
+        """`rows` held-out rows of every source, spread over all it has, as they are (no FIM), a source at a time."""
         for source in self.sources:
-            count = min(rows, self.store.rows(source, "val"))
-            held = [self._plain(source, index, "val") for index in range(count)]
+            have = self.store.rows(source, "val")
+            count = min(rows, have)
+            held = [self._plain(source, i * have // count, "val") for i in range(count)]
             for i in range(0, count, self.micro_batch_size):
                 yield self._stack(held[i : i + self.micro_batch_size], weight=1.0)
 

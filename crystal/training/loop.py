@@ -56,10 +56,11 @@ class Trainer:
         config = run.config
         self.run, self.config, self.display = run, config, display
         self.curriculum = resolve(config.curriculum, run.source, store.sources)
-        if store.tokenizer().vocab_size != config.model.vocab_size:
+        vocab_size = store.manifest["tokenizer"]["vocab_size"]
+        if vocab_size != config.model.vocab_size:
             raise ConfigError(
-                f"{run.where('model', 'vocab_size')}: expected {store.tokenizer().vocab_size}, the tokenizer's padded "
-                f"vocabulary, got {config.model.vocab_size}"
+                f"{run.where('model', 'vocab_size')}: expected {vocab_size}, the tokenizer's padded vocabulary, "
+                f"got {config.model.vocab_size}"
             )
         self.batches = Batches(self.curriculum, store, config.train.seed, config.train.micro_batch_size)
         self.plan = config.plan()
@@ -68,7 +69,7 @@ class Trainer:
             raise RuntimeError(f"the optimizer does not follow the parameter plan: {problems[0]}")
         self.directory = open_run(run, self.plan, store, self.backend.describe())
         self.checkpoints = self.directory / "checkpoints"
-        self.tokenizer_file = store.directory / store.manifest.tokenizer.path
+        self.tokenizer_file = store.directory / store.manifest["tokenizer"]["path"]
         self.position = 0
 
     def lr(self, step: int) -> float:

@@ -28,7 +28,7 @@ def open_run(run: RunFile, plan: Plan, store: TokenStore, backend: dict) -> Path
     directory = run.config.directory
     config_path, manifest_path = directory / "config.yaml", directory / "manifest.json"
     resolved = run.config.model_dump(mode="json", by_alias=True)
-    data = {"store": store.manifest.fingerprint, "tokenizer_sha256": store.manifest.tokenizer.sha256}
+    data = {"store": store.manifest["fingerprint"], "tokenizer_sha256": store.manifest["tokenizer"]["sha256"]}
     if manifest_path.exists():
         before = yaml.safe_load(config_path.read_text(encoding="utf-8"))
         for loc, old, new in _differences(before, resolved):
