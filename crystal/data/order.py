@@ -12,10 +12,10 @@ fractions they print as, over their sum.
 
 Random access. Earliest deadline first needs what came before, which is slow to rebuild 450 million sequences
 into a stage. So slots come in blocks, and what was drawn before a block is computed from its first slot T
-alone: n*w rounded up or down, where `_counts` chooses the sources to round up such that the slots before T
-can hold them and the slots from T on can hold the rest. Inside a block, windows are cut at its two ends and
-earliest deadline first runs as usual; windows on one machine have a schedule if no interval is overfull
-(Hall), and the choice keeps it so at both ends.
+alone: n*w rounded up or down, where `_counts_at` chooses the sources to round up such that the slots before
+T can hold them and the slots from T on can hold the rest. Inside a block only the draws that belong to it
+run, earliest deadline first. Unit jobs with windows have a schedule if no interval is overfull (Hall), which
+the choice assures at both ends of a block; earliest deadline first then finds one.
 
 Rows. The i-th draw from a source with R rows is row P(i mod R) of epoch i div R, where P permutes range(R)
 afresh for each (seed, stage, source, epoch): an alternating Feistel network on Z_a x Z_b, a*b >= R (Black &
@@ -40,9 +40,9 @@ ROUNDS = 8  # of the Feistel network: one per 8 bytes of a BLAKE2b digest
 
 
 class Interleave:
-    """Which source each slot n = 0, 1, … draws from. Weights are scaled to sum to 1; those of 0 are never
-    drawn.
+    """Which source each slot n = 0, 1, … draws from.
 
+    Weights are scaled to sum to 1; those of 0 are never drawn. Raises ValueError for negative ones or none.
     block: slots per block; the default lets no window reach over a whole block. Weights under about 1e-6
     would make blocks too long: then all slots are run from slot 0 on, and access at slot n costs O(n) the
     first time.
@@ -165,16 +165,14 @@ class Interleave:
         begin: draws of each source before the block.
         """
         first, stop, n = number * self.block, (number + 1) * self.block, len(self.names)
-        if self._restarts:
-            end = self._counts(number + 1)
-        else:  # whatever is released in the block may run in it
-            end = [-(-stop * num // den) for num, den in self._ratios]
+        released = [-(-stop * num // den) for num, den in self._ratios]
+        end = self._counts(number + 1) if self._restarts else released
         releases_by_source, keys_by_source = [], []
         for s in range(n):
             floors, ceilings = self._window_edges(s, begin[s], end[s] + 1)
-            deadlines = np.minimum(ceilings[1:], stop) if self._restarts else ceilings[1:]
             releases_by_source.append(floors[:-1])
-            keys_by_source.append(deadlines * n + s)  # deadline and source in one integer, to compare at once
+            # deadline and source in one integer, to compare at once
+            keys_by_source.append(ceilings[1:] * n + s)
         all_releases = np.concatenate(releases_by_source)
         by_release = np.argsort(all_releases, kind="stable")
         releases = [*all_releases[by_release].tolist(), stop]
