@@ -174,7 +174,7 @@ def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
     """
     name = checkpoint.state.get("tokenizer")
     if not name:
-        raise ConfigError(f"{checkpoint.directory}: expected a checkpoint with a tokenizer, it was saved without")
+        raise ConfigError(f"{checkpoint.directory}: expected a tokenizer, the checkpoint was saved without")
     path, vocab_size = checkpoint.directory / name, checkpoint.state["model"]["vocab_size"]
     for added_tokens in (True, False):
         tokenizer = Tokenizer.load(path, added_tokens=added_tokens)
