@@ -182,14 +182,20 @@ def test_the_end_of_the_row(tokenizer):
 
 
 def test_a_row_cut_inside_a_character_keeps_its_bytes(tokenizer):
-    """The row starts with the last two bytes of one character and ends with the first two of another."""
-    wide = tokenizer.encode("\u4e09")[-3:]
-    assert [len(tokenizer.token_bytes[i]) for i in wide] == [1, 1, 1]
+    """Segments that start with the end of one character and end with the start of another, of 3 and 4 bytes."""
     e = tokenizer.encode
-    row = np.array([*wide[1:], *e("ab"), *wide[:2], EOS, *[5] * 20])
-    new, _ = fim_row(row, tokenizer, 0.5, 0.5, Draws([0, 1, 1], [(2, 2)]))  # cuts are in ' ab'
-    expected = [PRE, *wide[1:], *e(" a"), SUF, *e("b"), *wide[:2], MID, EOS]
-    assert new.tolist()[: len(expected)] == expected
+    for character in ("\u4e09", "\U0001f680"):
+        wide = e(character)[-len(character.encode()) :]
+        assert [len(tokenizer.token_bytes[i]) for i in wide] == [1] * len(wide)
+        for cut in range(1, len(wide)):
+            row = np.array([*wide[cut:], *e("ab"), *wide[:cut], EOS, *[5] * 20])
+            new, _ = fim_row(row, tokenizer, 0.5, 0.5, Draws([0, 1, 1], [(2, 2)]))  # cuts are in ' ab'
+            expected = [PRE, *wide[cut:], *e(" a"), SUF, *e("b"), *wide[:cut], MID, EOS]
+            assert new.tolist()[: len(expected)] == expected
+        row = np.array([*e("ab" + character), EOS, *[5] * 20])  # a whole character is text like any other
+        new, _ = fim_row(row, tokenizer, 0.5, 0.5, Draws([0, 1, 1], [(2, 3)]))
+        expected = [PRE, *e("ab"), SUF, MID, *e(character), EOS]
+        assert new.tolist()[: len(expected)] == expected
 
 
 def test_segments_without_text_or_already_transformed_are_left_alone(tokenizer):

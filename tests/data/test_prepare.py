@@ -126,7 +126,7 @@ def test_validation_rows_are_capped_and_the_rest_is_trained_on(recipe):
 
 
 def test_too_little_for_a_validation_row_is_trained_on(recipe):
-    store = TokenStore.open(prepare(config(recipe, val_fraction=0.01), 1000))
+    store = TokenStore.open(prepare(config(recipe), 2000))
     assert store.manifest["sources"]["python"]["val_documents"] == 0
     assert store.manifest["sources"]["python"]["documents"] == 60
 
@@ -191,10 +191,11 @@ def test_small_batches_give_the_same_store(recipe, monkeypatch):
 
 def test_a_published_tokenizer_is_used_as_it_is(recipe, tokenizer):
     path = {"path": str(tokenizer.path)}
-    store = TokenStore.open(prepare(config(recipe, tokenizer=path), 32), tokenizer)
-    assert store.tokenizer().sha256 == tokenizer.sha256
-    plain = TokenStore.open(prepare(config(recipe, tokenizer=path | {"added_tokens": False}), 32))
-    assert plain.tokenizer().fim_prefix is None
+    directory = prepare(config(recipe, tokenizer=path), 32)
+    assert TokenStore.open(directory, tokenizer).tokenizer().sha256 == tokenizer.sha256
+    plain = prepare(config(recipe, tokenizer=path | {"added_tokens": False}), 32)
+    assert plain != directory
+    assert TokenStore.open(plain).tokenizer().fim_prefix is None
 
 
 def test_mistakes_are_one_line(recipe):
