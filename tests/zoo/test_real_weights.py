@@ -148,7 +148,7 @@ def test_real_llama_weights_give_transformers_logits_and_the_capital_of_france(s
     got = logits(ours, ids)
     with torch.inference_mode():
         expected = theirs(ids).logits
-    assert (got - expected).abs().max() < 1e-4
+    assert (got - expected).abs().max() < 1e-4  # of 39; measured: 0.0
     # well read, not only alike: a model whose rotation or gate is wrong finds plain English unlikely
     assert torch.nn.functional.cross_entropy(got[0, :-1], ids[0, 1:]) < 3
     new = list(generate(ours, tokenizer.encode("The capital of France is").ids, 2))
