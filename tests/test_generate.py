@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from crystal.config import ConfigError
@@ -130,7 +130,7 @@ def test_the_last_position_can_be_used_and_none_after_it(model):
 
 
 @pytest.mark.parametrize(
-    ("settings_", "key"),
+    ("options", "key"),
     [
         ({"ids": []}, "prompt"),
         ({"ids": [96]}, "prompt"),
@@ -143,15 +143,15 @@ def test_the_last_position_can_be_used_and_none_after_it(model):
         ({"top_p": 1.5}, "top_p"),
     ],
 )
-def test_settings_out_of_range_are_told_before_any_work(settings_, key):
+def test_optionsout_of_range_are_told_before_any_work(options, key):
     with pytest.raises(ConfigError, match=f"^{key}: expected"):
-        generate(meta_decoder(CRYSTAL), **({"ids": [1], "max_new_tokens": 3} | settings_))
+        generate(meta_decoder(CRYSTAL), **({"ids": [1], "max_new_tokens": 3} | options))
 
 
-def frequencies(values, draws=4000, **settings_):
+def frequencies(values, draws=4000, **options):
     generator = torch.Generator().manual_seed(0)
-    settings_ = {"temperature": 1.0, "top_k": None, "top_p": None} | settings_
-    drawn = [pick(torch.tensor(values).log(), generator=generator, **settings_) for _ in range(draws)]
+    options = {"temperature": 1.0, "top_k": None, "top_p": None} | options
+    drawn = [pick(torch.tensor(values).log(), generator=generator, **options) for _ in range(draws)]
     return np.bincount(drawn, minlength=len(values)) / draws
 
 
@@ -167,7 +167,6 @@ def test_draws_follow_the_softmax_and_its_cuts():
     assert frequencies(p, top_k=2, top_p=0.5) == pytest.approx([0, 1, 0, 0])
 
 
-@settings(max_examples=50, deadline=None)
 @given(
     st.lists(st.floats(-30, 30, width=32), min_size=1, max_size=20),
     st.floats(0.01, 5),
