@@ -143,7 +143,7 @@ def logits(
     as_json: Json = False,
 ) -> None:
     """Write fp32 logits for given token ids: the fidelity probe."""
-    from crystal.generate import logits_file
+    from crystal.logits import logits_file
 
     shape = logits_file(checkpoint, ids, out)
     _print({"out": str(out), "shape": list(shape)}, as_json, f"{out}: fp32 {list(shape)}")
