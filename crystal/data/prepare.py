@@ -41,7 +41,6 @@ if TYPE_CHECKING:
 
 _FORMAT = 1  # part of the fingerprint: raise it when the same inputs give other rows
 _BATCH_CHARS = 1 << 21
-_PROCESSES = 2  # that extract sources side by side; tokenizing runs on threads
 
 
 class TrainTokenizer(Strict):
@@ -107,7 +106,7 @@ def prepare(
     directory = (data.dir or cache_dir() / "stores") / f"{recipe.name}-{seq_len}-{fingerprint[:16]}"
     with _only_one(directory):
         if not _opens(directory, tokenizer):
-            corpus.build(recipe, cache_dir(), names, _PROCESSES)
+            corpus.build(recipe, cache_dir(), names)
             with _progress(console) as progress, _aside(directory) as partial:
                 build = _Build(data, seq_len, recipe, tokenizer, partial, where, progress)
                 entries = {name: build.source(name) for name in names}
@@ -130,7 +129,7 @@ def _tokenizer(
     path = cache_dir() / "tokenizers" / f"{recipe.name}-{config.train.vocab_size}-{key[:16]}.model"
     with _only_one(path):
         if not path.is_file():
-            corpus.build(recipe, cache_dir(), names, _PROCESSES)
+            corpus.build(recipe, cache_dir(), names)
             with _progress(console) as progress:
                 texts = _sample(recipe, names, config.train.bytes_per_source, progress)
                 try:
@@ -220,7 +219,9 @@ class _Build:
             )
         self.progress.console.print(
             f"{name}: train {log.documents['train']:,} documents, {log.tokens['train']:,} tokens, "
-            f"{rows['train']:,} rows; val {log.documents['val']:,} documents, {rows['val']:,} rows"
+            f"{rows['train']:,} rows; val {log.documents['val']:,} documents, {rows['val']:,} rows",
+            soft_wrap=True,
+            highlight=False,
         )
         return store.SourceEntry(
             licenses=sorted(log.licenses),
