@@ -17,7 +17,10 @@ SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
 @pytest.fixture(scope="session")
 def texts() -> list[str]:
     """Source code, one text that needs byte fallback, and one of numbers."""
-    return [inspect.getsource(module) for module in (inspect, json, textwrap)] + ["naïve café, 你好 😀\n" * 3, "in 2023 and 1000 times " * 99]
+    return [inspect.getsource(module) for module in (inspect, json, textwrap)] + [
+        "naïve café, 你好 😀\n" * 3,
+        "in 2023 and 1000 times " * 99,
+    ]
 
 
 @pytest.fixture(scope="session")
