@@ -64,7 +64,11 @@ def load_recipe(name_or_path: str | Path) -> Recipe:
 
 
 def _placed(entry: Entry, base: Path) -> Entry:
-    return entry.model_copy(update={"files": str(base / Path(entry.files).expanduser())}) if entry.files else entry
+    return (
+        entry.model_copy(update={"files": str(base / Path(entry.files).expanduser())})
+        if entry.files
+        else entry
+    )
 
 
 def fetch(recipe: Recipe, cache: Path) -> None:

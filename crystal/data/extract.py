@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from crystal.data import formats
 from crystal.data.recipe import Entry
 
-VERSION = 1  # raise it when the same archive gives other text: built corpora are remade
+VERSION = 1  # raise it when an archive gives other documents (also by formats or filters): corpora are remade
 
 
 def extract(entry: Entry, members: list[tuple[str, bytes]]) -> Iterator[tuple[str, str]]:
@@ -90,6 +90,7 @@ def rst_text(text: str) -> str:
             if not bare or indent > dropping:
                 continue
             dropping = -1
+            out.append("")
         if not bare:
             options = doctest = False
             out.append("")
@@ -166,6 +167,7 @@ def html_text(page: str, start: str | None = None, stop: str | None = None) -> s
 def pod_text(text: str) -> str:
     """The text of Perl's Plain Old Documentation; indented samples stay."""
     text = re.sub(r"(?ms)^=(begin|for)\b.*?^=(end|cut)\b[^\n]*", "", text)
+    text = re.sub(r"(?m)^=item \*\s+", "* ", text)
     text = re.sub(r"(?m)^=(head\d|item)\s+", "", text)
     text = re.sub(r"(?m)^=\w+[^\n]*\n", "", text)
     named = {"lt": "<", "gt": ">", "sol": "/", "verbar": "|"}

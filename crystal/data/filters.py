@@ -16,7 +16,25 @@ _INVISIBLE = re.compile(r"(?is)<!--.*?-->|<(script|style|head)\b.*?</\1\s*>")
 _TAG = re.compile(r"<[^>]+>")
 _WORD = re.compile(r"[a-z]+")
 _FUNCTION_WORDS = frozenset(
-    ("the", "of", "and", "to", "a", "in", "is", "that", "for", "it", "as", "with", "be", "or", "by", "on", "are")
+    (
+        "the",
+        "of",
+        "and",
+        "to",
+        "a",
+        "in",
+        "is",
+        "that",
+        "for",
+        "it",
+        "as",
+        "with",
+        "be",
+        "or",
+        "by",
+        "on",
+        "are",
+    )
 )
 
 
@@ -83,7 +101,9 @@ class Seen:
         stripped = (line.strip() for line in text.split("\n"))
         # not hash(): it differs from one process to the next
         lines = {
-            zlib.crc32(line.encode("utf-8", "replace")) << 16 | len(line) & 0xFFFF for line in stripped if len(line) > 8
+            zlib.crc32(line.encode("utf-8", "replace")) << 16 | len(line) & 0xFFFF
+            for line in stripped
+            if len(line) > 8
         }
         if len(lines) >= 5 and len(lines & self._lines) > 0.7 * len(lines):
             return True

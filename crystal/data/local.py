@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import glob
 import gzip
-import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -86,6 +85,8 @@ def read(file: Path, entry: Entry) -> Iterator[tuple[int, Any]]:
             number, row = next(read)
         except StopIteration:
             return
+        except ConfigError:
+            raise
         except json.JSONDecodeError as error:
             raise ConfigError(f"{file}:{number + 1}: expected a line of JSON ({error.msg})") from None
         except Exception as error:  # every codec has exceptions of its own, and all mean the same
@@ -94,29 +95,50 @@ def read(file: Path, entry: Entry) -> Iterator[tuple[int, Any]]:
 
 
 def _json_rows(file: Path) -> Iterator[tuple[int, Any]]:
-    with _open(file) as stream:
-        for number, line in enumerate(stream, 1):
-            yield number, json.loads(line) if line.strip() else {}
+    for number, line in enumerate(_lines(file), 1):
+        yield number, json.loads(line) if line.strip() else {}
 
 
-def _open(file: Path) -> io.TextIOBase:
-    if file.suffix == ".gz":
-        return gzip.open(file, "rt", encoding="utf-8")
-    if file.suffix == ".zst":
-        import zstandard
+def _lines(file: Path) -> Iterator[bytes]:
+    if file.suffix != ".zst":
+        with gzip.open(file) if file.suffix == ".gz" else file.open("rb") as stream:
+            yield from stream
+        return
+    rest = b""
+    for chunk in _zstandard_chunks(file):
+        *lines, rest = (rest + chunk).split(b"\n")
+        yield from lines
+    if rest:
+        yield rest
 
-        frames = zstandard.ZstdDecompressor().stream_reader(file.open("rb"), read_across_frames=True, closefd=True)
-        return io.TextIOWrapper(frames, encoding="utf-8")
-    return file.open(encoding="utf-8")
+
+def _zstandard_chunks(file: Path) -> Iterator[bytes]:
+    """The content of all frames. The library's own reader takes a file cut short for a whole one."""
+    import zstandard
+
+    frame = zstandard.ZstdDecompressor().decompressobj()
+    inside = False
+    with file.open("rb") as stream:
+        while block := stream.read(1 << 18):
+            while block:
+                yield frame.decompress(block)
+                inside, block = not frame.eof, frame.unused_data if frame.eof else b""
+                if frame.eof:
+                    frame = zstandard.ZstdDecompressor().decompressobj()
+    if inside:
+        raise EOFError("the file ends inside a frame")
 
 
 def _parquet_rows(file: Path, entry: Entry) -> Iterator[tuple[int, dict]]:
     import pyarrow.parquet
 
     with pyarrow.parquet.ParquetFile(file) as table:
+        names = table.schema_arrow.names
+        if not {entry.text_key, entry.text_key.partition(".")[0]} & set(names):
+            raise ConfigError(f"{file}: expected a column '{entry.text_key}', found {', '.join(names)}")
         keys = [entry.text_key, entry.id_key, entry.license_key, *entry.where]
         wanted = {key for key in keys if key} | {key.partition(".")[0] for key in keys if key}
-        columns = [name for name in table.schema_arrow.names if name in wanted]
+        columns = [name for name in names if name in wanted]
         number = 0
         for batch in table.iter_batches(batch_size=256, columns=columns):
             for row in batch.to_pylist():

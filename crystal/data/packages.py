@@ -54,6 +54,7 @@ _BACKENDS = (
     "mesonpy",
     "maturin",
 )
+_NO_NETWORK = "no network, or the package index does not answer"
 
 
 def fetch(entries: list[Entry], cache: Path, what: str) -> None:
@@ -128,7 +129,9 @@ def _fetch_one(entry: Entry, cache: Path) -> None:
         if index == "pypi":
             _pip(spec, entry.archive, into, Path(aside))
         elif index == "npm":
-            _run(["npm", "pack", "--silent", "--ignore-scripts", spec], into, entry.package)
+            patience = ["--fetch-retries=2", "--fetch-retry-mintimeout=1000", "--fetch-retry-maxtimeout=3000"]
+            command = ["npm", "pack", "--loglevel=error", "--ignore-scripts", *patience, spec]
+            _run(command, into, entry.package)
         else:
             _apt(spec, into, entry.package)
         files = _archives(into)
@@ -164,10 +167,10 @@ def _apt(spec: str, into: Path, package: str) -> None:
     command = ["apt-get", "download", "-qq", "-o", "APT::Sandbox::User=root", spec]
     try:
         _run(command, into, package)
-    except ConfigError:
-        if not shutil.which("apt-get"):
+    except ConfigError as error:
+        if _NO_NETWORK in str(error) or not shutil.which("apt-get"):
             raise
-        # old lists name files that the mirror no longer has
+        # without lists no package is known, and old ones name files that the mirror no longer has
         subprocess.run(["apt-get", "update", "-qq"], cwd=into, check=False, capture_output=True)
         _run(command, into, package)
 
@@ -184,11 +187,12 @@ def _run(command: list[str], into: Path, package: str, env: dict | None = None) 
 def _reason(stderr: str) -> str:
     if "No module named pip" in stderr:
         return "pip is not installed for this Python"
-    if re.search(r"(?i)connection|could not resolve|network|timed out|ENOTFOUND|EAI_AGAIN|ETIMEDOUT", stderr):
-        return "no network, or the package index does not answer"
+    if re.search(r"(?i)connection|failure resolving|network|timed out|ENOTFOUND|EAI_AGAIN|ETIMEDOUT", stderr):
+        return _NO_NETWORK
     lines = [line.strip() for line in stderr.splitlines() if re.match(r"(?i)\s*(error|e:|npm err)", line)]
-    line = re.sub(r"\S+://\S+", "…", lines[-1] if lines else "its client failed without a message")
-    return line[:200]
+    telling = [line for line in lines if re.search(r"(?i)not found|no matching|unable to locate", line)]
+    line = [*lines, *telling][-1] if lines else "its client failed without a message"
+    return re.sub(r"\S+://\S+", "…", line)[:200]
 
 
 # ------------------------------------------------------------------------------------------------- hashes
