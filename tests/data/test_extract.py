@@ -237,8 +237,14 @@ def test_a_text_with_most_lines_seen_before_is_a_repeat():
     assert not seen.repeats(CODE)
     assert seen.repeats(CODE)
     assert seen.repeats("\n".join(reversed(CODE.split("\n"))))
-    half = CODE[: len(CODE) // 2] + "".join(f"class Other{i}:\n    value_{i} = None\n" for i in range(20))
-    assert not seen.repeats(half)
+
+
+@pytest.mark.parametrize(("old", "repeats"), [(60, False), (80, True)])
+def test_a_repeat_has_over_seventy_percent_of_its_lines_seen(old, repeats):
+    seen = filters.Seen()
+    lines = [f"the line numbered {i}" for i in range(200)]
+    assert not seen.repeats("\n".join(lines[:100]))
+    assert seen.repeats("\n".join(lines[100 - old : 200 - old])) is repeats
 
 
 @given(st.lists(st.text(), unique=True, max_size=20))
