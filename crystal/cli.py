@@ -7,6 +7,7 @@ Every command imports what it needs when it runs, so that `crystal --help` and a
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -24,6 +25,9 @@ Overrides = Annotated[list[str] | None, typer.Argument(metavar="[dotted.key=valu
 
 def main() -> None:
     """Entry point: a user's mistake becomes one line on stderr and exit 2."""
+    # Threads that wait asleep: with the default, spinning, a second busy process on the machine slows training
+    # by up to four times (docs/log.md, 2026-11-24). OpenMP reads this when torch is first imported.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     try:
         app()
     except ConfigError as error:

@@ -83,7 +83,8 @@ def find(name: str | Path, kind: str = "") -> Path:
         return path
     parts = path.parts[1:] if path.parts[:1] == ("configs",) else path.parts
     bare = Path(*parts) if parts and not path.is_absolute() else Path(path.name)
-    for candidate in (CONFIGS / bare, CONFIGS / kind / bare):
+    kinds = [kind] if kind else sorted(p.name for p in CONFIGS.iterdir() if p.is_dir())
+    for candidate in (CONFIGS / bare, *(CONFIGS / k / bare for k in kinds)):
         for file in (candidate, candidate.with_name(candidate.name + ".yaml")):
             if file.is_file():
                 return file

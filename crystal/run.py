@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from pydantic import Field
 
 from crystal.backends.base import CpuConfig, OptimizerConfig
-from crystal.config import Config, ConfigError, Strict, load_yaml, override, parse
+from crystal.config import Config, ConfigError, Strict, find, load_yaml, override, parse
 from crystal.curriculum import CurriculumConfig, resolve, split_entry
 from crystal.data.prepare import DataConfig, prepare
 from crystal.mup.plan import Plan
@@ -28,6 +28,7 @@ class TrainConfig(Strict):
     micro_batch_size: int = Field(gt=0, description="rows that go through the model together")
     eval_every: int | None = Field(None, gt=0, description="validation every so many steps; always at stage ends")
     eval_rows: int = Field(32, gt=0, description="validation rows of each source")
+    checkpoint_every: int | None = Field(None, gt=0, description="null: the curriculum's cadence, as scaled")
     keep_checkpoints: int | None = Field(
         None, gt=0, description="newest ones to keep; null: all. Ends of stages are always kept"
     )
@@ -75,7 +76,7 @@ class RunFile:
 
 def load_run(path: str | Path, overrides: Sequence[str] = ()) -> RunFile:
     """Read and check a run file. Raises ConfigError, one line, for any mistake in it."""
-    source = override(load_yaml(path), overrides)
+    source = override(load_yaml(find(path, "runs")), overrides)
     run = RunFile(parse(RunConfig, source.mapping, source), source, str(path))
     curriculum, model, train = run.config.curriculum, run.config.model, run.config.train
     if curriculum.seq_len > model.max_seq_len:

@@ -15,6 +15,8 @@ import os
 import signal
 import tempfile
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
@@ -101,31 +103,44 @@ def build(recipe: Recipe, cache: Path, sources: list[str] | None = None, process
     """
     chosen = {name: recipe.sources[name] for name in sources or recipe.sources}
     _fetch(recipe, chosen.values(), cache)
-    jobs = [
-        (name, source, cache)
+    missing = [
+        name
         for name, source in chosen.items()
         if _copied(source) and not _built(name, source, cache).exists()
     ]
-    if not jobs:
+    if not missing:
         return
     from rich.console import Console
     from rich.progress import Progress
 
-    with Progress(console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(f"extracting {recipe.name}: {', '.join(job[0] for job in jobs)}", total=len(jobs))
-        if processes == 1:
-            for job in jobs:
-                _build(job)
-                bar.advance(task)
-            return
-        # spawn: the parent may run threads, which fork does not survive
-        with multiprocessing.get_context("spawn").Pool(processes, _ignore_interrupt) as pool:
-            for _ in pool.imap_unordered(_build, jobs):
-                bar.advance(task)
+    folder = cache / "corpora"
+    folder.mkdir(parents=True, exist_ok=True)
+    with (
+        Progress(console=Console(stderr=True), transient=True) as bar,
+        tempfile.TemporaryDirectory(prefix=".partial-", dir=folder) as aside,
+    ):
+        task = bar.add_task(f"extracting {recipe.name}: {', '.join(missing)}", total=len(missing))
+        jobs = [(name, chosen[name], cache, Path(aside) / name) for name in missing]
+        for _ in _built_by_workers(jobs, processes) if processes > 1 else map(_build, jobs):
+            bar.advance(task)
 
 
-def _ignore_interrupt() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent takes it and ends its workers
+def _built_by_workers(jobs: list[tuple], processes: int) -> Iterator[None]:
+    # spawn: the parent may run threads, which fork does not survive
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(processes, spawn, _die_of_interrupt) as pool:
+        waiting = {pool.submit(_build, job): job for job in jobs}
+        try:
+            for done in as_completed(waiting):
+                yield done.result()
+        except BrokenProcessPool:  # one was killed for its memory, or could not import the main module
+            yield from (_build(job) for job in jobs if not _built(*job[:3]).exists())
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _die_of_interrupt() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # without a word: the parent speaks
 
 
 def _copied(source: Source) -> bool:
@@ -136,24 +151,18 @@ def _built(name: str, source: Source, cache: Path) -> Path:
     return cache / "corpora" / f"{name}-{_source_fingerprint(source, cache)[:16]}.jsonl.zst"
 
 
-def _build(job: tuple[str, Source, Path]) -> None:
-    """Write one source aside, then rename: what is killed half-way is not taken for the whole."""
+def _build(job: tuple[str, Source, Path, Path]) -> None:
+    """Write one source to the file `aside`, then rename it: what is killed half-way is not taken for whole."""
     import zstandard
 
-    name, source, cache = job
-    final = _built(name, source, cache)
-    final.parent.mkdir(parents=True, exist_ok=True)
-    handle, aside = tempfile.mkstemp(prefix=".partial-", dir=final.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            with zstandard.ZstdCompressor(level=3).stream_writer(file, closefd=False) as stream:
-                for document in _made(name, source, cache):
-                    stream.write(json.dumps(asdict(document), ensure_ascii=False).encode("utf-8") + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, final)
-    finally:
-        Path(aside).unlink(missing_ok=True)
+    name, source, cache, aside = job
+    with aside.open("wb") as file:
+        with zstandard.ZstdCompressor(level=3).stream_writer(file, closefd=False) as stream:
+            for document in _made(name, source, cache):
+                stream.write(json.dumps(asdict(document), ensure_ascii=False).encode("utf-8") + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
+    aside.replace(_built(name, source, cache))
 
 
 def _read(file: Path) -> Iterator[Document]:

@@ -129,7 +129,7 @@ class Trainer:
                             f"or gradient that is not finite; lower curriculum LR, or use backend.dtype=fp32"
                         )
                     last = stage_ended or self.position == stop or bool(interrupts.received)
-                    if last or self._due(now, now.checkpoint_every):
+                    if last or self._due(now, self.config.train.checkpoint_every or now.checkpoint_every):
                         self.save(now, stage_ended)
                     if interrupts.received:
                         event(self.directory, "interrupted", step=self.position, signal=interrupts.received)
@@ -197,6 +197,7 @@ class Trainer:
             "optimizer": self.config.optimizer.model_dump(mode="json"),
             "backend": self.backend.scalars(),
             "tokenizer": self.tokenizer_file.name,
+            "bos": self.config.data.bos,
         }
         checkpoint.write(directory, self.backend.state(), state, [self.tokenizer_file])
         event(self.directory, "checkpoint", step=self.position, path=directory.name)

@@ -17,7 +17,7 @@ from crystal.run import RunFile
 
 _PACKAGES = ("torch", "numpy", "mup", "sentencepiece", "transformers", "safetensors", "triton")
 # what may change between two starts of one run: none of it changes what is computed
-_FREE = {("run_dir",), ("backend",), ("train", "keep_checkpoints"), ("train", "max_bad_steps")}
+_FREE = {("run_dir",), ("backend",), *(("train", k) for k in ("checkpoint_every", "keep_checkpoints", "max_bad_steps"))}
 
 
 def open_run(run: RunFile, plan: Plan, store: TokenStore, backend: dict) -> Path:

@@ -1,0 +1,194 @@
+"""Whatever happens to a run, it goes on to the same losses, bit for bit."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from crystal.config import ConfigError
+from crystal.training import checkpoint
+from crystal.training.metrics import read_metrics
+
+STEPS = 30
+
+
+def losses(run_dir: Path) -> list[tuple]:
+    """Everything numeric that a run recorded, but for times."""
+    keys = ("step", "stage", "loss", "lr", "grad_norm", "source_loss", "val_loss")
+    return [tuple(json.dumps(r.get(k)) for k in keys) for r in read_metrics(run_dir)]
+
+
+def final_tensors(run_dir: Path) -> dict[str, torch.Tensor]:
+    saved = checkpoint.read(checkpoint.locate(run_dir))
+    return {f"{p}.{n}": t for p in ("model", "optimizer.exp_avg", "optimizer.exp_avg_sq") for n, t in saved.tensors(p)}
+
+
+def assert_same_run(a: Path, b: Path) -> None:
+    assert losses(a) == losses(b)
+    left, right = final_tensors(a), final_tensors(b)
+    assert left.keys() == right.keys()
+    assert all(torch.equal(left[n], right[n]) for n in left)
+
+
+def command(path: Path, *words: str) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-m", "crystal.cli", "train", str(path), *words],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+
+
+@pytest.fixture
+def whole(make_run, train):
+    """An uninterrupted run, made with one thread as the commands are."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    path = make_run()
+    outcome = train(path, "run_dir=" + str(path.parent / "whole"))
+    torch.set_num_threads(threads)
+    assert outcome.step == STEPS
+    return outcome.directory
+
+
+def test_a_run_killed_five_times_equals_the_uninterrupted_one(make_run, whole):
+    """kill -9 at random points, every other time in the middle of writing a checkpoint."""
+    path = make_run()
+    run_dir = path.parent / "run"
+    rng = random.Random(7)
+    for kill in range(5):
+        done = len(list(read_metrics(run_dir)))
+        target = done + rng.randint(1, 5)
+        process = command(path)
+        while process.poll() is None:
+            lines = (run_dir / "metrics.jsonl").read_text().count("\n") if (run_dir / "metrics.jsonl").exists() else 0
+            writing = any((run_dir / "checkpoints").glob(".tmp-*")) if kill % 2 else True
+            if lines >= target and writing:
+                break
+            time.sleep(0.0005)
+        assert process.poll() is None, process.stderr.read()
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    process = command(path)
+    _, errors = process.communicate()
+    assert process.returncode == 0, errors
+    assert_same_run(run_dir, whole)
+    assert not list((run_dir / "checkpoints").glob(".tmp-*"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_exits_130(make_run, whole, number):
+    path = make_run()
+    run_dir = path.parent / "run"
+    process = command(path)
+    while process.poll() is None and len(list(read_metrics(run_dir))) < 7:
+        time.sleep(0.001)
+    process.send_signal(number)
+    _, errors = process.communicate()
+    assert process.returncode == 130, errors
+    assert "Traceback" not in errors
+    last = list(read_metrics(run_dir))[-1]["step"]
+    assert checkpoint.steps(run_dir / "checkpoints")[-1] == last
+    assert 6 <= last < STEPS
+    process = command(path)
+    _, errors = process.communicate()
+    assert process.returncode == 0, errors
+    assert [r for r in losses(run_dir) if r[0] != str(last)] == [r for r in losses(whole) if r[0] != str(last)]
+
+
+def test_stage_by_stage_equals_all_at_once(make_run, train, whole):
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    path = make_run()
+    assert [train(path, stage=s).step for s in (1, 2, 3)] == [10, 22, 30]
+    torch.set_num_threads(threads)
+    assert_same_run(path.parent / "run", whole)
+
+
+def test_a_finished_stage_is_left_as_it_is(make_run, train):
+    path = make_run()
+    train(path)
+    before = losses(path.parent / "run")
+    assert train(path, stage=2).step == 22
+    assert train(path).step == STEPS
+    assert losses(path.parent / "run") == before
+
+
+def test_a_stage_needs_the_end_of_the_one_before(make_run, train):
+    path = make_run()
+    with pytest.raises(ConfigError, match="end of stage 1, step 10; train that stage first"):
+        train(path, stage=2)
+    train(path, until=9)
+    with pytest.raises(ConfigError, match="train that stage first"):
+        train(path, stage=2)
+
+
+def test_a_chunks_order_does_not_depend_on_where_one_resumed(make_run):
+    """A published mistake: the shuffle's seed was the number of the last checkpoint."""
+    from crystal.curriculum import resolve
+    from crystal.data.store import TokenStore
+    from crystal.run import load_run, prepare_run
+    from crystal.training.batches import Batches
+
+    run = load_run(make_run())
+    store = TokenStore.open(prepare_run(run))
+    curriculum = resolve(run.config.curriculum, run.source, store.sources)
+
+    def from_(first: int) -> list:
+        made = Batches(curriculum, store, 1, 4)
+        return [b.ids_BT for batches in made.ahead(first, STEPS - 1) for b in batches]
+
+    full, resumed = from_(0), from_(17)
+    assert all(torch.equal(a, b) for a, b in zip(full[-len(resumed) :], resumed, strict=True))
+
+
+def test_moments_carry_into_stage_two_and_not_into_stage_three(make_run, train):
+    path = make_run()
+    run_dir = train(path).directory
+    ends = {s: checkpoint.read(checkpoint.locate(run_dir, s)).state for s in (1, 2, 3)}
+    assert [ends[s]["backend"]["optimizer_step"] for s in (1, 2, 3)] == [10, 22, 8]
+    entered = [json.loads(line) for line in (run_dir / "events.jsonl").read_text().splitlines()]
+    assert [e["optimizer_carried"] for e in entered if e["event"] == "stage"] == [False, True, False]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"optimizer.weight_decay": 0.2}, r"optimizer\.weight_decay: the run in .* was made with 0\.1, .* now says 0\.2"),
+        ({"train.seed": 5}, r"train\.seed: .* made with 1, .* now says 5"),
+    ],
+)
+def test_a_run_goes_on_only_as_what_it_was(make_run, train, changes, message):
+    train(make_run(), until=3)
+    with pytest.raises(ConfigError, match=message):
+        train(make_run(**changes), until=4)
+
+
+def test_changed_data_is_noticed(make_run, train):
+    path = make_run()
+    train(path, until=3)
+    manifest = path.parent / "run" / "manifest.json"
+    record = json.loads(manifest.read_text())
+    record["data"]["store"] = "0" * 64
+    manifest.write_text(json.dumps(record))
+    with pytest.raises(ConfigError, match="was made from the token store 0000000000000000"):
+        train(path)
+
+
+def test_a_damaged_checkpoint_is_named_and_nothing_is_lost(make_run, train):
+    path = make_run()
+    run_dir = train(path, until=6).directory
+    before = (run_dir / "metrics.jsonl").read_bytes()
+    shard = checkpoint.locate(run_dir) / "shard-00001.safetensors"
+    data = bytearray(shard.read_bytes())
+    data[-1] ^= 1
+    shard.write_bytes(data)
+    with pytest.raises(ConfigError, match=r"shard-00001\.safetensors: expected sha256"):
+        train(path)
+    assert (run_dir / "metrics.jsonl").read_bytes() == before
