@@ -6,6 +6,7 @@ import json
 import os
 import stat
 import subprocess
+import sys
 import tarfile
 import zipfile
 from pathlib import Path
@@ -139,6 +140,14 @@ def test_the_same_archives_give_the_same_documents_in_any_cache_with_any_process
             documents(toy, source, tmp_path / "two")
         )
     assert files_in(tmp_path / "one" / "corpora") == files_in(tmp_path / "two" / "corpora")
+
+
+def test_a_build_goes_on_without_workers_that_cannot_start(tmp_path, toy):
+    """A main module read from stdin is one that no worker can import."""
+    script = "from crystal.data import corpus\nfrom pathlib import Path\n"
+    script += f"corpus.build(corpus.load_recipe({str(tmp_path / 'toy.yaml')!r}), Path({str(tmp_path)!r}), processes=2)"
+    subprocess.run([sys.executable, "-"], input=script, text=True, check=True, capture_output=True)
+    assert len(files_in(tmp_path / "corpora")) == 2
 
 
 def test_the_second_time_no_client_is_called(tmp_path, toy, monkeypatch):
