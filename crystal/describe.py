@@ -67,8 +67,7 @@ def model_text(result: dict) -> str:
     lines = [
         f"{result['name']}: {result['parameters']:,} parameters, "
         f"{result['flops_per_token'] / 1e9:.3g} GFLOP/token (forward + backward, causal attention)",
-        "memory without activations: "
-        + ", ".join(f"{k} {v / 1e9:.2f} GB" for k, v in result["memory_bytes"].items()),
+        "memory without activations: " + ", ".join(f"{k} {v / 1e9:.2f} GB" for k, v in result["memory_bytes"].items()),
         *(f"  {key}: {value}" for key, value in config.items()),
         *(f"  mup.{key}: {value}" for key, value in result["config"]["mup"].items()),
     ]
@@ -189,9 +188,10 @@ def dry_run_text(result: dict) -> str:
             f"group {name}: {g['tensors']} tensors, lr x{g['lr_multiplier']:g}, weight decay {g['weight_decay']:g}, "
             f"eps {g['eps']:g}"
         )
+    least, rate = _duration(result["seconds_at_least"]), result["matmul_flops_per_second"] / 1e9
     lines.append(
         f"memory {result['memory_bytes'] / 1e9:.2f} GB without activations; {result['flops']:.3g} FLOPs, at least "
-        f"{_duration(result['seconds_at_least'])} at this machine's {result['matmul_flops_per_second'] / 1e9:,.0f} GFLOP/s"
+        f"{least} at this machine's {rate:,.0f} GFLOP/s"
     )
     return "\n".join(lines)
 
@@ -239,7 +239,8 @@ def _steps(at: str) -> list[int]:
 
 def schedule_text(result: dict) -> str:
     groups = result["groups"]
-    lines = [f"{result['stage']}, {result['steps']:,} steps", f"{'step':>10} {'base lr':>14}" + "".join(f"{g:>16}" for g in groups)]
+    head = f"{'step':>10} {'base lr':>14}" + "".join(f"{group:>16}" for group in groups)
+    lines = [f"{result['stage']}, {result['steps']:,} steps", head]
     for t, value in result["lr"].items():
         lines.append(f"{t:>10} {value:>14.7g}" + "".join(f"{groups[g][t]:>16.7g}" for g in groups))
     return "\n".join(lines)

@@ -34,8 +34,9 @@ def plot_losses(run_dir: Path, curriculum: Curriculum) -> Path:
             *zip(*points, strict=True), color=COLOURS[i % 8], marker=_MARKS[i % 8], ms=4, label=f"{source}, held out"
         )
     losses.set_ylabel("loss, nats per token")
-    if trained:
-        losses.set_ylim(0, 1.15 * max([trained[0]["loss"] / 3, *(v for r in validated[1:] for v in r["val_loss"].values())]))
+    if trained:  # the first steps fall from 28 nats and would flatten the rest
+        later = [v for r in validated[1:] for v in r["val_loss"].values()]
+        losses.set_ylim(0, 1.15 * max([trained[0]["loss"] / 3, *later]))
     losses.legend(fontsize=8, ncols=2)
     rates.plot([r["step"] for r in trained], [r["lr"] for r in trained], color=COLOURS[0])
     rates.set_ylabel("base lr")
@@ -49,25 +50,31 @@ def plot_losses(run_dir: Path, curriculum: Curriculum) -> Path:
 def plot_curriculum(curriculum: Curriculum, path: Path) -> None:
     """LR over the whole curriculum, and each stage's mix as a stacked bar as wide as the stage."""
     figure, ((rates,), (mix,)) = _figure(2, 7)
-    names = list(dict.fromkeys(name for s in curriculum.stages for name in s.weights))
+    names = list(dict.fromkeys(_short(name) for s in curriculum.stages for name in s.weights))
     for stage in curriculum.stages:
         steps = sorted({int(stage.steps * i / 400) for i in range(401)} | set(stage.schedule.knots))
         rates.plot([stage.first_step + t for t in steps], [stage.lr_at(t) for t in steps], color=COLOURS[0])
         bottom = 0.0
         for name, weight in stage.weights.items():
-            i = names.index(name)
-            label = name if name not in mix.get_legend_handles_labels()[1] else None
+            i = names.index(_short(name))
+            label = names[i] if names[i] not in mix.get_legend_handles_labels()[1] else None
             mix.bar(
                 stage.first_step, weight, stage.steps, bottom, align="edge", label=label, edgecolor="white",
-                color=COLOURS[i % 8], hatch=("", "//", "..", "xx")[i // 8 % 4],
+                color=COLOURS[i % 8], hatch=("", "///", "...", "xxx")[i // 8 % 4],
             )  # fmt: skip
             bottom += weight
     rates.set_ylabel("base lr")
     mix.set_ylabel("share of sequences")
     mix.set_xlabel("step")
-    mix.legend(fontsize=6, ncols=2, loc="upper left", bbox_to_anchor=(0, -0.15))
+    figure.legend(*mix.get_legend_handles_labels(), fontsize=7, ncols=4, loc="outside lower center")
     _mark_stages((rates, mix), curriculum)
     figure.savefig(path, dpi=110)
+
+
+def _short(name: str) -> str:
+    """One name for the parts and versions of a published source: SlimPajama/ArXiv, StarCoder, stage3/css."""
+    parts = name.split("/")
+    return "/".join(part.split("_")[0] for part in dict.fromkeys((parts[0], parts[-1])))
 
 
 def _mark_stages(axes: tuple, curriculum: Curriculum) -> None:

@@ -72,9 +72,7 @@ class Schedule:
         return p + (t - a) * (q - p) / (b - a)
 
 
-def fit(
-    segments: Sequence[Segment], published_steps: int, steps: int | None = None, min_warmup: int = 1
-) -> Schedule:
+def fit(segments: Sequence[Segment], published_steps: int, steps: int | None = None, min_warmup: int = 1) -> Schedule:
     """The schedule of a stage published with `published_steps` steps, fitted to `steps` (None: the same).
 
     Places where segments meet are scaled and rounded to whole steps, at least one step apart; a first segment

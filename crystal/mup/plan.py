@@ -159,7 +159,16 @@ def _model_width(infshapes: dict, layouts: dict) -> float:
 
 
 def _row(
-    name, infshape, layout, rules: Parametrization, tuning: Tuning, m_model, m_depth, in_block, is_residual_out, n_layers
+    name: str,
+    infshape: mup.InfShape,
+    layout: tuple[int, int] | None,
+    rules: Parametrization,
+    tuning: Tuning,
+    m_model: float,
+    m_depth: float,
+    in_block: bool,
+    is_residual_out: bool,
+    n_layers: int,
 ) -> TensorPlan:
     role = _role(name, infshape, layout)
     powers = rules.powers[role]
@@ -203,7 +212,9 @@ def _row(
 
 def _named_groups(rows: list[TensorPlan]) -> list[TensorPlan]:
     """Name each row's optimizer group: the role, plus the lr multiplier where a role has more than one."""
-    settings = {row.role: {(r.lr_multiplier, r.weight_decay, r.eps) for r in rows if r.role == row.role} for row in rows}
+    settings: dict[Role, set] = {}
+    for row in rows:
+        settings.setdefault(row.role, set()).add((row.lr_multiplier, row.weight_decay, row.eps))
 
     def name(row: TensorPlan) -> str:
         if len(settings[row.role]) == 1:

@@ -29,9 +29,7 @@ def parameter_count(config: ModelConfig) -> int:
     return sum(p.numel() for p in meta_decoder(config).parameters())
 
 
-def plan_for(
-    config: ModelConfig, *, weight_decay: float = 0.1, decay_vectors: bool = False, eps: float = 1e-8
-) -> Plan:
+def plan_for(config: ModelConfig, *, weight_decay: float = 0.1, decay_vectors: bool = False, eps: float = 1e-8) -> Plan:
     """The parameter plan of a decoder; weight decay and eps are the optimizer's, the rest is in config.mup."""
     mup_ = config.mup
     group = config.n_heads // config.kv_heads * config.d_head  # the smallest width with whole heads

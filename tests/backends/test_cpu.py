@@ -79,7 +79,8 @@ def test_the_step_equals_plain_torch(dtype):
     plain.load_state_dict(dict(initial_weights(plan, 1)))
     named = dict(plain.named_parameters())
     adamw = torch.optim.AdamW(
-        [{"params": [named[r.tensor]], "lr": 0.01 * r.lr_multiplier, "weight_decay": r.weight_decay} for r in plan.tensors],
+        [{"params": [named[r.tensor]], "lr": 0.01 * r.lr_multiplier, "weight_decay": r.weight_decay}
+         for r in plan.tensors],
         betas=(0.9, 0.95), eps=1e-3,
     )  # fmt: skip
     tolerance = 1e-5 if dtype == "fp32" else 3e-2

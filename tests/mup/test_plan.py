@@ -25,7 +25,8 @@ class Gpt(nn.Module):
             block = nn.ModuleDict(
                 {
                     "ln_1": nn.LayerNorm(d_model), "ln_2": nn.LayerNorm(d_model),
-                    "q": nn.Linear(d_model, d_model), "k": nn.Linear(d_model, d_model), "v": nn.Linear(d_model, d_model),
+                    "q": nn.Linear(d_model, d_model), "k": nn.Linear(d_model, d_model),
+                    "v": nn.Linear(d_model, d_model),
                     "attn_out": nn.Linear(d_model, d_model),
                     "fc": nn.Linear(d_model, d_ff), "proj": nn.Linear(d_ff, d_model),
                 }
@@ -38,7 +39,10 @@ class Gpt(nn.Module):
 
 def gpt_plan(d_model, n_layers, tuning, d_ff=None, base_ff=1024, glu=False):
     with torch.device("meta"):
-        models = [Gpt(d, f, n_layers, glu=glu) for d, f in ((d_model, d_ff or 4 * d_model), (256, base_ff), (512, 2 * base_ff))]
+        models = [
+            Gpt(d, f, n_layers, glu=glu)
+            for d, f in ((d_model, d_ff or 4 * d_model), (256, base_ff), (512, 2 * base_ff))
+        ]
     return make_plan(
         *models, "crystalcoder", tuning, residual_out=("attn_out.weight", "proj.weight"), n_layers=n_layers
     )
@@ -124,9 +128,7 @@ def test_amber_is_standard_and_decays_everything():
 
 def test_completep_scales_blocks_by_depth_and_only_blocks():
     mup_ = {"parametrization": "completep", "base_d_model": 64, "base_n_layers": 2, "depth_alpha": 0.5}
-    config = ModelConfig(
-        d_model=128, n_layers=8, n_heads=4, d_ff=256, vocab_size=64, bias=True, mup=mup_
-    )
+    config = ModelConfig(d_model=128, n_layers=8, n_heads=4, d_ff=256, vocab_size=64, bias=True, mup=mup_)
     plan = plan_for(config, eps=1e-8)
     assert plan.residual_multiplier == 4**-0.5
     hidden, bias = plan["blocks.0.attn.q.weight"], plan["blocks.0.attn.q.bias"]

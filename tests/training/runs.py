@@ -7,8 +7,8 @@ from pathlib import Path
 import yaml
 
 WORDS = {
-    "english": "the of and to in a is that for it as was with be by on not he his but at are this have from or had".split(),
-    "python": "def return import self for in if else None True class print range len ( ) : = + [ ] \n".split(" "),
+    "english": "the of and to in a is that for it as was with be by on not he his but at are this have".split(),
+    "python": [*"def return import self for in if else None True class print range len ( ) : = + [ ]".split(), "\n"],
     "html": "<p> </p> <div> </div> <a href= > </a> <h1> </h1> class id body head title".split(),
 }
 
@@ -41,7 +41,7 @@ def write_run(corpus: Path, directory: Path, **changes) -> Path:
             "name": "tiny", "seq_len": 32, "global_batch_size": 8,
             "stages": [
                 stage("english", 10, 0.01, {"english": 1.0}),
-                stage("code", 12, 0.008, {"english": 0.4, "python": 0.6}, fim={"rate": 0.9}, carry=["weights", "optimizer"]),
+                stage("code", 12, 0.008, {"english": 0.4, "python": 0.6}, fim={"rate": 0.9}),
                 stage("web", 8, 0.002, {"python": 0.5, "html": 0.5}, fim={"rate": 0.3}, carry=["weights"]),
             ],
         },

@@ -31,7 +31,7 @@ def test_large_checkpoints_are_split_into_shards(tmp_path, monkeypatch):
 
 def test_weights_are_never_saved_in_bf16(tmp_path):
     """A published mistake: early Amber checkpoints hold bf16 weights."""
-    with pytest.raises(ValueError, match="a checkpoint holds fp32, got torch.bfloat16"):
+    with pytest.raises(ValueError, match=r"a checkpoint holds fp32, got torch\.bfloat16"):
         saved(tmp_path, {"model.a": torch.zeros(2, dtype=torch.bfloat16)})
 
 

@@ -160,7 +160,7 @@ def test_moments_carry_into_stage_two_and_not_into_stage_three(make_run, train):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"optimizer.weight_decay": 0.2}, r"optimizer\.weight_decay: the run in .* was made with 0\.1, .* now says 0\.2"),
+        ({"optimizer.weight_decay": 0.2}, r"optimizer\.weight_decay: .* made with 0\.1, .* now says 0\.2"),
         ({"train.seed": 5}, r"train\.seed: .* made with 1, .* now says 5"),
     ],
 )

@@ -54,14 +54,14 @@ def test_only_the_newest_checkpoints_and_the_ends_of_stages_are_kept(make_run, t
 
 
 def test_the_vocabulary_must_be_the_tokenizers(make_run, train):
-    with pytest.raises(ConfigError, match=r"model\.vocab_size: expected 352, the tokenizer's padded vocabulary, got 384"):
+    with pytest.raises(ConfigError, match=r"model\.vocab_size: expected 352, the tokenizer's .*, got 384"):
         train(make_run(**{"model.vocab_size": 384}))
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"train.micro_batch_size": 3}, r"train\.micro_batch_size: expected a divisor of curriculum\.global_batch_size 8"),
+        ({"train.micro_batch_size": 3}, r"train\.micro_batch_size: expected a divisor of .* 8, got 3"),
         ({"curriculum.seq_len": 128}, r"curriculum\.seq_len: expected at most model\.max_seq_len 64"),
         ({"name": "a/b"}, "name: expected"),
     ],
@@ -73,7 +73,7 @@ def test_impossible_runs_are_one_line(make_run, train, changes, message):
 
 def test_a_loss_that_is_not_finite_is_left_out_and_stops_the_run(make_run, train):
     path = make_run(**{"train.max_bad_steps": 2})
-    with pytest.raises(ConfigError, match="3 steps in a row .* not finite"):
+    with pytest.raises(ConfigError, match=r"3 steps in a row .* not finite"):
         train(path, "model.mup.init_std=1e30")
     records = list(read_metrics(path.parent / "run"))
     assert [r["applied"] for r in records[1:]] == [False] * 3

@@ -156,7 +156,9 @@ def test_blocks_work_as_stateless_templates():
     x, table = torch.randn(1, 8, 64), decoder.table(0, 8, torch.device("cpu"))
     weights = dict(decoder.blocks[1].named_parameters())
     with torch.no_grad():
-        assert torch.equal(torch.func.functional_call(decoder.blocks[0], weights, (x, table)), decoder.blocks[1](x, table))
+        assert torch.equal(
+            torch.func.functional_call(decoder.blocks[0], weights, (x, table)), decoder.blocks[1](x, table)
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
