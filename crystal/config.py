@@ -125,7 +125,7 @@ def _load(path: Path, above: tuple[Path, ...]) -> Config:
         except ConfigError as error:
             raise ConfigError(f"{path}: extends: {error}") from None
         merged = merge(merged, _load(file, (*above, path.resolve())))
-    return merge(merged, Config(mapping, _origins(mapping, str(path))))
+    return merge(merged, Config(mapping, _origins(mapping, os.path.normpath(path))))
 
 
 def _origins(value: Any, file: str, loc: tuple = ()) -> dict[tuple, str]:
@@ -144,7 +144,18 @@ def merge(under: Config, over: Config) -> Config:
             return a | {key: join(a[key], value) if key in a else value for key, value in b.items()}
         return b
 
-    return Config(join(under.mapping, over.mapping), under.origin | over.origin)
+    mapping = join(under.mapping, over.mapping)
+    # what a list that was replaced held before has no place any more
+    return Config(mapping, {loc: file for loc, file in (under.origin | over.origin).items() if _holds(mapping, loc)})
+
+
+def _holds(node: Any, loc: tuple) -> bool:
+    for part in loc:
+        inside = part in node if isinstance(node, dict) else isinstance(node, list) and part < len(node)
+        if not inside:
+            return False
+        node = node[part]
+    return True
 
 
 def override(config: Config, assignments: Iterable[str]) -> Config:
@@ -157,29 +168,40 @@ def override(config: Config, assignments: Iterable[str]) -> Config:
             value = yaml.load(text, _Loader)  # noqa: S506  a SafeLoader
         except yaml.YAMLError:
             raise ConfigError(f"{word}: expected a YAML value after '='") from None
-        config = Config(_put(config.mapping, key.split("."), value, key), dict(config.origin))
-        config.origin[tuple(_number(part) for part in key.split("."))] = "command line"
+        loc = _locate(config.mapping, key)
+        mapping = _put(config.mapping, loc, value)
+        origin = {loc[:end]: "command line" for end in range(1, len(loc))} | config.origin
+        origin |= _origins(value, "command line", loc)
+        config = Config(mapping, {loc: file for loc, file in origin.items() if _holds(mapping, loc)})
     return config
 
 
-def _number(part: str) -> str | int:
-    return int(part) if part.isdigit() else part
+def _locate(node: Any, dotted: str) -> tuple:
+    """The key path that dotted words mean: items of a list by position or by their `name`."""
+    loc: list[str | int] = []
+    for word in dotted.split("."):
+        if isinstance(node, list):
+            names = [item.get("name") if isinstance(item, dict) else None for item in node]
+            index = int(word) if word.isdigit() else names.index(word) if word in names else -1
+            if not 0 <= index < len(node):
+                expected = ", ".join(str(n) for n in names if n) or f"0 to {len(node) - 1}"
+                raise ConfigError(f"command line: {dotted}: expected one of {expected} at '{word}'")
+            loc.append(index)
+            node = node[index]
+        else:
+            loc.append(word)
+            node = node.get(word) if isinstance(node, dict) else None
+    return tuple(loc)
 
 
-def _put(node: Any, keys: list[str], value: Any, dotted: str) -> Any:
-    if not keys:
+def _put(node: Any, loc: tuple, value: Any) -> Any:
+    if not loc:
         return value
-    head, rest = keys[0], keys[1:]
+    head, rest = loc[0], loc[1:]
     if isinstance(node, list):
-        names = [item.get("name") if isinstance(item, dict) else None for item in node]
-        index = int(head) if head.isdigit() else names.index(head) if head in names else -1
-        if not 0 <= index < len(node):
-            expected = ", ".join(str(n) for n in names if n) or f"0 to {len(node) - 1}"
-            raise ConfigError(f"command line: {dotted}: expected one of {expected} at '{head}'")
-        return [*node[:index], _put(node[index], rest, value, dotted), *node[index + 1 :]]
-    return (node if isinstance(node, dict) else {}) | {
-        head: _put(node.get(head) if isinstance(node, dict) else None, rest, value, dotted)
-    }
+        return [*node[:head], _put(node[head], rest, value), *node[head + 1 :]]
+    node = node if isinstance(node, dict) else {}
+    return node | {head: _put(node.get(head), rest, value)}
 
 
 def parse(cls: type[Section], mapping: Any, where: str | Config, prefix: tuple = ()) -> Section:
@@ -196,8 +218,12 @@ def parse(cls: type[Section], mapping: Any, where: str | Config, prefix: tuple =
         errors = sorted(problem.errors(), key=lambda e: e["type"] != "extra_forbidden")
         error = errors[0]
         loc = (*prefix, *(part for part in error["loc"] if not _is_tag(part, mapping, error["loc"])))
-        file = where if isinstance(where, str) else where.where(loc)
         line = _sentence(cls, error)
+        # a section's own check names the key it is about: `n_heads: expected a divisor …`
+        key, colon, rest = line.partition(": ")
+        if error["type"] == "value_error" and colon and key.split(".")[0] in _fields(cls, error["loc"]):
+            loc, line = (*loc, *key.split(".")), rest
+        file = where if isinstance(where, str) else where.where(loc)
         raise ConfigError(f"{file}: {'.'.join(map(str, loc)) + ': ' if loc else ''}{line}") from None
     except (TypeError, ValueError) as problem:
         file = where if isinstance(where, str) else where.where(prefix)
@@ -233,11 +259,12 @@ def _fields(cls: Any, loc: tuple) -> list[str]:
     """Names of the fields of the section at `loc`, walking through lists, mappings and unions."""
     for part in loc:
         models = [cls] if isinstance(cls, type) else _models(cls)
-        holder = next((m for m in models if hasattr(m, "model_fields") and part in m.model_fields), None)
-        if holder is not None:
-            cls = holder.model_fields[part].annotation
+        holders = [m.model_fields for m in models if hasattr(m, "model_fields")]
+        fields = {field.alias or name: field for holder in holders for name, field in holder.items()}
+        if part in fields:
+            cls = fields[part].annotation
     models = _models(cls)
-    return [name for m in models for name in m.model_fields]
+    return [field.alias or name for m in models for name, field in m.model_fields.items()]
 
 
 def _models(annotation: Any) -> list:

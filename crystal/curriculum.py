@@ -238,13 +238,11 @@ class Curriculum:
         """The stage that global step number `global_step` (from 0) lies in; the last one behind the end."""
         return next((s for s in reversed(self.stages) if s.first_step <= global_step), self.stages[0])
 
-    def stage(self, name: str) -> Stage:
-        """The stage called `name`. Raises ConfigError with the names there are."""
-        for stage in self.stages:
-            if stage.name == name:
-                return stage
-        known = [s.name for s in self.stages]
-        raise ConfigError(f"stage: expected one of {', '.join(known)}, got {name!r}{nearest(name, known)}")
+    def numbered(self, number: int) -> Stage:
+        """Stage `number`, counted from 1 as on the command line. Raises ConfigError."""
+        if not 1 <= number <= len(self.stages):
+            raise ConfigError(f"--stage: expected 1 to {len(self.stages)}, got {number}")
+        return self.stages[number - 1]
 
 
 def resolve(

@@ -10,7 +10,7 @@ import torch
 
 from crystal.backends.base import OptimizerConfig
 from crystal.config import ConfigError, parse
-from crystal.curriculum import Curriculum, Stage, resolve
+from crystal.curriculum import Stage, resolve
 from crystal.mup.plan import Plan
 from crystal.run import RunFile
 from crystal.zoo.build import parameter_count, plan_for
@@ -206,7 +206,7 @@ def _duration(seconds: float) -> str:
 def schedule(run: RunFile, stage: int, at: str | None, plot: Path | None) -> dict:
     """Base and per-group LR of a stage (from 1) at steps given as `1,86,1500`; default its corners."""
     curriculum = resolve(run.config.curriculum, run.source)
-    chosen = numbered_stage(curriculum, stage)
+    chosen = curriculum.numbered(stage)
     steps = sorted({0, *chosen.schedule.knots}) if at is None else _steps(at)
     lr = {str(t): chosen.lr_at(t) for t in steps}
     groups = {
@@ -214,17 +214,10 @@ def schedule(run: RunFile, stage: int, at: str | None, plot: Path | None) -> dic
         for name, rows in run.config.plan().groups().items()
     }
     if plot is not None:
-        from crystal.plots import plot_curriculum
+        from crystal.training.plots import plot_curriculum
 
         plot_curriculum(curriculum, plot)
     return {"stage": chosen.name, "steps": chosen.steps, "lr": lr, "groups": groups}
-
-
-def numbered_stage(curriculum: Curriculum, number: int) -> Stage:
-    """Stage `number`, from 1. Raises ConfigError."""
-    if not 1 <= number <= len(curriculum.stages):
-        raise ConfigError(f"--stage: expected 1 to {len(curriculum.stages)}, got {number}")
-    return curriculum.stages[number - 1]
 
 
 def _steps(at: str) -> list[int]:

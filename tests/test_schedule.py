@@ -37,7 +37,7 @@ PUBLISHED = {
 def published_stage(curriculum: str, stage: str):
     config = load_yaml(f"configs/curricula/{curriculum}.yaml")
     section = parse(CurriculumConfig, config.mapping["curriculum"], config, ("curriculum",))
-    return resolve(section, config).stage(stage)
+    return next(s for s in resolve(section, config).stages if s.name == stage)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,6 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from crystal.config import ConfigError
 from crystal.curriculum import Curriculum, Stage
 from crystal.data.store import TokenStore
-from crystal.describe import numbered_stage
 from crystal.run import RunFile, prepare_run
 from crystal.training.loop import Outcome, Trainer
 
@@ -56,10 +55,10 @@ def start(run: RunFile, stage: int | None, until: int | None, console: Console) 
     store = TokenStore.open(prepare_run(run, console))
     bar = _Bar(console)
     trainer = Trainer(run, store, bar)
-    chosen = None if stage is None else numbered_stage(trainer.curriculum, stage)
+    chosen = None if stage is None else trainer.curriculum.numbered(stage)
     with bar.progress:
         outcome = trainer.train(chosen, until)
-    from crystal.plots import plot_losses
+    from crystal.training.plots import plot_losses
 
     plot_losses(outcome.directory, trainer.curriculum)
     return outcome

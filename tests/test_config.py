@@ -1,0 +1,155 @@
+"""Configs: inheritance, overrides, and one clear line for every mistake."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from crystal.config import ConfigError, Strict, find, load_yaml, override, parse
+from crystal.run import load_run
+
+
+class Optim(Strict):
+    lr: float = 0.1
+    betas: tuple[float, float] = (0.9, 0.95)
+
+
+class Stage(Strict):
+    name: str
+    steps: int
+
+
+class Root(Strict):
+    optim: Optim = Optim()
+    stages: tuple[Stage, ...] = ()
+    out: Path | None = None
+
+
+def write(directory: Path, name: str, text: str) -> Path:
+    path = directory / name
+    path.write_text(text)
+    return path
+
+
+def test_children_change_what_they_name_and_keep_the_rest(tmp_path):
+    write(tmp_path, "a.yaml", "optim: {lr: 1, betas: [0.8, 0.9]}\nout: x\n")
+    write(tmp_path, "b.yaml", "extends: a.yaml\noptim: {lr: 2}\n")
+    config = load_yaml(write(tmp_path, "c.yaml", "extends: [b.yaml]\nstages: [{name: s, steps: 3}]\n"))
+    root = parse(Root, config.mapping, config)
+    assert (root.optim.lr, root.optim.betas, root.out) == (2.0, (0.8, 0.9), Path("x"))
+    assert root.stages == (Stage(name="s", steps=3),)
+
+
+def test_packaged_files_are_found_with_or_without_folder_and_ending(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert find("demo", "runs") == find("configs/runs/demo.yaml") == find("runs/demo.yaml") == find("demo")
+
+
+def test_a_circle_of_extends_is_named(tmp_path):
+    write(tmp_path, "a.yaml", "extends: b.yaml\n")
+    with pytest.raises(ConfigError, match=r"b\.yaml: extends: .*circle"):
+        load_yaml(write(tmp_path, "b.yaml", "extends: a.yaml\n"))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("optim: {lr: 1", r"x\.yaml:\d+: expected YAML"),
+        ("- 1\n- 2\n", r"x\.yaml: expected a mapping of keys, got list"),
+        ("optim: {lr: 1}\noptim: {lr: 2}\n", r"x\.yaml:2: expected YAML, key 'optim' given twice"),
+        ("extends: nowhere.yaml\n", r"x\.yaml: extends: nowhere\.yaml: no such file"),
+    ],
+)
+def test_bad_files_name_themselves(tmp_path, text, message):
+    with pytest.raises(ConfigError, match=message):
+        load_yaml(write(tmp_path, "x.yaml", text))
+
+
+@pytest.mark.parametrize(
+    ("mapping", "message"),
+    [
+        ({"optim": {"lrr": 1}}, "f.yaml: optim.lrr: unknown key; did you mean 'lr'?"),
+        ({"optmi": {}}, "f.yaml: optmi: unknown key; did you mean 'optim'?"),
+        ({"optim": {"lr": "fast"}}, 'f.yaml: optim.lr: expected a valid number, got "fast"'),
+        ({"optim": {"lr": True}}, "f.yaml: optim.lr: expected a valid number, got true"),
+        ({"stages": [{"name": "a", "steps": 2.5}]}, "f.yaml: stages.0.steps: expected a valid integer, got 2.5"),
+        ({"stages": [{"name": "a"}]}, "f.yaml: stages.0.steps: expected a value, none given"),
+    ],
+)
+def test_a_mistake_is_one_line_with_file_key_and_what_was_expected(mapping, message):
+    with pytest.raises(ConfigError) as error:
+        parse(Root, mapping, "f.yaml")
+    assert str(error.value).startswith(message)
+    assert "\n" not in str(error.value)
+
+
+def test_the_file_that_is_named_is_the_one_that_holds_the_key(tmp_path):
+    write(tmp_path, "parent.yaml", "optim: {lrr: 1}\n")
+    config = load_yaml(write(tmp_path, "child.yaml", "extends: parent.yaml\noptim: {lr: 2}\n"))
+    with pytest.raises(ConfigError, match=r"parent\.yaml: optim\.lrr"):
+        parse(Root, config.mapping, config)
+    config = override(config, ["optim.lr=x"])
+    config.mapping["optim"].pop("lrr")
+    with pytest.raises(ConfigError, match=r"^command line: optim\.lr: expected"):
+        parse(Root, config.mapping, config)
+
+
+def test_overrides_reach_into_lists_by_place_and_by_name(tmp_path):
+    config = load_yaml(write(tmp_path, "x.yaml", "stages: [{name: one, steps: 1}, {name: two, steps: 2}]\n"))
+    root = override(config, ["stages.0.steps=7", "stages.two.steps=8", "optim.lr=1e-5", "out=null"])
+    assert [s.steps for s in parse(Root, root.mapping, root).stages] == [7, 8]
+    assert parse(Root, root.mapping, root).optim.lr == 1e-5
+    with pytest.raises(ConfigError, match="expected one of one, two at 'three'"):
+        override(config, ["stages.three.steps=1"])
+
+
+@pytest.mark.parametrize("word", ["optim.lr", "=3", "a=[1"])
+def test_words_that_are_no_override_are_refused(tmp_path, word):
+    with pytest.raises(ConfigError, match=r"expected (dotted\.key=value|a YAML value)"):
+        override(load_yaml(write(tmp_path, "x.yaml", "out: a\n")), [word])
+
+
+def test_numbers_in_exponent_form_are_numbers(tmp_path):
+    mapping = load_yaml(write(tmp_path, "x.yaml", "a: 1e-5\nb: 2E3\nc: .5e1\nd: 1_000\ne: e5\n")).mapping
+    assert mapping == {"a": 1e-5, "b": 2000.0, "c": 5.0, "d": 1000, "e": "e5"}
+
+
+@pytest.mark.parametrize(
+    ("change", "key", "expected"),
+    [
+        ("model.d_modle=64", "model.d_modle", "did you mean 'd_model'"),
+        ("model.d_model=wide", "model.d_model", "valid integer"),
+        ("model.n_heads=3", "model.n_heads: ", "expected a divisor of d_model"),
+        ("model.rotary_fraction=0.1", "model.rotary_fraction: ", "even number of rotary dimensions"),
+        ("curriculum.stages.stage2.sources={StarCoder_fim_shuffled: 0.9}", "curriculum.stages", "sum to 1"),
+        ("curriculum.stages.stage1.lr=[{from: 0, to: 1, steps: 99999}]", "curriculum.stages.0.lr", "warm-up within"),
+        ("curriculum.stages.0.lr=[{frm: 0, to: 1, steps: 9}]", "curriculum.stages.0.lr.0.frm", "'from'"),
+        ("optimizer.betas=[0.9]", "optimizer.betas", "expected"),
+        ("backend.name=tpu", "backend.name", "'cpu'"),
+        ("trian.seed=1", "trian", "did you mean 'train'"),
+    ],
+)
+def test_a_runs_mistakes_name_the_command_line(change, key, expected):
+    from crystal.curriculum import resolve
+
+    def read() -> None:
+        run = load_run("demo", [change])
+        resolve(run.config.curriculum, run.source)
+
+    with pytest.raises(ConfigError) as error:
+        read()
+    line = str(error.value)
+    assert line.startswith("command line: ")
+    assert key in line
+    assert expected in line
+    assert "\n" not in line
+
+
+def test_every_packaged_file_is_yaml_that_loads():
+    root = Path(__file__).parents[1] / "configs"
+    files = sorted(root.glob("*/*.yaml"))
+    assert len(files) >= 8
+    for file in files:
+        assert yaml.safe_load(file.read_text())
+    for run in sorted((root / "runs").glob("*.yaml")):
+        load_run(run)
