@@ -10,7 +10,7 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -18,8 +18,12 @@ from crystal.config import ConfigError
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
 
+data = typer.Typer(no_args_is_help=True, help="The token store and the ledger of a run.")
+app.add_typer(data, name="data")
+
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object on stdout")]
 Run = Annotated[str, typer.Argument(metavar="RUN.yaml", help="a run file, or the name of a packaged one")]
+Step = Annotated[int, typer.Option(help="a step of the run, from 1, as in metrics.jsonl")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[dotted.key=value]...", help="changes to the run")]
 
 
@@ -71,6 +75,61 @@ def prepare(run: Run, overrides: Overrides = None, as_json: Json = False) -> Non
     sources = {name: {key: s[key] for key in keys} for name, s in store.manifest["sources"].items()}
     lines = [f"{n:12} {s['documents']:>9,} documents {s['tokens']:>12,} tokens" for n, s in sources.items()]
     _print({"store": str(directory), "sources": sources}, as_json, "\n".join([*lines, f"token store: {directory}"]))
+
+
+@data.command()
+def verify(run: Run, overrides: Overrides = None, as_json: Json = False) -> None:
+    """Compare every file of the run's token store with its sha256."""
+    store = _ledger(run, overrides).store
+    files = store.verify()
+    _print({"store": str(store.directory), "files": files}, as_json, f"{store.directory}: {len(files)} files verified")
+
+
+@data.command()
+def stats(run: Run, overrides: Overrides = None, as_json: Json = False) -> None:
+    """Documents, tokens and rows of every source, and how many epochs the run makes of each."""
+    from crystal.ledger import stats_text
+
+    result = _ledger(run, overrides).stats()
+    _print(result, as_json, stats_text(result))
+
+
+@data.command()
+def show(run: Run, step: Step, overrides: Overrides = None, rows: int = 2, as_json: Json = False) -> None:
+    """Rows of a step as text, just as the model gets them."""
+    from crystal.ledger import show_text
+
+    result = _ledger(run, overrides).show(step, rows)
+    _print(result, as_json, show_text(result))
+
+
+@data.command()
+def where(run: Run, step: Step, overrides: Overrides = None, as_json: Json = False) -> None:
+    """Which documents went into a step."""
+    from crystal.ledger import where_text
+
+    result = _ledger(run, overrides).where(step)
+    _print(result, as_json, where_text(result))
+
+
+@data.command()
+def when(
+    run: Run,
+    doc: Annotated[str, typer.Option(help="a document's id, as `data where` prints it")],
+    overrides: Overrides = None,
+    as_json: Json = False,
+) -> None:
+    """At which steps a document is seen."""
+    result = _ledger(run, overrides).when(doc)
+    steps = " ".join(map(str, result["steps"])) or "never"
+    _print(result, as_json, f"{result['document']} ({result['source']}): steps {steps}")
+
+
+def _ledger(run: str, overrides: list[str] | None):
+    from crystal.ledger import Ledger
+    from crystal.run import load_run
+
+    return Ledger(load_run(run, overrides or ()), _console())
 
 
 @app.command()
@@ -137,6 +196,19 @@ def import_(
 
     result = import_published(directory, to)
     _print(result, as_json, f"{result['parameters']:,} parameters from {directory} to {to}")
+
+
+@app.command()
+def export(
+    checkpoint: Annotated[Path, typer.Argument(metavar="CKPT", help="a checkpoint or run directory")],
+    out: Annotated[Path, typer.Option(help="directory to write")],
+    to: Annotated[Literal["hf", "safetensors"], typer.Option(help="published names, or ours")] = "hf",
+    as_json: Json = False,
+) -> None:
+    """Write a checkpoint's weights: in the published form (LLaMA's, or LLM360's CrystalCoder form), or as they are."""
+    from crystal.interchange import export_published
+
+    _print({"out": str(export_published(checkpoint, out, to)), "to": to}, as_json, f"{out}: written from {checkpoint}")
 
 
 @app.command()

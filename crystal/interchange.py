@@ -50,8 +50,10 @@ def import_published(directory: Path, to: Path) -> dict:
     }
 
 
-def export_published(checkpoint: Path, to: Path) -> Path:
-    """A checkpoint (or a run's latest) as a Hugging Face directory: config.json, fp32 safetensors, tokenizer.
+def export_published(checkpoint: Path, to: Path, form: str = "hf") -> Path:
+    """A checkpoint (or a run's latest) as a directory of fp32 safetensors, config.json and tokenizer.
+
+    form: `hf`, the published names and config (LLaMA's, or LLM360's CrystalCoder form), or `safetensors`, ours.
 
     Written aside, then renamed. Raises ConfigError when `to` exists, the disk fails, or no published form
     computes this model's forward pass.
@@ -60,12 +62,13 @@ def export_published(checkpoint: Path, to: Path) -> Path:
     if to.exists():
         raise ConfigError(f"{to}: expected a new directory, it is there already")
     config = parse(ModelConfig, source.state.get("model"), str(source.directory), ("model",))
-    mapping = config_to_json(config)
+    mapping = config_to_json(config) if form == "hf" else config.model_dump(mode="json")
+    tensors = source.tensors("model")
     aside = to.with_name(f".tmp-{to.name}")
     try:
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
-        _write_weights(aside, to_published(config, source.tensors("model")))
+        _write_weights(aside, to_published(config, tensors) if form == "hf" else tensors)
         (aside / "config.json").write_text(json.dumps(mapping, indent=2) + "\n", encoding="utf-8")
         for name in TOKENIZERS:
             if (source.directory / name).is_file():

@@ -1,13 +1,47 @@
-"""Shared settings: few threads (several tests run at once), and a hypothesis profile without deadlines."""
+"""Shared settings (few threads, hypothesis without deadlines), and small real runs that share one prepared corpus."""
 
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as the command sets it: threads that wait sleep
 
+import sys
+from pathlib import Path
+
+import pytest
 import torch
 from hypothesis import settings
+from rich.console import Console
+
+sys.path.insert(0, str(Path(__file__).parent))
 
 torch.set_num_threads(2)
 settings.register_profile("crystal", deadline=None, max_examples=50)
 settings.load_profile("crystal")
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory):
+    """A directory with the tiny corpus, whose store and tokenizer the runs of a session share."""
+    return tmp_path_factory.mktemp("tiny")
+
+
+@pytest.fixture
+def make_run(corpus, tmp_path, monkeypatch):
+    """make_run(**changes) → the path of a run file whose run directory is the test's own."""
+    from runs import write_run
+
+    monkeypatch.setenv("CRYSTAL_CACHE", str(corpus / "cache"))
+    return lambda **changes: write_run(corpus, tmp_path, **changes)
+
+
+@pytest.fixture
+def train():
+    """train(path, *overrides, stage=None, until=None) → Outcome, in this process."""
+    from crystal.run import load_run
+    from crystal.training.start import start
+
+    def run(path, *overrides, stage=None, until=None):
+        return start(load_run(path, overrides), stage, until, Console(quiet=True, stderr=True))
+
+    return run

@@ -42,7 +42,7 @@ class Batches:
         """The micro-batches of global step `step` (from 0)."""
         stage = self.curriculum.stage_at(step)
         sequences = self.order(stage).sequences(step - stage.first_step)
-        rows = [self._row(stage, *sequence) for sequence in sequences]
+        rows = [self.row(stage, *sequence) for sequence in sequences]
         return [
             self._stack(rows[i : i + self.micro_batch_size], weight=1 / (len(rows) * stage.seq_len))
             for i in range(0, len(rows), self.micro_batch_size)
@@ -66,8 +66,8 @@ class Batches:
             for i in range(0, count, self.micro_batch_size):
                 yield self._stack(held[i : i + self.micro_batch_size], weight=1.0)
 
-    def _row(self, stage: Stage, entry: str, epoch: int, index: int) -> tuple[np.ndarray, np.ndarray, int]:
-        source = split_entry(entry)[0]
+    def row(self, stage: Stage, source: str, epoch: int, index: int) -> tuple[np.ndarray, np.ndarray, int]:
+        """A row as the stage trains on it, FIM applied: (tokens [S+1], mask of scored labels [S], source number)."""
         row, mask, number = self._plain(source, index, "train")
         rate = stage.fim_rates.get(source, 0.0)
         if rate:
