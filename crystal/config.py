@@ -129,7 +129,7 @@ def _load(path: Path, above: tuple[Path, ...]) -> Config:
 
 
 def _origins(value: Any, file: str, loc: tuple = ()) -> dict[tuple, str]:
-    found = {loc: file} if loc else {}
+    found = {loc: file}
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for key, item in items:
         found |= _origins(item, file, (*loc, key))
