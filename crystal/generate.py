@@ -167,7 +167,29 @@ def generate_text(
     return {"text": text, "tokens": new, "prompt_tokens": len(ids), "ended": ended}
 
 
-def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
+class PlainTokenizer:
+    """Any other published tokenizer.json (SmolLM2's byte-level pairs, say), for generation only.
+
+    Special tokens that its own post-processor adds are added; eos_id comes from the published config.json.
+    """
+
+    def __init__(self, path: Path, eos_id: int | None):
+        import tokenizers
+
+        try:
+            self._engine = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # the engine raises bare Exception
+            raise ConfigError(f"{path}: expected a tokenizer.json, got: {error}") from None
+        self.vocab_size, self.eos_id = self._engine.get_vocab_size(), eos_id
+
+    def encode(self, text: str) -> list[int]:
+        return self._engine.encode(text).ids
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return self._engine.decode(list(ids))
+
+
+def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer | PlainTokenizer:
     """The tokenizer saved in a checkpoint, with CrystalCoder's added tokens when the model has room for them.
 
     Raises ConfigError when there is none, or its vocabulary is larger than the model's.
@@ -176,6 +198,8 @@ def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
     if not name:
         raise ConfigError(f"{checkpoint.directory}: expected a tokenizer, the checkpoint was saved without")
     path, vocab_size = checkpoint.directory / name, checkpoint.state["model"]["vocab_size"]
+    if "eos_id" in checkpoint.state:  # imported with a tokenizer that is not of LLaMA's kind
+        return PlainTokenizer(path, checkpoint.state["eos_id"])
     for added_tokens in (True, False):
         tokenizer = Tokenizer.load(path, added_tokens=added_tokens)
         if tokenizer.vocab_size <= vocab_size:

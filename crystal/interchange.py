@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from crystal.config import ConfigError, parse
+from crystal.data.tokenizer import Tokenizer
 from crystal.training.checkpoint import locate, read, write
 from crystal.zoo.build import parameter_count
 from crystal.zoo.config import ModelConfig
@@ -41,6 +42,11 @@ def import_published(directory: Path, to: Path) -> dict:
     state = {"model": config.model_dump(mode="json"), "imported_from": str(directory)}
     if tokenizers:
         state["tokenizer"] = tokenizers[0].name
+        try:
+            Tokenizer.load(tokenizers[0])
+        except ConfigError:  # not of LLaMA's kind: good for generation, with the ends that its config names
+            eos = json.loads((directory / "config.json").read_text(encoding="utf-8")).get("eos_token_id")
+            state |= {"bos": False, "eos_id": eos[0] if isinstance(eos, list) else eos}
     write(to, ((f"model.{name}", tensor) for name, tensor in tensors), state, tokenizers)
     return {
         "checkpoint": str(to),

@@ -153,3 +153,13 @@ def test_real_llama_weights_give_transformers_logits_and_the_capital_of_france(s
     assert torch.nn.functional.cross_entropy(got[0, :-1], ids[0, 1:]) < 3
     new = list(generate(ours, tokenizer.encode("The capital of France is").ids, 2))
     assert tokenizer.decode(new) == " Paris."
+
+
+def test_imported_weights_write_text_through_the_command(smollm2, tmp_path):
+    from crystal.generate import generate_text
+    from crystal.interchange import import_published
+
+    assert import_published(smollm2, tmp_path / "ckpt")["parameters"] == 134_515_008
+    result = generate_text(tmp_path / "ckpt", "The capital of France is", max_new_tokens=2)
+    assert result["text"] == " Paris."
+    shutil.rmtree(tmp_path / "ckpt")
