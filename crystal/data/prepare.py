@@ -32,6 +32,7 @@ from pydantic import Field, model_validator
 from crystal.config import ConfigError, Strict, cache_dir, nearest
 from crystal.data import corpus, pack, store
 from crystal.data.tokenizer import Tokenizer, train_tokenizer
+from crystal.files import sha256_of, sync
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -232,7 +233,7 @@ class _Build:
             text_bytes=log.text_bytes,
             train_rows=rows["train"],
             val_rows=rows["val"],
-            documents_sha256=store.sha256_of(log.path),
+            documents_sha256=sha256_of(log.path),
             shards=shards,
         )
 
@@ -261,7 +262,7 @@ class _Build:
         )
         with open(self.partial / "manifest.json", "w", encoding="utf-8") as file:
             file.write(manifest.model_dump_json(indent=1) + "\n")
-            store.sync(file)
+            store.flush(file)
 
     def _tokenized(self, name: str) -> Iterator[tuple[Document, list[int]]]:
         """Documents with their ids; one batch is tokenized while the next is read."""
@@ -314,7 +315,7 @@ class _Log:
             yield tokens
 
     def close(self) -> None:
-        store.sync(self._file)
+        store.flush(self._file)
         self._file.close()
 
 
@@ -358,7 +359,7 @@ def _aside(directory: Path) -> Iterator[Path]:
         yield partial
         shutil.rmtree(directory, ignore_errors=True)
         partial.rename(directory)
-        store.sync_directory(directory.parent)
+        sync(directory.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

@@ -28,6 +28,7 @@ import numpy as np
 from crystal.config import ConfigError, Strict, nearest, parse
 from crystal.data import pack
 from crystal.data.tokenizer import Tokenizer
+from crystal.files import sha256_of
 
 VERSION = 1
 SPLITS = ("train", "val")
@@ -111,31 +112,16 @@ class ShardWriter:
     def close(self) -> None:
         """Finish the shard in progress, on disk for certain."""
         if self._file is not None:
-            sync(self._file)
+            flush(self._file)
             self._file.close()
             self._file = None
             self.shards.append(Shard(file=self._name, rows=self._rows, sha256=self._hash.hexdigest()))
 
 
-def sync(file: IO) -> None:
+def flush(file: IO) -> None:
     """Flush an open file to the disk."""
     file.flush()
     os.fsync(file.fileno())
-
-
-def sync_directory(path: Path) -> None:
-    """Make the names in a directory last, after a rename."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def sha256_of(path: Path) -> str:
-    """Hex sha256 of a file, read in pieces."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class TokenStore:

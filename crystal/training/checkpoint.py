@@ -10,7 +10,6 @@ place: what carries its final name is whole. Reading checks every shard's size a
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -24,6 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from crystal.config import ConfigError
+from crystal.files import sha256_of, sync
 
 SEAL = "checkpoint.json"
 SHARD_BYTES = 1 << 30
@@ -48,7 +48,7 @@ class Checkpoint:
             if not wanted:
                 continue
             path = self.directory / file
-            if _sha256(path) != record["sha256"]:
+            if sha256_of(path) != record["sha256"]:
                 raise ConfigError(f"{path}: expected sha256 {record['sha256'][:16]}…, the file has changed")
             with safe_open(path, framework="pt") as shard:
                 for name in wanted:
@@ -69,13 +69,13 @@ def write(directory: Path, tensors: Iterable[tuple[str, Tensor]], state: dict, f
         shards = dict(_write_shards(aside, tensors))
         for file in files:
             shutil.copyfile(file, aside / file.name)
-            _sync(aside / file.name)
+            sync(aside / file.name)
         seal = {"format": FORMAT, "state": state, "shards": shards}
         (aside / SEAL).write_text(json.dumps(seal, indent=1), encoding="utf-8")
-        _sync(aside / SEAL)
-        _sync(aside)
+        sync(aside / SEAL)
+        sync(aside)
         os.rename(aside, directory)
-        _sync(directory.parent)
+        sync(directory.parent)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(aside, ignore_errors=True)
         raise ConfigError(f"{directory}: the checkpoint cannot be written: {error}") from None
@@ -90,8 +90,8 @@ def _write_shards(aside: Path, tensors: Iterable[tuple[str, Tensor]]) -> Iterato
     def flush() -> tuple[str, dict]:
         path = aside / f"shard-{number:05d}.safetensors"
         save_file(shard, path)
-        _sync(path)
-        return path.name, {"bytes": path.stat().st_size, "sha256": _sha256(path), "tensors": list(shard)}
+        sync(path)
+        return path.name, {"bytes": path.stat().st_size, "sha256": sha256_of(path), "tensors": list(shard)}
 
     for name, tensor in tensors:
         if tensor.dtype != torch.float32:
@@ -168,16 +168,3 @@ def locate(path: Path, stage: int | None = None) -> Path:
         what = "a checkpoint" if stage is None else f"the checkpoint at the end of stage {stage}"
         raise ConfigError(f"{path}: expected {what}, or a run directory that holds one")
     return found[-1]
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
