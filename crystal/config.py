@@ -29,7 +29,7 @@ class ConfigError(Exception):
 class Strict(pydantic.BaseModel):
     """A config section: unknown keys are errors, types are not coerced, values do not change."""
 
-    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 Section = TypeVar("Section", bound=Strict)
@@ -50,11 +50,23 @@ class Config(NamedTuple):
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader that reads `1e-5` as a number (YAML 1.1 wants `1.0e-5`) and refuses a key given twice."""
+    """SafeLoader that reads `1e-5` as a number (YAML 1.1 wants `1.0e-5`) and dates as text.
+
+    It refuses a key given twice, a key that is no word, and an anchor inside itself.
+    """
+
+    def compose_node(self, parent: yaml.Node, index: Any) -> yaml.Node:
+        node = super().compose_node(parent, index)
+        if parent is not None and isinstance(node, yaml.CollectionNode) and not node.end_mark:
+            # the anchored node is still open: it would hold itself
+            raise yaml.composer.ComposerError(None, None, "an anchor used inside itself", parent.start_mark)
+        return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         seen = set()
         for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise yaml.constructor.ConstructorError(None, None, "a key that is one word", key.start_mark)
             if key.value in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"key {key.value!r} given twice", key.start_mark)
             seen.add(key.value)
@@ -66,6 +78,7 @@ _Loader.add_implicit_resolver(
     re.compile(r"^[-+]?(?:[0-9][0-9_]*\.?[0-9_]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)$"),
     list("-+0123456789."),
 )
+_Loader.add_constructor("tag:yaml.org,2002:timestamp", yaml.SafeLoader.construct_yaml_str)
 
 
 def cache_dir() -> Path:
@@ -79,8 +92,11 @@ def find(name: str | Path, kind: str = "") -> Path:
     Raises ConfigError when there is none, with the nearest packaged name.
     """
     path = Path(name)
-    if path.is_file():
-        return path
+    try:
+        if path.is_file():
+            return path
+    except OSError as error:  # a name that is too long, a folder that is closed to us
+        raise ConfigError(f"{name}: {error.strerror}") from None
     parts = path.parts[1:] if path.parts[:1] == ("configs",) else path.parts
     bare = Path(*parts) if parts and not path.is_absolute() else Path(path.name)
     kinds = [kind] if kind else sorted(p.name for p in CONFIGS.iterdir() if p.is_dir())
@@ -111,17 +127,21 @@ def _load(path: Path, above: tuple[Path, ...]) -> Config:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
-        raise ConfigError(f"{path}{line}: expected YAML, {getattr(error, 'problem', None) or error}") from None
+        problem = getattr(error, "problem", None) or getattr(error, "reason", None) or error
+        raise ConfigError(f"{path}{line}: expected YAML, {problem}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read: {error}") from None
     if not isinstance(mapping, dict):
         raise ConfigError(f"{path}: expected a mapping of keys, got {type(mapping).__name__}")
     parents = mapping.pop("extends", [])
+    parents = [parents] if isinstance(parents, str) else parents
+    if not isinstance(parents, list) or not all(isinstance(parent, str) for parent in parents):
+        raise ConfigError(f"{path}: extends: expected the name of a file, or a list of names, got {parents}")
     merged = Config({}, {})
-    for parent in [parents] if isinstance(parents, str) else parents:
-        beside = path.parent / str(parent)
+    for parent in parents:
+        beside = path.parent / parent
         try:
-            file = beside if beside.is_file() else find(str(parent))
+            file = beside if beside.is_file() else find(parent)
         except ConfigError as error:
             raise ConfigError(f"{path}: extends: {error}") from None
         merged = merge(merged, _load(file, (*above, path.resolve())))
@@ -162,7 +182,7 @@ def override(config: Config, assignments: Iterable[str]) -> Config:
     """Apply `dotted.key=value` words; the value is YAML, list items go by position or by their `name`."""
     for word in assignments:
         key, equals, text = word.partition("=")
-        if not equals or not key:
+        if not equals or not all(key.split(".")):
             raise ConfigError(f"{word}: expected dotted.key=value")
         try:
             value = yaml.load(text, _Loader)  # noqa: S506  a SafeLoader
@@ -182,7 +202,7 @@ def _locate(node: Any, dotted: str) -> tuple:
     for word in dotted.split("."):
         if isinstance(node, list):
             names = [item.get("name") if isinstance(item, dict) else None for item in node]
-            index = int(word) if word.isdigit() else names.index(word) if word in names else -1
+            index = int(word) if word.isdecimal() else names.index(word) if word in names else -1
             if not 0 <= index < len(node):
                 expected = ", ".join(str(n) for n in names if n) or f"0 to {len(node) - 1}"
                 raise ConfigError(f"command line: {dotted}: expected one of {expected} at '{word}'")
@@ -221,8 +241,10 @@ def parse(cls: type[Section], mapping: Any, where: str | Config, prefix: tuple =
         line = _sentence(cls, error)
         # a section's own check names the key it is about: `n_heads: expected a divisor …`
         key, colon, rest = line.partition(": ")
-        if error["type"] == "value_error" and colon and key.split(".")[0] in _fields(cls, error["loc"]):
-            loc, line = (*loc, *key.split(".")), rest
+        known = _fields(cls, error["loc"])
+        words = tuple(int(word) if word.isdecimal() else word for word in key.split("."))
+        if error["type"] == "value_error" and colon and (isinstance(words[0], int) or words[0] in known):
+            loc, line = (*loc, *words), rest
         file = where if isinstance(where, str) else where.where(loc)
         raise ConfigError(f"{file}: {'.'.join(map(str, loc)) + ': ' if loc else ''}{line}") from None
     except (TypeError, ValueError) as problem:
@@ -250,7 +272,7 @@ def _sentence(cls: type[pydantic.BaseModel], error: dict) -> str:
         return "expected a value, none given"
     if kind in ("value_error", "assertion_error"):
         return str(error["ctx"]["error"])
-    message = error["msg"].removeprefix("Input should be ")
+    message = re.sub(r"^\w+ should (be |have )?", "", error["msg"]).replace("match pattern", "a text that matches")
     shown = json.dumps(value, default=str)
     return f"expected {message}, got {shown if len(shown) < 60 else shown[:57] + '...'}"
 

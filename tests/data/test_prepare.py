@@ -148,7 +148,7 @@ def test_a_killed_prepare_leaves_nothing_that_opens_and_the_next_one_finishes(re
         raise KilledError
 
     with monkeypatch.context() as patch:
-        owner = {"windows": pack, "sha256_of": prepare_module.store, "seal": prepare_module._Build}[where]
+        owner = {"windows": pack, "sha256_of": prepare_module, "seal": prepare_module._Build}[where]
         patch.setattr(owner, where, killed)
         patch.setattr(prepare_module.shutil, "rmtree", lambda *a, **k: None)  # as if there were no time for it
         with pytest.raises(KilledError):
