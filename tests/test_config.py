@@ -4,6 +4,8 @@ from pathlib import Path
 
 import pytest
 import yaml
+from hypothesis import given
+from hypothesis import strategies as st
 
 from crystal.config import ConfigError, Strict, find, load_yaml, override, parse
 from crystal.run import load_run
@@ -45,6 +47,34 @@ def test_packaged_files_are_found_with_or_without_folder_and_ending(monkeypatch,
     assert find("demo", "runs") == find("configs/runs/demo.yaml") == find("runs/demo.yaml") == find("demo")
 
 
+def test_of_several_parents_the_later_wins_and_the_child_over_all(tmp_path):
+    write(tmp_path, "root.yaml", "optim: {lr: 1}\nout: root\n")
+    write(tmp_path, "one.yaml", "extends: root.yaml\noptim: {lr: 2, betas: [0.1, 0.2]}\n")
+    (tmp_path / "folder").mkdir()
+    write(tmp_path, "folder/two.yaml", "optim: {lr: 3}\nout: two\n")
+    config = load_yaml(write(tmp_path, "x.yaml", "extends: [one.yaml, folder/two.yaml]\nout: x\n"))
+    root = parse(Root, config.mapping, config)
+    assert (root.optim.lr, root.optim.betas, root.out) == (3.0, (0.1, 0.2), Path("x"))
+    assert "extends" not in config.mapping
+    names = {key: Path(config.where(key)).name for key in (("optim", "lr"), ("optim", "betas", 0), ("out",))}
+    assert names == {("optim", "lr"): "two.yaml", ("optim", "betas", 0): "one.yaml", ("out",): "x.yaml"}
+
+
+def test_a_list_replaces_the_parents_list_and_its_mistakes_are_the_childs(tmp_path):
+    write(tmp_path, "p.yaml", "stages: [{name: a, steps: 1, stpes: 2}, {name: b, steps: 2}]\n")
+    config = load_yaml(write(tmp_path, "c.yaml", "extends: p.yaml\nstages: [{name: c, setps: 3}]\n"))
+    assert config.mapping["stages"] == [{"name": "c", "setps": 3}]
+    with pytest.raises(ConfigError, match=r"c\.yaml: stages\.0\.setps: unknown key; did you mean 'steps'"):
+        parse(Root, config.mapping, config)
+
+
+def test_a_run_extends_packaged_files_by_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = load_run(write(tmp_path, "mine.yaml", "extends: runs/demo\nname: mine\nmodel: {d_model: 64}\n"))
+    assert (run.config.name, run.config.model.d_model) == ("mine", 64)
+    assert run.config.curriculum == load_run("demo").config.curriculum
+
+
 def test_a_circle_of_extends_is_named(tmp_path):
     write(tmp_path, "a.yaml", "extends: b.yaml\n")
     with pytest.raises(ConfigError, match=r"b\.yaml: extends: .*circle"):
@@ -58,11 +88,38 @@ def test_a_circle_of_extends_is_named(tmp_path):
         ("- 1\n- 2\n", r"x\.yaml: expected a mapping of keys, got list"),
         ("optim: {lr: 1}\noptim: {lr: 2}\n", r"x\.yaml:2: expected YAML, key 'optim' given twice"),
         ("extends: nowhere.yaml\n", r"x\.yaml: extends: nowhere\.yaml: no such file"),
+        ("extends: 3\n", r"x\.yaml: extends: expected the name of a file, or a list of names, got 3"),
+        ("extends: {a: b}\n", r"x\.yaml: extends: expected the name of a file"),
+        ("extends: [a, 3]\n", r"x\.yaml: extends: expected the name of a file"),
+        ("out: 3\n[a, b]: 3\n", r"x\.yaml:2: expected YAML, a key that is one word"),
+        ("out: &a {b: *a}\n", r"x\.yaml:1: expected YAML, an anchor used inside itself"),
+        ("out: &a [*a]\n", r"x\.yaml:1: expected YAML, an anchor used inside itself"),
+        ("out: *a\n", r"x\.yaml:1: expected YAML, found undefined alias"),
+        ("out: !!python/name:os.system\n", r"x\.yaml:1: expected YAML, could not determine a constructor"),
+        ("out: \0\n", r"x\.yaml: expected YAML, special characters are not allowed"),
+        ("", r"x\.yaml: expected a mapping of keys, got NoneType"),
     ],
 )
 def test_bad_files_name_themselves(tmp_path, text, message):
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(ConfigError, match=message) as error:
         load_yaml(write(tmp_path, "x.yaml", text))
+    assert "\n" not in str(error.value)
+
+
+def test_files_that_are_no_text_and_names_that_are_no_file_get_one_line(tmp_path):
+    (tmp_path / "x.yaml").write_bytes(b"a: \xff\xfe")
+    for name in (tmp_path / "x.yaml", tmp_path, "", "/", "..", "n" * 300):
+        with pytest.raises(ConfigError, match=r"cannot be read|no such file|too long"):
+            load_yaml(name)
+
+
+@given(st.text(st.sampled_from("ab:{}[]&*?-! \n'\"#|>,1.e~<"), max_size=30))
+def test_any_text_is_a_mapping_or_one_line(tmp_path_factory, text):
+    path = write(tmp_path_factory.getbasetemp(), "any.yaml", text)
+    try:
+        assert isinstance(load_yaml(path).mapping, dict)
+    except ConfigError as error:
+        assert len(str(error).splitlines()) == 1  # noqa: PT017  either is right
 
 
 @pytest.mark.parametrize(
@@ -74,6 +131,9 @@ def test_bad_files_name_themselves(tmp_path, text, message):
         ({"optim": {"lr": True}}, "f.yaml: optim.lr: expected a valid number, got true"),
         ({"stages": [{"name": "a", "steps": 2.5}]}, "f.yaml: stages.0.steps: expected a valid integer, got 2.5"),
         ({"stages": [{"name": "a"}]}, "f.yaml: stages.0.steps: expected a value, none given"),
+        ({"optim": {"lr": float("nan")}}, "f.yaml: optim.lr: expected a finite number, got NaN"),
+        ({"optim": {"betas": [0.9, float("inf")]}}, "f.yaml: optim.betas.1: expected a finite number, got Infinity"),
+        ({"optim": None}, "f.yaml: optim: expected an object, got null"),
     ],
 )
 def test_a_mistake_is_one_line_with_file_key_and_what_was_expected(mapping, message):
@@ -99,11 +159,13 @@ def test_overrides_reach_into_lists_by_place_and_by_name(tmp_path):
     root = override(config, ["stages.0.steps=7", "stages.two.steps=8", "optim.lr=1e-5", "out=null"])
     assert [s.steps for s in parse(Root, root.mapping, root).stages] == [7, 8]
     assert parse(Root, root.mapping, root).optim.lr == 1e-5
-    with pytest.raises(ConfigError, match="expected one of one, two at 'three'"):
-        override(config, ["stages.three.steps=1"])
+    for word in ("three", "2", "-1", "\u00b2"):
+        with pytest.raises(ConfigError, match=f"expected one of one, two at '{word}'"):
+            override(config, [f"stages.{word}.steps=1"])
+    assert config.mapping["stages"][0]["steps"] == 1, "the config that was read stays as it was"
 
 
-@pytest.mark.parametrize("word", ["optim.lr", "=3", "a=[1"])
+@pytest.mark.parametrize("word", ["optim.lr", "=3", "a=[1", "a..b=1", ".a=1", "a.=1", "a=&x [*x]"])
 def test_words_that_are_no_override_are_refused(tmp_path, word):
     with pytest.raises(ConfigError, match=r"expected (dotted\.key=value|a YAML value)"):
         override(load_yaml(write(tmp_path, "x.yaml", "out: a\n")), [word])
@@ -112,6 +174,10 @@ def test_words_that_are_no_override_are_refused(tmp_path, word):
 def test_numbers_in_exponent_form_are_numbers(tmp_path):
     mapping = load_yaml(write(tmp_path, "x.yaml", "a: 1e-5\nb: 2E3\nc: .5e1\nd: 1_000\ne: e5\n")).mapping
     assert mapping == {"a": 1e-5, "b": 2000.0, "c": 5.0, "d": 1000, "e": "e5"}
+
+
+def test_a_date_is_text(tmp_path):
+    assert load_yaml(write(tmp_path, "x.yaml", "out: 2024-01-01\n")).mapping == {"out": "2024-01-01"}
 
 
 @pytest.mark.parametrize(
@@ -124,7 +190,9 @@ def test_numbers_in_exponent_form_are_numbers(tmp_path):
         ("curriculum.stages.stage2.sources={StarCoder_fim_shuffled: 0.9}", "curriculum.stages", "sum to 1"),
         ("curriculum.stages.stage1.lr=[{from: 0, to: 1, steps: 99999}]", "curriculum.stages.0.lr", "warm-up within"),
         ("curriculum.stages.0.lr=[{frm: 0, to: 1, steps: 9}]", "curriculum.stages.0.lr.0.frm", "'from'"),
+        ("curriculum.stages.1.name=stage1", "curriculum.stages.1.name: ", "expected a name of its own"),
         ("optimizer.betas=[0.9]", "optimizer.betas", "expected"),
+        ("optimizer.weight_decay=.inf", "optimizer.weight_decay: ", "expected a finite number"),
         ("backend.name=tpu", "backend.name", "'cpu'"),
         ("trian.seed=1", "trian", "did you mean 'train'"),
     ],
