@@ -33,10 +33,20 @@ def main() -> None:
     # by up to four times (docs/log.md, 2026-11-24). OpenMP reads this when torch is first imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     try:
-        app()
+        app(standalone_mode=False)
     except ConfigError as error:
         print(f"crystal: {error}", file=sys.stderr)
         sys.exit(2)
+    except typer.Abort:  # Ctrl-C outside training, which has its own end
+        print("crystal: interrupted", file=sys.stderr)
+        sys.exit(130)
+    except typer.Exit as stop:
+        sys.exit(stop.exit_code)
+    except Exception as error:
+        if not hasattr(error, "exit_code"):
+            raise
+        error.show()  # a usage error
+        sys.exit(error.exit_code)
     except BrokenPipeError:  # `crystal … | head`
         sys.stderr.close()
         sys.exit(0)

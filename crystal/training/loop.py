@@ -159,9 +159,9 @@ class Trainer:
         record = {
             "step": self.position,
             "stage": stage.index + 1,
-            "loss": result["loss"] if result["applied"] else None,
+            "loss": result["loss"],
             "lr": self.lr(self.position),
-            "grad_norm": result["grad_norm"] if result["applied"] else None,
+            "grad_norm": result["grad_norm"],
             "applied": result["applied"],
             "tokens": self.position * step_tokens,
             "tokens_per_second": round(step_tokens / seconds, 1),

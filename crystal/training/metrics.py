@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,19 +28,27 @@ class Metrics:
         self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=(resume_step or 0) + 1)
 
     def write(self, record: dict) -> None:
-        """Record one step; nested mappings become TensorBoard tags `key/source`."""
+        """Record one step; numbers that are not finite become null, nested mappings TensorBoard tags `key/source`."""
+        record = _finite(record)
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
         for key, value in record.items():
             if isinstance(value, dict):
                 for source, number in value.items():
-                    self._board.add_scalar(f"{key}/{source}", number, record["step"])
+                    if number is not None:
+                        self._board.add_scalar(f"{key}/{source}", number, record["step"])
             elif key not in ("step", "stage") and isinstance(value, int | float):
                 self._board.add_scalar(key, value, record["step"])
 
     def close(self) -> None:
         self._file.close()
         self._board.close()
+
+
+def _finite(value: object) -> object:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_metrics(run_dir: Path) -> Iterator[dict]:

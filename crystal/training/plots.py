@@ -29,13 +29,13 @@ def plot_losses(run_dir: Path, curriculum: Curriculum) -> Path:
     sources = sorted({s for r in validated for s in r["val_loss"]})
     losses.plot([r["step"] for r in trained], [r["loss"] for r in trained], color="#bbbbbb", lw=0.8, label="training")
     for i, source in enumerate(sources):
-        points = [(r["step"], r["val_loss"][source]) for r in validated if source in r["val_loss"]]
+        points = [(r["step"], v) for r in validated if (v := r["val_loss"].get(source)) is not None]
         losses.plot(
-            *zip(*points, strict=True), color=COLOURS[i % 8], marker=_MARKS[i % 8], ms=4, label=f"{source}, held out"
+            *(zip(*points, strict=True) if points else ((), ())), color=COLOURS[i % 8], marker=_MARKS[i % 8], ms=4, label=f"{source}, held out"
         )
     losses.set_ylabel("loss, nats per token")
     if trained:  # the first steps fall from 28 nats and would flatten the rest
-        later = [v for r in validated[1:] for v in r["val_loss"].values()]
+        later = [v for r in validated[1:] for v in r["val_loss"].values() if v is not None]
         losses.set_ylim(0, 1.15 * max([trained[0]["loss"] / 3, *later]))
     losses.legend(fontsize=8, ncols=2)
     rates.plot([r["step"] for r in trained], [r["lr"] for r in trained], color=COLOURS[0])

@@ -34,7 +34,7 @@ class _Bar:
         self.progress.update(self.task, total=stop, completed=step)
 
     def step(self, stage: Stage, record: dict) -> None:
-        loss = "not finite" if record["loss"] is None else f"{record['loss']:.3f}"
+        loss = f"{record['loss']:.3f}" if record["applied"] else "not finite"
         numbers = f"loss {loss}  {record['tokens_per_second']:,.0f} tok/s"
         where = f"stage {stage.index + 1} {stage.name}"
         self.progress.update(self.task, completed=record["step"], description=where, numbers=numbers)

@@ -77,7 +77,7 @@ def test_a_loss_that_is_not_finite_is_left_out_and_stops_the_run(make_run, train
         train(path, "model.mup.init_std=1e30")
     records = list(read_metrics(path.parent / "run"))
     assert [r["applied"] for r in records[1:]] == [False] * 3
-    assert records[-1]["loss"] is None
+    assert records[-1]["loss"] is None  # not NaN, which is no JSON
 
 
 def test_metrics_survive_a_torn_line_and_drop_what_comes_after_the_resumed_step(tmp_path):
