@@ -14,6 +14,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from crystal import __version__
 from crystal.config import ConfigError
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
@@ -28,32 +29,51 @@ Overrides = Annotated[list[str] | None, typer.Argument(metavar="[dotted.key=valu
 
 
 def main() -> None:
-    """Entry point: a user's mistake becomes one line on stderr and exit 2."""
+    """Entry point: a user's mistake, in a config or on the command line, becomes one line on stderr and exit 2."""
     # Threads that wait asleep: with the default, spinning, a second busy process on the machine slows training
     # by up to four times (docs/log.md, 2026-11-24). OpenMP reads this when torch is first imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     try:
-        app(standalone_mode=False)
+        code = app(prog_name="crystal", standalone_mode=False)  # a number where typer stopped early
     except ConfigError as error:
         print(f"crystal: {error}", file=sys.stderr)
         sys.exit(2)
-    except typer.Abort:  # Ctrl-C outside training, which has its own end
-        print("crystal: interrupted", file=sys.stderr)
-        sys.exit(130)
-    except typer.Exit as stop:
-        sys.exit(stop.exit_code)
+    except typer.Abort:
+        code = 130
     except Exception as error:
-        if not hasattr(error, "exit_code"):
+        if type(error).__name__ == "NoArgsIsHelpError":  # a bare `crystal`
+            print(error, file=sys.stderr)
+        elif hasattr(error, "format_message"):  # a usage error of typer's
+            command = error.ctx.command_path if error.ctx else "crystal"
+            print(f"crystal: {' '.join(error.format_message().split())} (see {command} --help)", file=sys.stderr)
+        else:
             raise
-        error.show()  # a usage error
-        sys.exit(error.exit_code)
-    except BrokenPipeError:  # `crystal … | head`
-        sys.stderr.close()
-        sys.exit(0)
+        sys.exit(2)
+    if code == 130:  # Ctrl-C outside training, which has its own end
+        print("crystal: interrupted", file=sys.stderr)
+    sys.exit(code or 0)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"crystal {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="print the version and stop")
+    ] = False,
+) -> None:
+    """A muP-first model zoo that trains Amber and CrystalCoder from scratch, in the open."""
 
 
 def _print(result: dict, as_json: bool, text: str) -> None:
-    print(json.dumps(result) if as_json else text)
+    try:
+        print(json.dumps(result) if as_json else text, flush=True)
+    except BrokenPipeError:  # `crystal … | head` has read enough; what is left in the buffer goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @app.command()

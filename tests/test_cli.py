@@ -1,11 +1,15 @@
 """The command: exit codes, one line for a mistake, and the JSON that tools rely on."""
 
 import json
+import os
+import resource
 import subprocess
 import sys
+from math import prod
 
 import pytest
 
+from crystal import __version__
 from crystal.cli import app, main
 
 
@@ -28,7 +32,10 @@ def crystal(capsys, monkeypatch):
 def as_json(result):
     code, out, err = result
     assert code == 0, err
-    return json.loads(out)
+    value = json.loads(out)
+    assert isinstance(value, dict)
+    assert out.count("\n") == 1, "one object on one line"
+    return value
 
 
 def test_models_lists_the_presets_with_exact_counts(crystal):
@@ -38,8 +45,12 @@ def test_models_lists_the_presets_with_exact_counts(crystal):
 
 
 def test_a_model_is_described_with_its_plan(crystal):
+    assert "plan" not in as_json(crystal("models", "crystalcoder-7b", "--json"))
     model = as_json(crystal("models", "crystalcoder-7b", "--plan", "--json"))
-    assert model["parameters"] == 6_575_278_720
+    assert (model["name"], model["parameters"]) == ("crystalcoder-7b", 6_575_278_720)
+    keys = "tensor shape role width_multiplier init_std lr_multiplier weight_decay rule".split()
+    assert all(set(keys) <= set(row) for row in model["plan"])
+    assert sum(prod(row["shape"]) for row in model["plan"]) == model["parameters"]
     assert model["config"]["d_ff"] == 10922
     row = next(r for r in model["plan"] if r["tensor"] == "blocks.0.attn.q.weight")
     assert (row["shape"], row["role"], row["width_multiplier"]) == ([4096, 4096], "hidden", 16)
@@ -66,6 +77,26 @@ def test_the_published_runs_need_no_data_to_be_read(crystal, monkeypatch, tmp_pa
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_dry_run_of_the_demo_keeps_the_published_proportions(crystal, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    plan = as_json(crystal("train", "demo", "train.seed=7", "--dry-run", "--json"))
+    assert [stage["fim_rate"] for stage in plan["stages"]] == [0, 0.9, 0.3]
+    assert plan["stages"][1]["steps"] / plan["stages"][0]["steps"] == pytest.approx(214387 / 79721, rel=0.02)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_json_the_same_is_text(crystal):
+    for words in (
+        ("models",),
+        ("models", "amber-7b", "--plan"),
+        ("train", "amber-7b", "--dry-run"),
+        ("schedule", "demo"),
+    ):
+        code, out, err = crystal(*words)
+        assert (code, err) == (0, "")
+        assert len(out.splitlines()) > 2
+
+
 def test_schedule_gives_base_and_group_rates(crystal):
     got = as_json(crystal("schedule", "crystalcoder-7b", "--stage", "1", "--at", "1,86,1500,79721", "--json"))
     assert got["stage"] == "stage1"
@@ -87,25 +118,88 @@ def test_schedule_gives_base_and_group_rates(crystal):
         (("generate", "nowhere"), "nowhere: expected a checkpoint"),
         (("logits", "nowhere", "--ids", "a.npy", "--out", "b.npy"), "nowhere: expected a checkpoint"),
         (("import", "nowhere", "--to", "x"), "nowhere"),
+        (("train", "amber-7b.yml", "--dry-run"), "amber-7b.yml: no such file; did you mean 'amber-7b'?"),
+        (
+            ("train", "demo", "model.n_heads=3", "--dry-run"),
+            "command line: model.n_heads: expected a divisor of d_model",
+        ),
+        (("modles",), "No such command 'modles'"),
+        (("data", "shwo"), "No such command 'shwo'"),
+        (("models", "--jsno"), "No such option: --jsno"),
+        (("models", "a", "b"), "unexpected extra argument"),
+        (("train",), "Missing argument 'RUN.yaml'"),
+        (("schedule", "demo", "--stage", "x"), "Invalid value for '--stage'"),
+        (("export", "x", "--out", "y", "--to", "z"), "Invalid value for '--to'"),
+        (("generate", "x", "--max-new-tokens", "0"), "Invalid value for '--max-new-tokens'"),
     ],
 )
 def test_a_users_mistake_is_one_line_and_exit_2(crystal, words, message):
     code, out, err = crystal(*words)
     assert (code, out) == (2, "")
+    assert err.startswith("crystal: ")
     assert message in err
-    assert len(err.strip().splitlines()) == 1
+    assert len(err.splitlines()) == 1
 
 
-@pytest.mark.parametrize("words", [("modles",), ("models", "--jsno"), ("train",), ("schedule", "demo", "--stage", "x")])
-def test_usage_errors_exit_2_too(crystal, words):
-    code, out, err = crystal(*words)
+def test_a_typo_in_a_file_names_the_file(crystal, tmp_path):
+    run = tmp_path / "mine.yaml"
+    run.write_text("extends: runs/demo\nmodel: {d_modle: 64}\n")
+    code, out, err = crystal("train", str(run), "--json")
     assert (code, out) == (2, "")
-    assert "Traceback" not in err
+    assert err.startswith(f"crystal: {run}: model.d_modle: unknown key; did you mean 'd_model'?")
+    assert len(err.splitlines()) == 1
 
 
-def test_help_does_not_load_torch():
-    code = "import sys, crystal.cli; sys.exit(any(m in sys.modules for m in ('torch', 'numpy', 'transformers', 'mup')))"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+def test_a_bare_command_shows_its_help(crystal):
+    for words in ((), ("data",)):
+        code, out, err = crystal(*words)
+        assert (code, out) == (2, "")
+        assert "Commands:" in err
+
+
+def test_version(crystal):
+    assert crystal("--version") == (0, f"crystal {__version__}\n", "")
+
+
+def test_an_interrupt_outside_training_exits_130(crystal, monkeypatch):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("crystal.describe.listing", interrupted)
+    assert crystal("models") == (130, "", "crystal: interrupted\n")
+
+
+def test_our_own_mistakes_keep_their_traceback(crystal, monkeypatch):
+    monkeypatch.setattr("crystal.describe.listing", lambda: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        crystal("models")
+
+
+def test_a_reader_that_stops_early_is_no_error():
+    read, write = os.pipe()
+    os.close(read)
+    words = [sys.executable, "-m", "crystal.cli", "models", "crystalcoder-7b", "--plan"]
+    run = subprocess.run(words, stdout=write, stderr=subprocess.PIPE, check=False)
+    os.close(write)
+    assert (run.returncode, run.stderr) == (0, b"")
+
+
+def test_help_is_light():
+    code = """
+import sys
+sys.argv = ["crystal", "--help"]
+from crystal.cli import main
+try:
+    main()
+finally:
+    heavy = {"torch", "numpy", "transformers", "mup", "pyarrow", "matplotlib"} & set(sys.modules)
+    assert not heavy, heavy
+"""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (run.returncode, run.stderr) == (0, "")
+    assert "generate" in run.stdout
+    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before < 1
 
 
 def test_every_command_has_help():
