@@ -31,7 +31,11 @@ def plot_losses(run_dir: Path, curriculum: Curriculum) -> Path:
     for i, source in enumerate(sources):
         points = [(r["step"], v) for r in validated if (v := r["val_loss"].get(source)) is not None]
         losses.plot(
-            *(zip(*points, strict=True) if points else ((), ())), color=COLOURS[i % 8], marker=_MARKS[i % 8], ms=4, label=f"{source}, held out"
+            *(zip(*points, strict=True) if points else ((), ())),
+            color=COLOURS[i % 8],
+            marker=_MARKS[i % 8],
+            ms=4,
+            label=f"{source}, held out",
         )
     losses.set_ylabel("loss, nats per token")
     if trained:  # the first steps fall from 28 nats and would flatten the rest
