@@ -11,7 +11,7 @@ demo: $(READY)
 	@echo; echo "--- after stage 1 (English):"
 	@$(SAY) --stage 1 --prompt "The President of the United States"
 	@echo; echo "--- after stage 2 (English and code):"
-	@$(SAY) --stage 2 --prompt "class UserForm("
+	@$(SAY) --stage 2 --prompt "def __init__(self"
 	@echo; echo "--- after stage 3 (Python and web):"
 	@$(SAY) --stage 3 --prompt ".button {"
 	@echo; echo "The run is in runs/demo: loss.png, metrics.jsonl, manifest.json, checkpoints/."
