@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Annotated, Literal, Protocol
 
 from pydantic import Field
 from torch import Tensor
@@ -17,13 +17,14 @@ from torch import Tensor
 from crystal.config import Strict
 from crystal.zoo.decoder import Decoder
 
+Beta = Annotated[float, Field(ge=0, lt=1)]
 Schedule = Callable[[int], float]  # optimizer step (global, from 1) → base lr
 
 
 class OptimizerConfig(Strict):
     """AdamW (Loshchilov & Hutter 2019), torch's formula; per-group numbers come from the parameter plan."""
 
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Beta, Beta] = (0.9, 0.95)
     eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.1, ge=0)
     decay_norms_and_biases: bool = False

@@ -192,6 +192,7 @@ def test_a_date_is_text(tmp_path):
         ("curriculum.stages.0.lr=[{frm: 0, to: 1, steps: 9}]", "curriculum.stages.0.lr.0.frm", "'from'"),
         ("curriculum.stages.1.name=stage1", "curriculum.stages.1.name: ", "expected a name of its own"),
         ("optimizer.betas=[0.9]", "optimizer.betas", "expected"),
+        ("optimizer.betas=[0.9, 1]", "optimizer.betas.1: ", "expected less than 1, got 1"),
         ("optimizer.weight_decay=.inf", "optimizer.weight_decay: ", "expected a finite number"),
         ("backend.name=tpu", "backend.name", "'cpu'"),
         ("trian.seed=1", "trian", "did you mean 'train'"),
