@@ -57,7 +57,7 @@ class MicroBatch:
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step gives back; tensors stay where they are until `host` asks for them, in one copy.
+    """What a step gives back; tensors stay where they are until `host` asks for them.
 
     loss: the published normalisation (masked sum / (global_batch_size * seq_len)); source_nll_S and
     source_tokens_S: summed nats and unmasked tokens of each source; grad_norm before clipping; applied: 1 when

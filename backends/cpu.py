@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from crystal.backends.base import CpuConfig, MicroBatch, OptimizerConfig, Schedule, StepResult
 from crystal.backends.cast import round_to_bf16
+from crystal.config import ConfigError
 from crystal.mup.plan import Plan
 from crystal.zoo.build import build, initial_weights
 from crystal.zoo.config import ModelConfig
@@ -147,8 +148,12 @@ class CpuBackend:
 
     @torch.no_grad()
     def load(self, tensors: Callable[[str], Iterable[tuple[str, Tensor]]], scalars: dict | None) -> None:
+        missing = set(self.weights)
         for name, tensor in tensors("model"):
             self.weights[name].copy_(tensor)
+            missing.remove(name)
+        if missing:
+            raise ConfigError(f"checkpoint: expected every tensor of the model, {min(missing)} is not in it")
         self.stale = True
         self.reset_optimizer()
         if scalars is None or scalars["optimizer_step"] == 0:

@@ -111,8 +111,14 @@ def prepare(run: Run, overrides: Overrides = None, as_json: Json = False) -> Non
 def verify(run: Run, overrides: Overrides = None, as_json: Json = False) -> None:
     """Compare every file of the run's token store with its sha256."""
     store = _ledger(run, overrides).store
-    files = store.verify()
-    _print({"store": str(store.directory), "files": files}, as_json, f"{store.directory}: {len(files)} files verified")
+    try:
+        files = store.verify()
+    except ConfigError as mismatch:
+        result = {"verdict": "FAIL", "store": str(store.directory), "message": str(mismatch)}
+        _print(result, as_json, f"FAIL {mismatch}")
+        raise typer.Exit(1) from None
+    result = {"verdict": "PASS", "store": str(store.directory), "files": files}
+    _print(result, as_json, f"PASS {store.directory}: {len(files)} files verified")
 
 
 @data.command()
@@ -125,7 +131,13 @@ def stats(run: Run, overrides: Overrides = None, as_json: Json = False) -> None:
 
 
 @data.command()
-def show(run: Run, step: Step, overrides: Overrides = None, rows: int = 2, as_json: Json = False) -> None:
+def show(
+    run: Run,
+    step: Step,
+    overrides: Overrides = None,
+    rows: Annotated[int, typer.Option(min=1, help="how many")] = 2,
+    as_json: Json = False,
+) -> None:
     """Rows of a step as text, just as the model gets them."""
     from crystal.ledger import show_text
 
@@ -191,8 +203,10 @@ def train(
         "tokens_per_second": outcome.tokens_per_second,
     }
     text = f"step {outcome.step}, {outcome.tokens_per_second:,.0f} tokens/s, peak {outcome.peak_rss_bytes / 1e9:.2f} GB"
+    if not outcome.tokens_per_second:
+        text = f"nothing to do: step {outcome.step} was reached before"
     if outcome.interrupted:
-        text = f"{outcome.interrupted}: saved at {text}; the same command continues"
+        text = f"{outcome.interrupted}: stopped after {text}; the same command continues"
     _print(result, as_json, f"{text}\nrun directory: {outcome.directory}")
     if outcome.interrupted:
         sys.exit(130)

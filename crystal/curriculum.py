@@ -183,7 +183,6 @@ class Stage:
     fim_rate: float  # the stage's figure; what a source gets is in fim_rates
     fim_rates: dict[str, float]  # by store source
     spm_rate: float
-    carry_weights: bool
     carry_optimizer: bool
     checkpoint_every: int
 
@@ -279,7 +278,6 @@ def resolve(
                 fim_rate=stage.fim.rate,
                 fim_rates=fim_rates,
                 spm_rate=stage.fim.spm,
-                carry_weights="weights" in carry,
                 carry_optimizer="optimizer" in carry,
                 checkpoint_every=max(1, round(stage.checkpoint_every * config.scale)),
             )

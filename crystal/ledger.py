@@ -22,7 +22,10 @@ class Ledger:
         self.batches = Batches(self.curriculum, self.store, run.config.train.seed, run.config.train.micro_batch_size)
 
     def where(self, step: int) -> dict:
-        """The rows of a step and the documents in each: one entry for every (row, document)."""
+        """The rows of a step and the documents in each: one entry for every (row, document).
+
+        fim: whether FIM changed the row, at least one of its documents.
+        """
         stage = self._stage(step)
         rows = []
         for number, (source, epoch, index) in enumerate(

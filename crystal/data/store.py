@@ -285,7 +285,10 @@ class _Documents:
         offset = 0
         with open(file, "rb") as lines:
             for line in lines:
-                document = json.loads(line)
+                try:
+                    document = json.loads(line)
+                except ValueError:
+                    raise ConfigError(f"{file}: damaged at byte {offset}; see `crystal data verify RUN`") from None
                 if document["split"] == split:
                     self.position[document["id"]] = len(self.starts)
                     self.starts.append(document["start"])

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -136,8 +137,8 @@ def step_directory(checkpoints: Path, step: int) -> Path:
 
 def steps(checkpoints: Path) -> list[int]:
     """Steps of all sealed checkpoints under a run's `checkpoints/`, ascending."""
-    found = (p for p in checkpoints.glob("step-*") if (p / SEAL).is_file())
-    return sorted(int(p.name.removeprefix("step-")) for p in found)
+    found = (re.fullmatch(r"step-(\d{7,})", p.name) for p in checkpoints.glob("step-*") if (p / SEAL).is_file())
+    return sorted(int(match[1]) for match in found if match)
 
 
 def sweep(checkpoints: Path) -> None:

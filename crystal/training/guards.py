@@ -2,11 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import signal
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from types import FrameType
 
+from crystal.config import ConfigError
 from crystal.mup.plan import Plan
+
+
+@contextlib.contextmanager
+def alone_in(directory: Path) -> Iterator[None]:
+    """Hold a run directory for this process; the lock goes with the process, however it ends. Raises ConfigError."""
+    with (directory / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ConfigError(f"{directory}: another process is training in it") from None
+        yield
 
 
 class Interrupts:

@@ -23,7 +23,7 @@ from crystal.mup.plan import Plan
 from crystal.run import RunFile
 from crystal.training import checkpoint
 from crystal.training.batches import Batches
-from crystal.training.guards import BadSteps, Interrupts, plan_differences
+from crystal.training.guards import BadSteps, Interrupts, alone_in, plan_differences
 from crystal.training.metrics import Metrics, event
 from crystal.training.record import open_run
 
@@ -63,6 +63,8 @@ class Trainer:
                 f"got {config.model.vocab_size}"
             )
         self.batches = Batches(self.curriculum, store, config.train.seed, config.train.micro_batch_size)
+        for stage in self.curriculum.stages:  # a stage without data is a mistake to hear of now, not days from now
+            self.batches.order(stage)
         self.plan = config.plan()
         self.backend = make_backend(run, self.plan, self.lr, len(self.batches.sources))
         if problems := plan_differences(self.plan, self.backend.groups()):
@@ -94,11 +96,20 @@ class Trainer:
             return
         self.position = found[-1]
         saved = checkpoint.read(checkpoint.step_directory(self.checkpoints, self.position))
+        if "backend" not in saved.state:
+            raise ConfigError(f"{saved.directory}: expected a checkpoint of this run, it has no optimizer state")
         self.backend.load(saved.tensors, saved.state["backend"])
         self.display.note(f"continuing from step {self.position}")
 
     def train(self, stage: Stage | None = None, until: int | None = None) -> Outcome:
-        """Run to the end of the curriculum, of `stage`, or to global step `until`."""
+        """Run to the end of the curriculum, of `stage`, or to global step `until`. Raises ConfigError."""
+        try:
+            with alone_in(self.directory):
+                return self._train(stage, until)
+        except OSError as error:
+            raise ConfigError(f"{self.directory}: the run cannot be recorded: {error}") from None
+
+    def _train(self, stage: Stage | None, until: int | None) -> Outcome:
         self.resume(stage)
         start, stop = self.position, self.curriculum.steps if stage is None else stage.first_step + stage.steps
         stop = min(stop, until) if until is not None else stop
@@ -112,11 +123,12 @@ class Trainer:
             with Interrupts() as interrupts:
                 if start == 0 and stop > 0:
                     metrics.write({"step": 0, "stage": 1, "val_loss": self.validate()})
+                since = time.perf_counter()
                 for micro_batches in self.batches.ahead(start, stop - 1):
                     now = self.curriculum.stage_at(self.position)
                     if self.position == now.first_step:
                         self._enter(now)
-                    record, seconds = self._step(now, micro_batches)
+                    record, seconds = self._step(now, micro_batches, since)
                     busy += seconds
                     stage_ended = self.position == now.first_step + now.steps
                     if stage_ended or self.position == stop or self._due(now, self.config.train.eval_every):
@@ -126,14 +138,18 @@ class Trainer:
                     if bad.exceeded(record["applied"]):
                         raise ConfigError(
                             f"{self.directory}: {bad.in_a_row} steps in a row up to step {self.position} gave a loss "
-                            f"or gradient that is not finite; lower curriculum LR, or use backend.dtype=fp32"
+                            f"or gradient that is not finite; try a lower lr or backend.dtype=fp32 in another run_dir"
                         )
-                    last = stage_ended or self.position == stop or bool(interrupts.received)
-                    if last or self._due(now, self.config.train.checkpoint_every or now.checkpoint_every):
-                        self.save(now, stage_ended)
+                    # weights that give no finite loss may be ruined: nothing good is replaced by them
+                    sound = record["applied"]
+                    cadence = self.config.train.checkpoint_every or now.checkpoint_every
+                    due = sound and (bool(interrupts.received) or self._due(now, cadence))
+                    if stage_ended or self.position == stop or due:
+                        self.save(now, stage_ended, drop_old=sound)
                     if interrupts.received:
                         event(self.directory, "interrupted", step=self.position, signal=interrupts.received)
                         break
+                    since = time.perf_counter()
         finally:
             metrics.close()
         tokens = (self.position - start) * self.curriculum.global_batch_size * self.curriculum.seq_len
@@ -148,10 +164,9 @@ class Trainer:
             self.backend.reset_optimizer()
         event(self.directory, "stage", step=self.position, name=stage.name, optimizer_carried=stage.carry_optimizer)
 
-    def _step(self, stage: Stage, micro_batches: list) -> tuple[dict, float]:
-        begin = time.perf_counter()
+    def _step(self, stage: Stage, micro_batches: list, since: float) -> tuple[dict, float]:
         result = self.backend.train_step(self.position + 1, micro_batches).host()
-        seconds = time.perf_counter() - begin
+        seconds = time.perf_counter() - since  # waiting for the batch counts
         self.position += 1
         step_tokens = stage.global_batch_size * stage.seq_len
         if not result["applied"]:
@@ -184,7 +199,7 @@ class Trainer:
     def _due(self, stage: Stage, every: int | None) -> bool:
         return every is not None and (self.position - stage.first_step) % every == 0
 
-    def save(self, stage: Stage, stage_ended: bool) -> None:
+    def save(self, stage: Stage, stage_ended: bool, drop_old: bool = True) -> None:
         """Write the checkpoint of this step, list it, and drop those that are no longer to be kept."""
         directory = checkpoint.step_directory(self.checkpoints, self.position)
         if self.position in checkpoint.steps(self.checkpoints):
@@ -202,7 +217,7 @@ class Trainer:
         checkpoint.write(directory, self.backend.state(), state, [self.tokenizer_file])
         event(self.directory, "checkpoint", step=self.position, path=directory.name)
         keep = self.config.train.keep_checkpoints
-        if keep is not None:
+        if keep is not None and drop_old:
             ends = {s.first_step + s.steps for s in self.curriculum.stages}
             for old in [s for s in checkpoint.steps(self.checkpoints) if s not in ends][:-keep]:
                 checkpoint.remove(checkpoint.step_directory(self.checkpoints, old))

@@ -52,7 +52,7 @@ def _finite(value: object) -> object:
 
 
 def read_metrics(run_dir: Path) -> Iterator[dict]:
-    """The records of a run, in order; a torn last line is left out."""
+    """The records of a run, in order; a torn line is left out."""
     path = run_dir / "metrics.jsonl"
     if not path.exists():
         return
@@ -61,7 +61,7 @@ def read_metrics(run_dir: Path) -> Iterator[dict]:
             try:
                 yield json.loads(line)
             except ValueError:
-                return
+                continue
 
 
 def _keep(path: Path, last_step: int) -> None:

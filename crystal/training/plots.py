@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from crystal.config import ConfigError
 from crystal.curriculum import Curriculum
 from crystal.training.metrics import read_metrics
 
@@ -12,12 +13,10 @@ _MARKS = "osD^vPX*"
 
 
 def _figure(rows: int, height: float):
-    import matplotlib
+    from matplotlib.figure import Figure  # without pyplot, which keeps every figure it made
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    return pyplot.subplots(rows, 1, figsize=(9, height), sharex=True, squeeze=False, layout="constrained")
+    figure = Figure(figsize=(9, height), layout="constrained")
+    return figure, figure.subplots(rows, 1, sharex=True, squeeze=False)
 
 
 def plot_losses(run_dir: Path, curriculum: Curriculum) -> Path:
@@ -47,7 +46,7 @@ def plot_losses(run_dir: Path, curriculum: Curriculum) -> Path:
     rates.set_xlabel("step")
     _mark_stages((losses, rates), curriculum)
     path = run_dir / "loss.png"
-    figure.savefig(path, dpi=110)
+    _save(figure, path)
     return path
 
 
@@ -72,7 +71,14 @@ def plot_curriculum(curriculum: Curriculum, path: Path) -> None:
     mix.set_xlabel("step")
     figure.legend(*mix.get_legend_handles_labels(), fontsize=7, ncols=4, loc="outside lower center")
     _mark_stages((rates, mix), curriculum)
-    figure.savefig(path, dpi=110)
+    _save(figure, path)
+
+
+def _save(figure, path: Path) -> None:
+    try:
+        figure.savefig(path, dpi=110)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: the plot cannot be written: {error}") from None
 
 
 def _short(name: str) -> str:

@@ -10,14 +10,22 @@ from pathlib import Path
 
 import yaml
 
-from crystal.config import ConfigError
+import crystal
+from crystal.config import ConfigError, load_yaml, parse
 from crystal.data.store import TokenStore
 from crystal.mup.plan import Plan
-from crystal.run import RunFile
+from crystal.run import RunConfig, RunFile
 
 _PACKAGES = ("torch", "numpy", "mup", "sentencepiece", "transformers", "safetensors", "triton")
-# what may change between two starts of one run: none of it changes what is computed
-_FREE = {("run_dir",), ("backend",), *(("train", k) for k in ("checkpoint_every", "keep_checkpoints", "max_bad_steps"))}
+# what may change between two starts of one run: at most last bits of what is computed
+_FREE = {
+    ("run_dir",),
+    ("backend", "name"),
+    ("backend", "threads"),
+    ("train", "checkpoint_every"),
+    ("train", "keep_checkpoints"),
+    ("train", "max_bad_steps"),
+}
 
 
 def open_run(run: RunFile, plan: Plan, store: TokenStore, backend: dict) -> Path:
@@ -30,35 +38,52 @@ def open_run(run: RunFile, plan: Plan, store: TokenStore, backend: dict) -> Path
     resolved = run.config.model_dump(mode="json", by_alias=True)
     data = {"store": store.manifest["fingerprint"], "tokenizer_sha256": store.manifest["tokenizer"]["sha256"]}
     if manifest_path.exists():
-        before = yaml.safe_load(config_path.read_text(encoding="utf-8"))
-        for loc, old, new in _differences(before, resolved):
+        # read through RunConfig, so that a key that is younger than the run has its default
+        before = parse(RunConfig, load_yaml(config_path).mapping, str(config_path))
+        for loc, old, new in _differences(before.model_dump(mode="json", by_alias=True), resolved):
             raise ConfigError(
                 f"{run.path}: {'.'.join(loc)}: the run in {directory} was made with {old!r}, the file now says "
                 f"{new!r}; set another run_dir"
             )
-        recorded = json.loads(manifest_path.read_text(encoding="utf-8"))["data"]
+        recorded = _recorded_data(manifest_path)
         if recorded != data:
-            raise ConfigError(f"{directory}: the run was made from the token store {recorded['store'][:16]}…, "
-                              f"the data now makes {data['store'][:16]}…; set another run_dir")  # fmt: skip
+            raise ConfigError(
+                f"{directory}: the run was made from the token store {str(recorded.get('store'))[:16]}…, "
+                f"the data now makes {data['store'][:16]}…; set another run_dir"
+            )
         return directory
-    try:
-        (directory / "checkpoints").mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"{run.path}: run_dir: {directory} cannot be made: {error.strerror}") from None
-    _put(config_path, yaml.safe_dump(resolved, sort_keys=False))
     manifest = {
         "name": run.config.name,
-        "code": {"crystal": importlib.metadata.version("crystal-zoo"), "commit": _commit()},
+        "code": {"crystal": crystal.__version__, "commit": _commit()},
         "python": platform.python_version(),
-        "packages": {name: importlib.metadata.version(name) for name in _PACKAGES},
+        "packages": {name: _version(name) for name in _PACKAGES},
         "machine": platform.platform(),
         "seed": run.config.train.seed,
         "data": data,
         "backend": backend,
         "plan": plan.as_dict(),
     }
-    _put(manifest_path, json.dumps(manifest, indent=1))
+    try:
+        (directory / "checkpoints").mkdir(parents=True, exist_ok=True)
+        _put(config_path, yaml.safe_dump(resolved, sort_keys=False))
+        _put(manifest_path, json.dumps(manifest, indent=1))
+    except OSError as error:
+        raise ConfigError(f"{run.path}: run_dir: {directory} cannot be made: {error.strerror}") from None
     return directory
+
+
+def _recorded_data(manifest: Path) -> dict:
+    try:
+        return dict(json.loads(manifest.read_text(encoding="utf-8"))["data"])
+    except (OSError, ValueError, KeyError, TypeError):
+        raise ConfigError(f"{manifest}: expected a run's manifest; restore it or set another run_dir") from None
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def _differences(old: object, new: object, loc: tuple = ()) -> list[tuple[tuple, object, object]]:

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from crystal.config import ConfigError
 from crystal.mup.plan import Plan, TensorPlan, make_plan
 from crystal.mup.rules import Tuning
 from crystal.zoo.config import ModelConfig, with_width
@@ -33,11 +32,7 @@ def plan_for(config: ModelConfig, *, weight_decay: float = 0.1, decay_vectors: b
     """The parameter plan of a decoder; weight decay and eps are the optimizer's, the rest is in config.mup."""
     mup_ = config.mup
     group = config.n_heads // config.kv_heads * config.d_head  # the smallest width with whole heads
-    base = mup_.base_d_model
-    if mup_.parametrization == "sp":
-        base = group  # nothing scales, any width will do
-    elif base % group:
-        raise ConfigError(f"mup.base_d_model: expected a multiple of {group} (one group of heads), got {base}")
+    base = group if mup_.parametrization == "sp" else mup_.base_d_model  # under sp nothing scales
     tuning = Tuning(
         init_std=mup_.init_std,
         init_truncate=mup_.init_truncate,

@@ -67,6 +67,11 @@ class ModelConfig(Strict):
                 f"rotary_fraction: expected an even number of rotary dimensions, got {self.rotary_fraction} x "
                 f"d_head {self.d_head} = {rotary:g}"
             )
+        group = self.n_heads // self.kv_heads * self.d_head  # the smallest width with whole heads
+        if self.mup.parametrization != "sp" and self.mup.base_d_model % group:
+            raise ValueError(
+                f"mup.base_d_model: expected a multiple of {group}, one group of heads, got {self.mup.base_d_model}"
+            )
         return self
 
     @cached_property
@@ -91,13 +96,13 @@ def with_width(config: ModelConfig, d_model: int) -> ModelConfig:
     kv_heads = config.kv_heads * heads / config.n_heads
     if rest or not heads or kv_heads != int(kv_heads) or heads % max(int(kv_heads), 1):
         raise ConfigError(f"width {d_model}: expected a multiple of the head size {config.d_head} with whole kv heads")
-    changed = {"d_model": d_model, "n_heads": heads, "d_ff": config.d_ff * d_model // config.d_model}
+    changed = {"d_model": d_model, "n_heads": heads, "d_ff": max(config.d_ff * d_model // config.d_model, 1)}
     if config.n_kv_heads is not None:
         changed["n_kv_heads"] = int(kv_heads)
     return ModelConfig(**(config.model_dump(exclude=set(changed) | {"mup"}) | changed), mup=config.mup)
 
 
-LADDER = re.compile(r"(?P<family>[a-z0-9-]+?)-w(?P<width>\d+)(?:-l(?P<layers>\d+))?")
+LADDER = re.compile(r"(?P<family>[a-z0-9-]+?)-w(?P<width>\d{1,6})(?:-l(?P<layers>\d{1,4}))?")
 
 
 def preset(name: str) -> Config:
@@ -112,6 +117,8 @@ def preset(name: str) -> Config:
     if not file.is_file():
         raise ConfigError(f"{name}: no such model{nearest(name, [*presets(), *families()])}")
     config = load_yaml(file)
+    if "model" not in config.mapping:
+        raise ConfigError(f"{file}: model: expected a model's section, none given")
     if rung:
         if rung["layers"]:
             config = override(config, [f"model.n_layers={rung['layers']}"])

@@ -192,3 +192,60 @@ def test_a_damaged_checkpoint_is_named_and_nothing_is_lost(make_run, train):
     with pytest.raises(ConfigError, match=r"shard-00001\.safetensors: expected sha256"):
         train(path)
     assert (run_dir / "metrics.jsonl").read_bytes() == before
+
+
+def test_two_processes_do_not_train_in_one_directory(make_run, train):
+    from crystal.training.guards import alone_in
+
+    path = make_run()
+    run_dir = train(path, until=3).directory
+    with alone_in(run_dir), pytest.raises(ConfigError, match="another process is training in it"):
+        train(path, until=4)
+    assert train(path, until=4).step == 4
+
+
+def test_weights_that_may_be_ruined_replace_nothing_good(make_run, train):
+    path = make_run(**{"train.max_bad_steps": 4, "train.checkpoint_every": 1, "train.keep_checkpoints": 1})
+    changes = {"curriculum.stages.english.lr": "[{from: 0.01, to: 0.01, steps: 3}, {from: 1e30, to: 1e30, jump: true}]"}
+    with pytest.raises(ConfigError, match="not finite"):
+        train(path, *(f"{k}={v}" for k, v in changes.items()))
+    run_dir = path.parent / "run"
+    last_applied = max(r["step"] for r in read_metrics(run_dir) if r.get("applied"))
+    assert checkpoint.steps(run_dir / "checkpoints") == [last_applied]
+
+
+def test_a_copy_of_a_checkpoint_is_no_checkpoint(make_run, train):
+    import shutil
+
+    path = make_run()
+    checkpoints = train(path, until=4).directory / "checkpoints"
+    shutil.copytree(checkpoints / "step-0000004", checkpoints / "step-0000004.bak")
+    assert checkpoint.steps(checkpoints) == [4]
+    assert train(path, until=5).step == 5
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [("config.yaml", "model: ["), ("config.yaml", ""), ("manifest.json", "{}"), ("manifest.json", "{")],
+)
+def test_a_damaged_run_directory_is_named(make_run, train, file, content):
+    path = make_run()
+    run_dir = train(path, until=2).directory
+    (run_dir / file).write_text(content)
+    with pytest.raises(ConfigError, match=file):
+        train(path, until=3)
+
+
+def test_a_stage_without_data_is_found_before_training(make_run, train):
+    path = make_run()
+    with pytest.raises(ConfigError, match=r"expected rows in python\[0\.0-0\.00001\]"):
+        train(path, "curriculum.bind={python: 'python[0.0-0.00001]'}")
+    assert not (path.parent / "run").exists()
+
+
+def test_the_compute_dtype_belongs_to_the_run(make_run, train):
+    path = make_run()
+    train(path, until=2)
+    with pytest.raises(ConfigError, match=r"backend\.dtype: .* made with 'bf16'"):
+        train(path, "backend.dtype=fp32", until=3)
+    assert train(path, "backend.threads=1", until=3).step == 3
