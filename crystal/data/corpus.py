@@ -66,11 +66,7 @@ def load_recipe(name_or_path: str | Path) -> Recipe:
 
 
 def _placed(entry: Entry, base: Path) -> Entry:
-    return (
-        entry.model_copy(update={"files": str(base / Path(entry.files).expanduser())})
-        if entry.files
-        else entry
-    )
+    return entry.model_copy(update={"files": str(base / Path(entry.files).expanduser())}) if entry.files else entry
 
 
 def fetch(recipe: Recipe, cache: Path) -> None:
@@ -103,11 +99,7 @@ def build(recipe: Recipe, cache: Path, sources: list[str] | None = None, process
     """
     chosen = {name: recipe.sources[name] for name in sources or recipe.sources}
     _fetch(recipe, chosen.values(), cache)
-    missing = [
-        name
-        for name, source in chosen.items()
-        if _copied(source) and not _built(name, source, cache).exists()
-    ]
+    missing = [name for name, source in chosen.items() if _copied(source) and not _built(name, source, cache).exists()]
     if not missing:
         return
     from rich.console import Console

@@ -101,9 +101,7 @@ class Seen:
         stripped = (line.strip() for line in text.split("\n"))
         # not hash(): it differs from one process to the next
         lines = {
-            zlib.crc32(line.encode("utf-8", "replace")) << 16 | len(line) & 0xFFFF
-            for line in stripped
-            if len(line) > 8
+            zlib.crc32(line.encode("utf-8", "replace")) << 16 | len(line) & 0xFFFF for line in stripped if len(line) > 8
         }
         if len(lines) >= 5 and len(lines & self._lines) > 0.7 * len(lines):
             return True

@@ -43,9 +43,7 @@ class Entry(Strict):
     sha256: str | None = Field(default=None, pattern="^[0-9a-f]{64}$")
     include: str | None = None  # a regular expression searched in each member's path
     exclude: str | None = None
-    extract: Literal[
-        "text", "rst", "html", "pod", "verses", "dictd", "wordnet", "sword", "rdata", "factbook"
-    ] = "text"
+    extract: Literal["text", "rst", "html", "pod", "verses", "dictd", "wordnet", "sword", "rdata", "factbook"] = "text"
     start: str | None = None  # extract html: the text begins after the first match …
     stop: str | None = None  # … and ends before the next match of this
     split: str | None = None  # a document is cut before every match

@@ -19,8 +19,7 @@ from crystal.data import corpus, extract, packages
 from crystal.data.corpus import build, documents, fetch, load_recipe
 
 CODE = {
-    f"toy/m{i}.py": f"def f{i}(x):\n    return x + {i}\n" * (1 + i) + f"VALUE_{i} = {i * 7}\n" * 8
-    for i in range(6)
+    f"toy/m{i}.py": f"def f{i}(x):\n    return x + {i}\n" * (1 + i) + f"VALUE_{i} = {i * 7}\n" * 8 for i in range(6)
 }
 PROSE = "Of the making of books there is no end, and this is one that the reader may put by. " * 6
 
@@ -44,9 +43,7 @@ def deb(path: Path, members: dict[str, str]) -> Path:
     parts = [(b"debian-binary", b"2.0\n"), (b"control.tar.xz", b"odd"), (b"data.tar.xz", data.getvalue())]
     content = b"!<arch>\n"
     for name, body in parts:
-        content += (
-            name.ljust(48) + str(len(body)).encode().ljust(10) + b"`\n" + body + b"\n" * (len(body) % 2)
-        )
+        content += name.ljust(48) + str(len(body)).encode().ljust(10) + b"`\n" + body + b"\n" * (len(body) % 2)
     path.write_bytes(content)
     return path
 
@@ -61,15 +58,10 @@ def index(tmp_path, monkeypatch):
         for name, text in CODE.items():
             wheel.writestr(name, text)
         wheel.writestr("toy-1.0.dist-info/METADATA", head)
-        wheel.writestr(
-            "toy-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
-        )
+        wheel.writestr("toy-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
         wheel.writestr("toy-1.0.dist-info/RECORD", "")
     run = f"open({str(tmp_path / 'setup_was_run')!r}, 'w')"
-    docs = {
-        f"toy-1.0/docs/{i}.txt": f"Page {i}\n======\n\n{PROSE.replace('one', f'book {i}')}\n"
-        for i in range(3)
-    }
+    docs = {f"toy-1.0/docs/{i}.txt": f"Page {i}\n======\n\n{PROSE.replace('one', f'book {i}')}\n" for i in range(3)}
     tar(folder / "toy-1.0.tar.gz", {"toy-1.0/PKG-INFO": head, "toy-1.0/setup.py": run, **docs})
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
@@ -95,9 +87,7 @@ def recipe(tmp_path, sources, name="toy.yaml"):
 
 @pytest.fixture
 def toy(tmp_path, index):
-    return recipe(
-        tmp_path, {"python": {"filter": "code", "entries": [WHEEL]}, "english": {"entries": [SDIST]}}
-    )
+    return recipe(tmp_path, {"python": {"filter": "code", "entries": [WHEEL]}, "english": {"entries": [SDIST]}})
 
 
 def sha256(path):
@@ -136,9 +126,7 @@ def test_an_sdist_is_read_in_place_and_nothing_of_it_is_run(tmp_path, toy):
 def test_the_same_archives_give_the_same_documents_in_any_cache_with_any_processes(tmp_path, toy):
     build(toy, tmp_path / "two", processes=2)
     for source in toy.sources:
-        assert list(documents(toy, source, tmp_path / "one")) == list(
-            documents(toy, source, tmp_path / "two")
-        )
+        assert list(documents(toy, source, tmp_path / "one")) == list(documents(toy, source, tmp_path / "two"))
     assert files_in(tmp_path / "one" / "corpora") == files_in(tmp_path / "two" / "corpora")
 
 
@@ -202,9 +190,7 @@ def test_unknown_and_empty_sources_are_named(tmp_path, toy, index):
 def test_a_pinned_hash_is_checked_and_both_hashes_are_told(tmp_path, index):
     true = sha256(index / "toy-1.0-py3-none-any.whl")
     fetch(recipe(tmp_path, {"a": {"entries": [WHEEL | {"sha256": true}]}}), tmp_path / "cache")
-    message = fails(
-        fetch, recipe(tmp_path, {"a": {"entries": [WHEEL | {"sha256": "0" * 64}]}}), tmp_path / "cache"
-    )
+    message = fails(fetch, recipe(tmp_path, {"a": {"entries": [WHEEL | {"sha256": "0" * 64}]}}), tmp_path / "cache")
     assert "toy-1.0-py3-none-any.whl: expected sha256 " + "0" * 64 in message
     assert true in message
 
@@ -242,18 +228,14 @@ def test_debian_and_npm_packages(tmp_path, monkeypatch):
     both = recipe(
         tmp_path,
         {
-            "english": {
-                "entries": [{"package": "deb:toy-doc", "license": "GPL-2.0-only", "include": r"\.txt$"}]
-            },
+            "english": {"entries": [{"package": "deb:toy-doc", "license": "GPL-2.0-only", "include": r"\.txt$"}]},
             "javascript": {
                 "exclude": r"\.min\.",
                 "entries": [{"package": "npm:@scope/toy@1.0.0", "license": "MIT", "include": r"\.js$"}],
             },
         },
     )
-    places = [
-        (d.path, d.license) for source in both.sources for d in documents(both, source, tmp_path / "cache")
-    ]
+    places = [(d.path, d.license) for source in both.sources for d in documents(both, source, tmp_path / "cache")]
     assert places == [
         ("toy-doc==1:2.0-1/usr/share/doc/toy/a.txt", "GPL-2.0-only"),
         ("@scope/toy==1.0.0/lib/a.js", "MIT"),
@@ -261,14 +243,10 @@ def test_debian_and_npm_packages(tmp_path, monkeypatch):
 
 
 def test_a_client_without_network_gives_one_line(tmp_path, monkeypatch):
-    client(
-        tmp_path / "bin", "npm", "echo 'npm error code EAI_AGAIN' >&2; echo 'npm error errno 1' >&2; exit 1"
-    )
+    client(tmp_path / "bin", "npm", "echo 'npm error code EAI_AGAIN' >&2; echo 'npm error errno 1' >&2; exit 1")
     monkeypatch.setenv("PATH", str(tmp_path / "bin"), prepend=os.pathsep)
     wanted = recipe(tmp_path, {"a": {"entries": [WHEEL | {"package": "npm:toy@1.0.0"}]}})
-    assert (
-        fails(fetch, wanted, tmp_path / "cache") == f"npm:toy@1.0.0: not downloaded: {packages._NO_NETWORK}"
-    )
+    assert fails(fetch, wanted, tmp_path / "cache") == f"npm:toy@1.0.0: not downloaded: {packages._NO_NETWORK}"
 
 
 @pytest.mark.parametrize("name", ["toy-1.0-py3-none-any.whl", "toy-1.0.tar.gz"])

@@ -138,9 +138,7 @@ def test_split_cuts_before_every_match_and_numbers_the_parts():
 
 def test_verses_are_gathered_by_chapter():
     rows = [("Job", 1, 1, "a"), ("Job", 1, 2, "b"), ("Job", 2, 1, "c")]
-    lines = "\n".join(
-        json.dumps(dict(zip(("book", "chapter", "verse", "text"), r, strict=True))) for r in rows
-    )
+    lines = "\n".join(json.dumps(dict(zip(("book", "chapter", "verse", "text"), r, strict=True))) for r in rows)
     found = list(formats.verses([("k", lines.encode())]))
     assert found == [("k#Job-1", "Job 1\n\na\nb"), ("k#Job-2", "Job 2\n\nc")]
 
@@ -167,17 +165,13 @@ def test_dictionary_entries_are_gathered_into_several_documents():
 
 def test_wordnet_synsets():
     line = b"  1 a licence | of words\n00001740 03 n 02 dog 0 domestic_dog 0 001 @ 1 n 0 | a pet; barks  \n"
-    assert list(formats.wordnet([("data.noun", line)])) == [
-        ("data.noun#0", "dog, domestic dog (noun): a pet; barks")
-    ]
+    assert list(formats.wordnet([("data.noun", line)])) == [("data.noun#0", "dog, domestic dog (noun): a pet; barks")]
 
 
 def test_sword_blocks_are_cut_into_chapters_without_notes():
     osis = b'<title>Head</title><chapter sID="1"/>In the <w>beginning</w><note>no</note>.<lb/>Next &amp; last'
     block = zlib.compress(osis)
-    found = list(
-        formats.sword(members(ot_bzs=struct.pack("<III", 2, len(block), len(osis)), ot_bzz=b"zz" + block))
-    )
+    found = list(formats.sword(members(ot_bzs=struct.pack("<III", 2, len(block), len(osis)), ot_bzz=b"zz" + block)))
     assert found == [("ot.bzs#0.0", "Head"), ("ot.bzs#0.1", "In the beginning.\nNext & last")]
 
 
@@ -262,6 +256,4 @@ def test_extraction_version_is_raised_when_texts_change():
     )
     texts = [extract.rst_text(RST), extract.html_text(page), extract.pod_text(pod)]
     digest = hashlib.sha256("\0".join(texts).encode()).hexdigest()[:12]
-    assert (extract.VERSION, digest) == (1, "22cc14158f63"), (
-        "other text: raise extract.VERSION, then pin it here"
-    )
+    assert (extract.VERSION, digest) == (1, "22cc14158f63"), "other text: raise extract.VERSION, then pin it here"

@@ -85,9 +85,7 @@ def test_rows_are_streamed(tmp_path, name):
     """A file far larger than what is read of it: only its first part is well-formed."""
     rows = "".join(json.dumps({"text": str(i) * 50}) + "\n" for i in range(20_000)).encode()
     file = tmp_path / name
-    packed = (
-        gzip.compress(rows) if name.endswith("gz") else zstandard.compress(rows) if "zst" in name else rows
-    )
+    packed = gzip.compress(rows) if name.endswith("gz") else zstandard.compress(rows) if "zst" in name else rows
     file.write_bytes(packed[: len(packed) // 2])
     found = list(itertools.islice(local.rows(entry(file)), 100))
     assert [text[:2] for _, text, _ in found[:2]] == ["00", "11"]

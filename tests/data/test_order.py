@@ -39,9 +39,7 @@ weight = st.one_of(
     st.just(0.0),
 )
 weight_vectors = (
-    st.lists(weight, min_size=1, max_size=12)
-    .filter(any)
-    .map(lambda ws: {f"source{i}": w for i, w in enumerate(ws)})
+    st.lists(weight, min_size=1, max_size=12).filter(any).map(lambda ws: {f"source{i}": w for i, w in enumerate(ws)})
 )
 
 
@@ -150,16 +148,12 @@ def test_permutation_is_pinned():
     """The order is part of a run's identity: these rows may never change, on any machine."""
     keys = np.tile(permutation_key(1, "stage1", "english", 0), (8, 1))
     assert permute(np.arange(8), np.full(8, 1_000_003), keys).tolist() == PINNED_ROWS
-    order = StageOrder(
-        {"english": 0.7, "python": 0.3}, {"english": 1000, "python": 70}, 8, seed=1, stage="stage1"
-    )
+    order = StageOrder({"english": 0.7, "python": 0.3}, {"english": 1000, "python": 70}, 8, seed=1, stage="stage1")
     assert order.sequences(50) == PINNED_BATCH
 
 
 def small(seed=1, stage="s", rows=None, weights=None, batch=6):
-    return StageOrder(
-        weights or {"a": 0.5, "b": 0.3, "c": 0.2}, rows or {"a": 11, "b": 40, "c": 3}, batch, seed, stage
-    )
+    return StageOrder(weights or {"a": 0.5, "b": 0.3, "c": 0.2}, rows or {"a": 11, "b": 40, "c": 3}, batch, seed, stage)
 
 
 @settings(max_examples=40)
@@ -238,6 +232,7 @@ def test_counts_before_a_step():
 def test_a_source_without_rows():
     with pytest.raises(ValueError, match="b: expected at least one row"):
         small(rows={"a": 1, "b": 0, "c": 1})
-    assert {
-        s for s, _, _ in small(rows={"a": 5, "c": 5}, weights={"a": 0.5, "b": 0.0, "c": 0.5}).sequences(0)
-    } == {"a", "c"}
+    assert {s for s, _, _ in small(rows={"a": 5, "c": 5}, weights={"a": 0.5, "b": 0.0, "c": 0.5}).sequences(0)} == {
+        "a",
+        "c",
+    }
