@@ -106,7 +106,7 @@ def memory_bytes(config: ModelConfig) -> dict[str, int]:
 
 
 def dry_run(run: RunFile) -> dict:
-    """The whole run on paper: stages, steps, tokens, LR, checkpoints, memory, FLOPs and their time at the matmul rate."""
+    """The whole run on paper: stages, steps, tokens, LR, checkpoints, memory, and FLOPs with their time here."""
     curriculum = resolve(run.config.curriculum, run.source)
     plan = run.config.plan()
     flops = flops_per_token(run.config.model, curriculum.seq_len) * curriculum.tokens
