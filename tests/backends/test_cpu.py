@@ -228,3 +228,15 @@ def test_a_step_reads_no_number_per_parameter(monkeypatch):
         return count
 
     assert reads(2) == reads(8) <= 10
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("change", [{}, {"document_mask": True}])
+@pytest.mark.parametrize("name", ["amber-w64-l2", "crystalcoder-w64-l2"])
+def test_both_models_learn_a_batch_by_heart(name, change, dtype):
+    config = model_config(name).model_copy(update={"vocab_size": 96, "max_seq_len": 32} | change)
+    made = backend(dtype, config=config, schedule=lambda step: 0.003)
+    assert plan_differences(made.plan, made.groups()) == []
+    data = batch()
+    losses = [made.train_step(step, [data]).host()["loss"] for step in range(1, 61)]
+    assert losses[-1] < 0.5
