@@ -73,16 +73,7 @@ class CpuBackend:
         self.stale = True
 
     def reset_optimizer(self) -> None:
-        groups = [
-            {
-                "name": name,
-                "params": [self.weights[row.tensor] for row in rows],
-                "lr_multiplier": rows[0].lr_multiplier,
-                "weight_decay": rows[0].weight_decay,
-                "eps": rows[0].eps,
-            }
-            for name, rows in self.plan.groups().items()
-        ]
+        groups = self.plan.parameter_groups(self.weights, lr=0.0)
         self.adamw = torch.optim.AdamW(groups, lr=0.0, betas=self.optimizer_config.betas, fused=True)
         self.optimizer_step = 0
 

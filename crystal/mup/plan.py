@@ -9,11 +9,11 @@ model of ours: a role follows from the kind of module that holds a tensor and fr
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 import mup
-from torch import nn
+from torch import Tensor, nn
 
 from crystal.mup.rules import PARAMETRIZATIONS, Parametrization, Role, Tuning
 
@@ -63,10 +63,31 @@ class Plan:
             found[row.group] = (*found.get(row.group, ()), row)
         return found
 
+    def parameter_groups(self, weights: nn.Module | Mapping[str, Tensor], lr: float) -> list[dict]:
+        """What an AdamW takes: `torch.optim.AdamW(plan.parameter_groups(model, lr=0.01), betas=…)`.
+
+        weights: a module, or its tensors by name (sharded ones too: a group is a list of names). Each group has
+        params, lr (base lr times its multiplier), weight_decay, eps, and name and lr_multiplier for schedules.
+        """
+        named = dict(weights.named_parameters()) if isinstance(weights, nn.Module) else weights
+        return [
+            {
+                "name": name,
+                "params": [named[row.tensor] for row in rows],
+                "lr": lr * rows[0].lr_multiplier,
+                "lr_multiplier": rows[0].lr_multiplier,
+                "weight_decay": rows[0].weight_decay,
+                "eps": rows[0].eps,
+            }
+            for name, rows in self.groups().items()
+        ]
+
     def as_dict(self) -> dict:
         """JSON-ready; what a run's manifest holds."""
         return asdict(self)
 
+
+Layouts = Mapping[str, tuple[int, int] | None]
 
 # which dimension of a weight is fan_in and which fan_out
 _LAYOUTS = {"Linear": (1, 0), "Embedding": (0, 1), "Conv1D": (0, 1), "Conv2d": (1, 0)}
@@ -92,8 +113,8 @@ def make_plan(
     Raises PlanError for a tensor of unknown role or models of different structure.
     """
     rules = PARAMETRIZATIONS[parametrization]
-    infshapes = _infshapes(target, base, delta)
-    layouts = _layouts(target)
+    infshapes = infshapes_of(target, base, delta)
+    layouts = layouts_of(target)
     m_depth = n_layers / (base_n_layers or n_layers) if rules.depth else 1.0
     m_model = _model_width(infshapes, layouts)
     rows = [
@@ -112,7 +133,7 @@ def make_plan(
     )
 
 
-def _infshapes(target: nn.Module, base: nn.Module, delta: nn.Module) -> dict[str, mup.InfShape]:
+def infshapes_of(target: nn.Module, base: nn.Module, delta: nn.Module) -> dict[str, mup.InfShape]:
     """mup's verdict on every dimension; its marks are taken off the tensors again."""
     names = [{n for n, _ in m.named_parameters()} for m in (target, base, delta)]
     if not names[0] == names[1] == names[2]:
@@ -124,15 +145,20 @@ def _infshapes(target: nn.Module, base: nn.Module, delta: nn.Module) -> dict[str
     return found
 
 
-def _layouts(model: nn.Module) -> dict[str, tuple[int, int] | None]:
-    """name → (fan_in dimension, fan_out dimension) of a matrix, or None for a vector."""
+def layouts_of(model: nn.Module, known: Layouts | None = None) -> dict[str, tuple[int, int] | None]:
+    """name → (fan_in dimension, fan_out dimension) of a matrix, or None for a vector.
+
+    known: layouts of tensors that no module of a known kind holds. Raises PlanError for one that is not in it.
+    """
     found: dict[str, tuple[int, int] | None] = {}
     names = {id(p): name for name, p in model.named_parameters()}
     for module in model.modules():
         kind = next((c.__name__ for c in type(module).__mro__ if c.__name__ in _LAYOUTS), None)
         for key, p in module.named_parameters(recurse=False):
             name = names[id(p)]
-            if p.ndim < 2:
+            if known and name in known:
+                found[name] = known[name]
+            elif p.ndim < 2:
                 found[name] = None
             elif kind and key == "weight":
                 # a tied tensor keeps the layout of the embedding, which is registered first
@@ -142,7 +168,7 @@ def _layouts(model: nn.Module) -> dict[str, tuple[int, int] | None]:
     return found
 
 
-def _role(name: str, infshape: mup.InfShape, layout: tuple[int, int] | None) -> Role:
+def role_of(name: str, infshape: mup.InfShape, layout: tuple[int, int] | None) -> Role:
     if layout is None:
         return "vector"
     fan_in, fan_out = (infshape[d].isinf() for d in layout)
@@ -154,7 +180,7 @@ def _role(name: str, infshape: mup.InfShape, layout: tuple[int, int] | None) -> 
 def _model_width(infshapes: dict, layouts: dict) -> float:
     """m of d_model: the growing dimension of the first embedding (or of the first matrix there is)."""
     matrices = [name for name in infshapes if layouts[name] is not None]
-    first = next((n for n in matrices if _role(n, infshapes[n], layouts[n]) == "embedding"), matrices[0])
+    first = next((n for n in matrices if role_of(n, infshapes[n], layouts[n]) == "embedding"), matrices[0])
     return infshapes[first].width_mult()
 
 
@@ -170,7 +196,7 @@ def _row(
     is_residual_out: bool,
     n_layers: int,
 ) -> TensorPlan:
-    role = _role(name, infshape, layout)
+    role = role_of(name, infshape, layout)
     powers = rules.powers[role]
     own = infshape[layout[0]].width_mult() if role == "hidden" else infshape.width_mult()
     m = own if rules.own_fan_in else m_model
@@ -191,6 +217,8 @@ def _row(
         decay *= m**-powers.lr
         notes.append("weight decay x m")
     forward = tuning.embedding_multiplier if role == "embedding" else 1.0
+    if is_residual_out and rules.depth:
+        forward = m_depth**-tuning.depth_alpha
     if role == "output":
         forward = tuning.output_alpha * m_model**powers.forward
     return TensorPlan(

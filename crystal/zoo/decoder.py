@@ -126,7 +126,7 @@ class Decoder(nn.Module):
 
     def embedded(self, ids_BT: Tensor) -> Tensor:
         """Token embeddings times their multiplier."""
-        x_BTD = F.embedding(ids_BT, self.embed.weight)
+        x_BTD = self.embed(ids_BT)
         return x_BTD if self.multipliers.embedding == 1 else x_BTD * self.multipliers.embedding
 
     def table(self, start: int, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -154,7 +154,8 @@ class Decoder(nn.Module):
     def forward(self, ids_BT: Tensor, documents_BT: Tensor | None = None, cache=None) -> Tensor:
         """Logits [B, T, V] in the weights' dtype, muP's logit multiplier applied."""
         x_BTD = self.hidden(ids_BT, documents_BT, cache)
-        return F.linear(x_BTD, self.head_weight) * self.multipliers.logits
+        logits_BTV = F.linear(x_BTD, self.embed.weight) if self.head is None else self.head(x_BTD)
+        return logits_BTV * self.multipliers.logits
 
     def loss(self, ids_BT, labels_BT, weights_BT, documents_BT=None) -> tuple[Tensor, Tensor]:
         """Weighted sum of the tokens' cross-entropies and each token's own, fp32 nats: (scalar, [B, T])."""

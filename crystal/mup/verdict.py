@@ -1,0 +1,127 @@
+"""What a check of muP says: a row for every tensor and quantity, and one verdict over all.
+
+Audit and coordinate check share these, so that a slope that was derived and one that was measured read alike, and
+so that both name a broken rule in the same words.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Literal
+
+from crystal.mup.rules import Role
+
+Verdict = Literal["PASS", "FAIL", "INCONCLUSIVE"]
+
+
+class CheckError(ValueError):
+    """A check that cannot be made as asked; the message says why, in one line."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One tensor (or activation) and one quantity of it.
+
+    slope: exponent of width (or depth) found; ci: its 95% confidence interval, equal ends where it is exact;
+    expected: the rule's exponent. None where a row is not about an exponent.
+    """
+
+    name: str
+    quantity: str
+    slope: float | None
+    ci: tuple[float, float] | None
+    expected: float | None
+    verdict: Verdict
+    rule: str
+    message: str = ""
+
+
+@dataclass
+class Report:
+    """All rows; `notes` are remarks that decide nothing."""
+
+    rows: list[Row]
+    seconds: float
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def verdict(self) -> Verdict:
+        """FAIL if any row fails, else INCONCLUSIVE if any is, else PASS."""
+        return overall(row.verdict for row in self.rows)
+
+    @property
+    def failures(self) -> list[Row]:
+        return [row for row in self.rows if row.verdict == "FAIL"]
+
+    def as_dict(self) -> dict:
+        """JSON-ready: verdict, seconds, tensors, notes."""
+        rows = [asdict(row) for row in self.rows]
+        return {"verdict": self.verdict, "seconds": round(self.seconds, 3), "tensors": rows, "notes": self.notes}
+
+
+def overall(verdicts: Iterable[Verdict]) -> Verdict:
+    """The worst of them; INCONCLUSIVE when there is nothing to judge."""
+    seen = set(verdicts)
+    return "FAIL" if "FAIL" in seen else "PASS" if seen == {"PASS"} else "INCONCLUSIVE"
+
+
+def summary(rows: Sequence[Row], limit: int = 8) -> list[str]:
+    """The lines a reader needs: each distinct fault once, blocks of one kind folded together, causes first.
+
+    An activation that grows because a tensor's rule is broken says nothing new, so activations are listed only
+    when no tensor is at fault.
+    """
+    causes = [row for row in rows if row.quantity not in EFFECTS] or list(rows)
+    order = {row.message: row for row in causes}
+    lines = [row.message for row in order.values()]
+    more = len(lines) - limit
+    return lines[:limit] + ([f"… and {more} more"] if more > 0 else [])
+
+
+EFFECTS = ("size", "change", "push")  # what a fault does, rather than where it is
+
+
+def explain(quantity: str, role: Role | None, slope: float, expected: float, group: int | None = None) -> str:
+    """What most likely is wrong, given which exponent was found where another was expected."""
+    off = slope - expected
+    where = "" if group is None else f" (optimizer group {group})"
+    if quantity in ("lr", "update"):
+        if role == "hidden" and _near(off, 1):
+            return f"its LR is not divided by the width multiplier{where}"
+        if role == "hidden" and _near(off, 0.5):
+            return f"its LR is divided by the square root of the width multiplier only{where}"
+        if role == "hidden" and _near(off, -1):
+            return f"its LR is divided by the width multiplier twice{where}"
+        if role != "hidden" and _near(off, -1):
+            return f"its LR is divided by the width multiplier, which is for hidden matrices only{where}"
+        return f"its LR scales with the wrong power of width{where}"
+    if quantity == "init":
+        if role == "hidden" and _near(off, 0.5):
+            return "its init sigma is not divided by the square root of the width multiplier"
+        if role == "hidden" and _near(off, -0.5):
+            return "its init sigma is divided by the width multiplier, its square root is wanted"
+        if role != "hidden" and _near(off, -0.5):
+            return "its init sigma is divided by sqrt(width multiplier), which is for hidden matrices only"
+        if _near(off, 0.5):
+            return "its init sigma is multiplied by sqrt(width multiplier), as mup.set_base_shapes does to a tied readout"
+        return "its init sigma scales with the wrong power of width"
+    if quantity == "forward":
+        if role == "output" and _near(off, 1):
+            return "logits are not divided by the width multiplier"
+        if role == "output" and _near(off, 0.5):
+            return "logits are divided by the square root of the width multiplier, the multiplier itself is wanted"
+        if role == "output" and _near(off, -1):
+            return "logits are divided by the width multiplier twice"
+        return "a forward multiplier scales with the wrong power of width"
+    if quantity == "attention":
+        return (
+            "scores are scaled by 1/sqrt(d_head), muP wants 1/d_head" if _near(off, 0.5) else "scores' scale is off"
+        )
+    if quantity == "weight decay":
+        return f"weight decay scales with the wrong power of width{where}"
+    return "it grows with width" if off > 0 else "it dies out with width"
+
+
+def _near(x: float, y: float) -> bool:
+    return abs(x - y) < 0.2
