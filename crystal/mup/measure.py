@@ -1,0 +1,237 @@
+"""One short training run, watched: how large every activation, weight and update is.
+
+Sizes are those of "Tensor Programs V", appendix D (mean absolute value of each module's output, on one batch that
+is repeated), and for each weight tensor three numbers that isolate one rule each: its size at initialisation, the
+size of its first update, and what that update does to the tensor's own output. Adam's first update of an element
+is lr * g/(|g| + eps), so its size *is* the tensor's learning rate, whatever the gradient: the one statistic that
+needs neither seeds nor calibration. Later steps blur it, as signs cancel.
+
+Nothing is read back inside the run: hooks keep tensors, and all numbers come to the host at its end.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from crystal.mup.observe import Group, read_groups
+
+ROWS = 64  # tokens of a batch that the effect of an update is measured on
+# An element whose gradient is under this many eps is not moved by lr: a key's bias has only rounding noise where
+# nothing rotates (softmax ignores what is added to all scores of a query), and so have words that nobody predicts.
+NOISE = 100
+SAMPLE = 1 << 16  # elements of a tensor that its first update is read from
+OUTPUT = "output"  # name of what the whole model returns
+
+
+@dataclass(frozen=True)
+class Task:
+    """How one model of a family is made and trained; size: its width, or its depth in a check over depth.
+
+    model: (size, seed) → initialised module; optimizer: module → its optimizer, of Adam's kind;
+    loss: (module, batch) → scalar, from the module's own forward; batch: seed → one batch, used at every step.
+    """
+
+    model: Callable[[int, int], nn.Module]
+    optimizer: Callable[[nn.Module], Optimizer]
+    loss: Callable[[nn.Module, Any], Tensor]
+    batch: Callable[[int], Any]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """values: (name, quantity, step) → number; quantity: init, update, push (of tensors), size, change (of outputs).
+
+    groups: tensor → number of its optimizer group; quiet: tensors whose gradient never rose above NOISE * eps.
+    """
+
+    size: int
+    seed: int
+    values: dict[tuple[str, str, int], float]
+    groups: dict[str, int]
+    quiet: frozenset[str]
+
+
+def measure(task: Task, size: int, seed: int, steps: int, keep: Callable[[nn.Module], None] | None = None) -> Measured:
+    """Train one model for `steps` forward passes with steps - 1 updates between them. keep: is shown the model."""
+    model = task.model(size, seed)
+    if keep:
+        keep(model)
+    optimizer = task.optimizer(model)
+    named = {clean(n): p for n, p in model.named_parameters() if p.requires_grad}
+    groups = read_groups(model, optimizer)
+    run = _Run(model, named, {clean(n): g for n, g in groups.items()}, _decays_apart(optimizer))
+    batch = task.batch(seed)
+    for step in range(1, steps + 1):
+        with run.watch(step):
+            loss = task.loss(model, batch)
+        if step < steps:
+            loss.backward()
+            run.before_update(step)
+            optimizer.step()
+            run.after_update(step)
+            optimizer.zero_grad(set_to_none=True)
+    return Measured(size, seed, run.values(), {clean(n): g.number for n, g in groups.items()}, frozenset(run.waiting))
+
+
+def clean(name: str) -> str:
+    """A module's or tensor's name without what wrappers (compile, DDP, checkpointing) put into it."""
+    for wrapper in ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module."):
+        name = name.replace(wrapper, "")
+    return name.removeprefix("module.")
+
+
+def _decays_apart(optimizer: Optimizer) -> bool:
+    """Is weight decay lr * lambda * w, as in AdamW, rather than a part of the gradient?"""
+    return any(g.get("decoupled_weight_decay", "AdamW" in type(optimizer).__name__) for g in optimizer.param_groups)
+
+
+class _Run:
+    """The numbers of one run, kept on the device until `values`."""
+
+    def __init__(self, model: nn.Module, named: dict[str, Tensor], groups: dict[str, Group], decays_apart: bool):
+        self.named, self.groups, self.decays_apart = named, groups, decays_apart
+        self.numbers: list[tuple[tuple[str, str, int], Tensor]] = []
+        self.first: dict[str, Tensor] = {}  # outputs of the first step
+        self.outputs: dict[str, Tensor] = {}
+        self.inputs: dict[str, Tensor] = {}
+        self.waiting = dict(named)  # tensors whose first real update has not come yet
+        self.before: dict[str, Tensor] = {}
+        self.moving: dict[str, Tensor] = {}
+        self._add("init", 0, _rms(list(named.values())), list(named))
+        self.hooks = []
+        for name, module in model.named_modules():
+            name = clean(name) or OUTPUT
+            self.hooks.append(module.register_forward_hook(self._output_hook(name)))
+            if isinstance(module, nn.Linear | nn.Embedding) and f"{name}.weight" in named:
+                self.hooks.append(module.register_forward_pre_hook(self._input_hook(f"{name}.weight")))
+
+    def _output_hook(self, name: str):
+        def hook(module, inputs, output):
+            if isinstance(output, tuple) or hasattr(output, "logits"):
+                output = output[0] if isinstance(output, tuple) else output.logits
+            if isinstance(output, Tensor) and output.is_floating_point() and output.ndim:
+                self.outputs[name] = output.detach()
+
+        return hook
+
+    def _input_hook(self, name: str):
+        def hook(module, inputs):
+            self.inputs[name] = inputs[0].detach()
+
+        return hook
+
+    def watch(self, step: int) -> _Watch:
+        return _Watch(self, step)
+
+    @torch.no_grad()
+    def after_forward(self, step: int) -> None:
+        outputs = self.outputs
+        if step == 1:
+            self.first = outputs
+        self._add("size", step, _mean_abs(list(outputs.values())), list(outputs))
+        if step > 1:
+            both = [n for n in outputs if n in self.first and outputs[n].shape == self.first[n].shape]
+            changes = [outputs[n] - self.first[n] for n in both]
+            self._add("change", step, _mean_abs(changes), both)
+        self.outputs = {}
+
+    @torch.no_grad()
+    def before_update(self, step: int) -> None:
+        """Of tensors that have not moved yet, keep what their first update will be read from."""
+        live = {n: _local(p.grad) for n, p in self.waiting.items() if p.grad is not None}
+        largest = torch.stack(_norms(list(live.values()), math.inf)).tolist() if live else []
+        for (name, grad), size in zip(live.items(), largest, strict=True):
+            noise = NOISE * (self.groups[name].eps or 0.0) if name in self.groups else 0.0
+            if size > noise:
+                self.before[name] = self.waiting.pop(name).detach().clone()
+                self.moving[name] = _sample(grad).abs() > noise
+
+    @torch.no_grad()
+    def after_update(self, step: int) -> None:
+        updates = {n: self.named[n].detach() - old for n, old in self.before.items()}
+        steps = [self._step(n, d) * self.moving[n] for n, d in updates.items()]
+        moved = [self.moving[n].sum() for n in updates]
+        sizes = [norm / n.sqrt() for norm, n in zip(_norms(steps, 2), moved, strict=True)]
+        self._add("update", step, sizes, list(updates))
+        # on the inputs that the gradient came from: the tensor's own effect, without that of the others' updates
+        pushed = [n for n in updates if n in self.inputs]
+        self._add("push", step, _rms([_applied(updates[n], self.inputs[n]) for n in pushed]), pushed)
+        self.before, self.moving, self.inputs = {}, {}, {}
+
+    def _step(self, name: str, delta: Tensor) -> Tensor:
+        """What the optimizer added, less AdamW's decay, which is no gradient's doing: a gain of 1 shows it."""
+        step, group = _sample(_local(delta)), self.groups.get(name)
+        if self.decays_apart and group is not None and group.weight_decay:
+            step = step + group.lr * group.weight_decay * _sample(_local(self.before[name]))
+        return step
+
+    def _add(self, quantity: str, step: int, numbers: list[Tensor], names: list[str]) -> None:
+        self.numbers += [((n, quantity, step), x) for n, x in zip(names, numbers, strict=True)]
+
+    def values(self) -> dict[tuple[str, str, int], float]:
+        for hook in self.hooks:
+            hook.remove()
+        numbers = torch.stack([x.float() for _, x in self.numbers]).tolist()
+        return {key: x for (key, _), x in zip(self.numbers, numbers, strict=True)}
+
+
+class _Watch:
+    """The forward pass of one step."""
+
+    def __init__(self, run: _Run, step: int):
+        self.run, self.step = run, step
+
+    def __enter__(self) -> None:
+        self.run.outputs, self.run.inputs = {}, {}
+
+    def __exit__(self, kind, *error) -> None:
+        if kind is None:
+            self.run.after_forward(self.step)
+
+
+def _applied(delta: Tensor, x: Tensor) -> Tensor:
+    """What an update adds to its module's output, on ROWS tokens spread over the batch."""
+    rows = x.reshape(-1, x.shape[-1]) if x.is_floating_point() else x.reshape(-1)
+    rows = rows[:: max(1, len(rows) // ROWS)]
+    if x.is_floating_point() and hasattr(delta, "to_local") and delta.to_local().shape[-1] == rows.shape[-1]:
+        delta = delta.to_local()  # a part of the outputs, or of the inputs, as x is
+    elif hasattr(delta, "full_tensor"):
+        delta = delta.full_tensor()
+    return F.linear(rows, delta.to(rows.dtype)) if x.is_floating_point() else F.embedding(rows, delta)
+
+
+def _rms(tensors: list[Tensor]) -> list[Tensor]:
+    return [_whole(norm) / max(t.numel(), 1) ** 0.5 for norm, t in zip(_norms(tensors, 2), tensors, strict=True)]
+
+
+def _mean_abs(tensors: list[Tensor]) -> list[Tensor]:
+    return [_whole(norm) / t.numel() for norm, t in zip(_norms(tensors, 1), tensors, strict=True)]
+
+
+def _norms(tensors: list[Tensor], order: int) -> list[Tensor]:
+    if any(hasattr(t, "full_tensor") for t in tensors):  # sharded
+        return [torch.linalg.vector_norm(t, order) for t in tensors]
+    return list(torch._foreach_norm([t.float() for t in tensors], order)) if tensors else []
+
+
+def _sample(tensor: Tensor) -> Tensor:
+    """At most SAMPLE elements, evenly spread: one tensor has one lr."""
+    flat = tensor.reshape(-1)
+    return flat[:: max(1, flat.numel() // SAMPLE)]
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """This process' part of a sharded tensor."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def _whole(number: Tensor) -> Tensor:
+    return number.full_tensor() if hasattr(number, "full_tensor") else number
