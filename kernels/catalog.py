@@ -1,0 +1,90 @@
+"""What the proofs and the benchmark run: every operator with its reference, inputs, shapes and least traffic.
+
+The tools that check and measure (interpreter, offline compiler, TTIR on the CPU, GPU benchmark) know no operator;
+they walk OPERATORS. A shape is a dict of integers; make_inputs turns it into the arguments of `run` and
+`reference`, which take the same ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+Shape = dict[str, int]
+
+
+@dataclass(frozen=True)
+class Operator:
+    """One operator, or one way of calling it."""
+
+    name: str
+    run: Callable  # our public function, differentiable unless `inplace`
+    reference: Callable  # plain torch, same arguments, any float dtype (fp64 too), differentiable, changes no input
+    make_inputs: Callable[[Shape, torch.dtype, torch.device | str, torch.Generator | None], tuple]
+    shapes: dict[str, Shape]
+    compulsory_bytes: Callable[[Shape, torch.dtype, str], int]  # (shape, dtype, "forward" | "backward")
+    kernels: tuple[str, ...]  # names of its Triton kernels
+    inplace: bool = False  # run writes over its first arguments and is measured forward only
+
+
+def normal(sizes, dtype, device, generator, *, mean=0.0, std=1.0, pitch: int | None = None, grad=True) -> Tensor:
+    """Normal values as a leaf; `pitch` > last size makes the rows lie that many elements apart. Meta holds none."""
+    stored = (*sizes[:-1], pitch or sizes[-1])
+    if torch.device(device).type == "meta":
+        x = torch.empty(stored, dtype=dtype, device=device)
+    else:
+        x = torch.randn(stored, generator=generator, device=generator.device if generator else device)
+        x = (x * std + mean).to(device, dtype)
+    return x[..., : sizes[-1]].detach().requires_grad_(grad)
+
+
+NORM_SHAPES: dict[str, Shape] = {
+    "crystalcoder-7b": {"rows": 8192, "width": 4096},
+    "amber-7b": {"rows": 2048, "width": 4096},
+    "narrow": {"rows": 16384, "width": 1024},
+    "wide": {"rows": 4096, "width": 8192},
+    "wide-16384": {"rows": 2048, "width": 16384},
+    "wide-65536": {"rows": 512, "width": 65536},
+    "small": {"rows": 48, "width": 256},
+    "small-1000": {"rows": 21, "width": 1000},
+    "small-97": {"rows": 33, "width": 97},
+    "small-1": {"rows": 5, "width": 1},
+    "small-pitch": {"rows": 19, "width": 200, "pitch": 328},
+    "small-wide": {"rows": 3, "width": 9001},
+}
+
+
+def _layer_norm_inputs(shape, dtype, device, generator):
+    rows, width = shape["rows"], shape["width"]
+    x = normal((rows, width), dtype, device, generator, mean=1.0, pitch=shape.get("pitch"))
+    weight = normal((width,), dtype, device, generator, mean=1.0, std=0.1)
+    bias = normal((width,), dtype, device, generator, std=0.1)
+    return x, weight, bias, 1e-5
+
+
+def _norm_bytes(activations: dict[str, int], vectors: dict[str, int]):
+    """Bytes of so many [rows, width] tensors and [width] vectors, each read or written once, by direction."""
+
+    def count(shape: Shape, dtype: torch.dtype, direction: str) -> int:
+        elements = activations[direction] * shape["rows"] * shape["width"] + vectors[direction] * shape["width"]
+        return elements * dtype.itemsize
+
+    return count
+
+
+def _operators() -> tuple[Operator, ...]:
+    from crystal.kernels import norm
+
+    return (
+        Operator(
+            "layer_norm", norm.layer_norm, norm.layer_norm, _layer_norm_inputs, NORM_SHAPES,
+            _norm_bytes({"forward": 2, "backward": 3}, {"forward": 2, "backward": 3}),
+            ("norm_forward", "norm_backward", "column_sums"),
+        ),
+    )  # fmt: skip
+
+
+OPERATORS = _operators()
