@@ -54,7 +54,13 @@ NORM_SHAPES: dict[str, Shape] = {
     "small-1": {"rows": 5, "width": 1},
     "small-pitch": {"rows": 19, "width": 200, "pitch": 328},
     "small-wide": {"rows": 3, "width": 9001},
+    "small-wider": {"rows": 2, "width": 20001},
 }
+
+NORM_KERNELS = (
+    "norm_forward", "norm_backward", "column_sums",
+    "norm_forward_wide", "norm_backward_rows", "norm_backward_columns",
+)  # fmt: skip
 
 
 def _layer_norm_inputs(shape, dtype, device, generator):
@@ -76,13 +82,13 @@ def _norm_bytes(activations: dict[str, int], vectors: dict[str, int]):
 
 
 def _operators() -> tuple[Operator, ...]:
-    from crystal.kernels import norm
+    from crystal.kernels.layer_norm import layer_norm, layer_norm_reference
 
     return (
         Operator(
-            "layer_norm", norm.layer_norm, norm.layer_norm, _layer_norm_inputs, NORM_SHAPES,
+            "layer_norm", layer_norm, layer_norm_reference, _layer_norm_inputs, NORM_SHAPES,
             _norm_bytes({"forward": 2, "backward": 3}, {"forward": 2, "backward": 3}),
-            ("norm_forward", "norm_backward", "column_sums"),
+            NORM_KERNELS,
         ),
     )  # fmt: skip
 
