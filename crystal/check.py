@@ -5,7 +5,9 @@ The initial weights, the optimizer groups and the forward pass are those that a 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import re
+from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -17,7 +19,7 @@ from crystal.mup.audit import audit
 from crystal.mup.audit_depth import audit_depth
 from crystal.mup.plan import Plan
 from crystal.mup.rules import PARAMETRIZATIONS
-from crystal.mup.verdict import Report
+from crystal.mup.verdict import Report, Verdict, overall, summary
 from crystal.zoo.build import RESIDUAL_OUT, build, initial_weights, multipliers_for, plan_for
 from crystal.zoo.config import ModelConfig, MupConfig, families, preset, presets, with_width
 from crystal.zoo.decoder import Decoder
@@ -37,13 +39,7 @@ class Checked:
         return config if depth is None else config.model_copy(update={"n_layers": depth})
 
     def plan(self, config: ModelConfig) -> Plan:
-        settings = self.optimizer
-        return plan_for(
-            config,
-            weight_decay=settings.weight_decay,
-            decay_vectors=settings.decay_norms_and_biases,
-            eps=settings.eps,
-        )
+        return _plan(config, self.optimizer)
 
     def model(self, config: ModelConfig, seed: int = 1, device: str | torch.device = "cpu") -> Decoder:
         """The decoder with its initial weights (on meta: with what would be drawn)."""
@@ -58,7 +54,19 @@ class Checked:
     def adamw(self, model: nn.Module, config: ModelConfig, lr: float = 1.0) -> torch.optim.AdamW:
         """The optimizer with a run's groups."""
         groups = self.plan(config).parameter_groups(model, lr)
-        return torch.optim.AdamW(groups, betas=self.optimizer.betas, foreach=True)
+        mixed = len({type(p) for p in model.parameters()}) > 1  # sharded and whole tensors are updated one by one
+        how = {"foreach": False} if mixed else {"fused": True}
+        return torch.optim.AdamW(groups, betas=self.optimizer.betas, **how)
+
+
+@cache
+def _plan(config: ModelConfig, optimizer: OptimizerConfig) -> Plan:
+    return plan_for(
+        config,
+        weight_decay=optimizer.weight_decay,
+        decay_vectors=optimizer.decay_norms_and_biases,
+        eps=optimizer.eps,
+    )
 
 
 def checked(name: str, parametrization: str | None = None) -> Checked:
@@ -146,3 +154,30 @@ def audit_model(name: str, base: int | None = None, parametrization: str | None 
         )
         report = Report(report.rows + over_depth.rows, report.seconds + over_depth.seconds, report.notes)
     return report, plan
+
+
+def audit_dict(report: Report, plan: Plan) -> dict:
+    """JSON: the report, and the plan that it was held against."""
+    return report.as_dict() | {"plan": plan.as_dict()}
+
+
+def audit_text(name: str, report: Report, plan: Plan) -> str:
+    """Tensor by tensor, blocks that are alike folded into one line; then what is wrong."""
+    from crystal.describe import plan_table
+
+    verdicts: dict[str, Verdict] = {}
+    for row in report.rows:
+        verdicts[row.name] = overall([row.verdict, verdicts.get(row.name, "PASS")])
+    rows: dict[tuple, list] = {}
+    for row in plan.tensors:
+        kind = re.sub(r"\.\d+\.", ".*.", row.tensor)
+        key = (kind, row.init_std, row.lr_multiplier, row.weight_decay, row.eps, verdicts.get(row.tensor))
+        rows.setdefault(key, []).append(row)
+    table = plan_table([asdict(same[0]) | {"tensor": key[0]} for key, same in rows.items()]).splitlines()
+    marks = ["", *(f"{key[-1] or '':13}{len(same):>3} x " for key, same in rows.items())]
+    width = max(map(len, marks))
+    lines = [f"{mark:{width}}{line}" for mark, line in zip(marks, table, strict=True)]
+    checks = f"{len(report.rows)} checks of {len(plan.tensors)} tensors in {report.seconds:.1f} s"
+    lines.append(f"{report.verdict}  {name}: {plan.parametrization}, {checks}")
+    lines += [f"  {line}" for line in summary([r for r in report.rows if r.verdict != "PASS"], 20)]
+    return "\n".join(lines)

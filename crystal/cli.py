@@ -229,6 +229,57 @@ def schedule(
     _print(result, as_json, describe.schedule_text(result))
 
 
+Parametrization = Annotated[
+    Literal["sp", "mup", "crystalcoder", "completep"] | None, typer.Option(help="instead of the declared one")
+]
+
+
+@app.command()
+def audit(
+    model: Annotated[str, typer.Argument(metavar="MODEL|RUN.yaml", help="a preset, rung, family or run file")],
+    base: Annotated[int | None, typer.Option(help="base width; default: the config's")] = None,
+    parametrization: Parametrization = None,
+    as_json: Json = False,
+) -> None:
+    """Static muP audit on meta tensors: init, LR, decay, eps and multipliers of every tensor against the rules."""
+    from crystal.check import audit_dict, audit_model, audit_text
+
+    report, plan = audit_model(model, base, parametrization)
+    _print(audit_dict(report, plan), as_json, audit_text(model, report, plan))
+    if report.verdict != "PASS":
+        raise typer.Exit(1)
+
+
+@app.command("coord-check")
+def coord_check(
+    model: Annotated[str, typer.Argument(help="a family (crystalcoder), rung, preset or run file")],
+    widths: Annotated[str | None, typer.Option(help="comma-separated, three or more; default 64,128,256")] = None,
+    depths: Annotated[str | None, typer.Option(help="one: of the models; several: check over depth")] = None,
+    seeds: Annotated[int | None, typer.Option(min=1, help="default: as many as the verdict needs")] = None,
+    steps: Annotated[int, typer.Option(min=2)] = 4,
+    parametrization: Parametrization = None,
+    lr: Annotated[float | None, typer.Option(help="base LR; default: a sixteenth of the base init sigma")] = None,
+    dtype: Annotated[
+        Literal["auto", "bf16", "fp32"], typer.Option(help="compute; auto: bf16 from width 512 on")
+    ] = "auto",
+    data: Annotated[str | None, typer.Option(metavar="RUN.yaml", help="rows of its token store, not random")] = None,
+    under: Annotated[
+        Literal["compile", "fsdp", "tp"] | None, typer.Option(help="torch.compile, or two gloo processes")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="write JSON, PNG and a page, with SP beside")] = None,
+    as_json: Json = False,
+) -> None:
+    """Coordinate check with a verdict for every tensor and activation, over widths x seeds x steps."""
+    from crystal.check_command import run_check
+
+    result, shown = run_check(
+        model, widths, depths, seeds, steps, parametrization, lr, dtype, data, under, out, _console()
+    )
+    _print(result, as_json, shown)
+    if result["verdict"] != "PASS":
+        raise typer.Exit(1)
+
+
 @app.command("import")
 def import_(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="config.json and safetensors, as published")],

@@ -55,8 +55,8 @@ def audit(
     second_width: another width, by default twice the base. weight_decay: "coupled" (one lambda), "independent"
     (lambda * m where lr is / m), None: either, but all hidden matrices alike. layouts: (fan_in, fan_out) dimensions
     of tensors that no Linear, Embedding or Conv holds. plan: exact numbers of the target, for an optimizer of base
-    lr 1. attention_power: of the scores' scale in d_head, where d_head grows; None: not judged. scores_scale: its exact value
-    at the target's width.
+    lr 1. attention_power: of the scores' scale in d_head, where d_head grows; None: not judged. scores_scale: its exact
+    value at the target's width.
     Raises CheckError where the family cannot be built so.
     """
     began = time.perf_counter()

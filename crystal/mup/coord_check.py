@@ -137,9 +137,15 @@ class _Expected:
             return (-0.5, 0.0) if name == OUTPUT else (0.0, 0.0)
         return (-0.5, 0.0) if name == OUTPUT or self.along == "depth" else (FINITE, 0.0)
 
-    def is_readout(self, name: str) -> bool:
-        """Its raw output is not what the model uses: the forward multiplier comes after it."""
-        return self.roles.get(f"{name}.weight") == "output"
+    def judges(self, name: str, quantity: str) -> bool:
+        """Not a readout's raw output, whose forward multiplier comes after it; over depth, of activations only the
+        end of the residual stream: one block of L adds L^-alpha, and what it says before its multiplier has no rule."""
+        if quantity in ("init", "update"):
+            # a 1/sqrt(2L) in the init is a depth rule of its own, where branches have no multiplier
+            return name in self.roles or (self.along == "depth" and (quantity == "update" or self.rules.depth))
+        if self.along == "depth":
+            return quantity != "push" and name in (OUTPUT, f"{self.blocks}last")
+        return self.roles.get(name if quantity == "push" else f"{name}.weight") != "output"
 
 
 def judge(measured: Sequence[Measured], steps: int, expected: _Expected) -> list[Row]:
@@ -168,17 +174,13 @@ def _by_depth(name: str, depth: int, deepest: int, blocks: str) -> str:
 
 def _row(key, values: dict, runs: int, expected: _Expected, groups: dict[str, int]) -> Row | None:
     name, quantity, step = key
-    if len(values) < runs or (quantity in ("size", "change", "push") and expected.is_readout(_module(name))):
-        return None  # not there at every size
-    if expected.along == "width" and quantity == "push" and expected.roles.get(name) == "output":
+    if len(values) < runs or not expected.judges(name, quantity):  # or not there at every size
         return None
     label = quantity if step == 0 else f"{quantity} t={step}"
     slope = fit_slope(values)
     if slope is None:
         return _without_slope(name, label, values, expected)
     if quantity in ("init", "update"):
-        if expected.along == "width" and name not in expected.roles:
-            return None
         low = high = expected.tensor(_inner(name, expected.blocks), quantity)
         tolerance = EXACT
     else:
@@ -197,10 +199,6 @@ def _row(key, values: dict, runs: int, expected: _Expected, groups: dict[str, in
     return Row(name, label, slope.value, (slope.low, slope.high), high, verdict, expected.source, message)
 
 
-def _module(name: str) -> str:
-    return name.removesuffix(".weight").removesuffix(".bias")
-
-
 def _inner(name: str, blocks: str) -> str:
     return name.replace(f"{blocks}last", f"{blocks}0")
 
@@ -213,9 +211,13 @@ def _without_slope(name: str, label: str, values: dict, expected: _Expected) -> 
             return None
         return Row(name, label, None, None, None, "FAIL", source, f"{name}: is never updated: in no optimizer group?")
     if any(not math.isfinite(v) for v in values.values()):
-        return Row(name, label, None, None, None, "FAIL", source, f"{name}: {label} is not finite at some {expected.along}")
+        return Row(
+            name, label, None, None, None, "FAIL", source, f"{name}: {label} is not finite at some {expected.along}"
+        )
     if label == "init":
-        return Row(name, label, None, None, None, "FAIL", source, f"{name}: init is zero at some {expected.along}s only")
+        return Row(
+            name, label, None, None, None, "FAIL", source, f"{name}: init is zero at some {expected.along}s only"
+        )
     return None
 
 

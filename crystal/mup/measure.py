@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -23,11 +24,11 @@ from torch.optim import Optimizer
 
 from crystal.mup.observe import Group, read_groups
 
-ROWS = 64  # tokens of a batch that the effect of an update is measured on
+ROWS = 32  # tokens of a batch that the effect of an update is measured on
 # An element whose gradient is under this many eps is not moved by lr: a key's bias has only rounding noise where
 # nothing rotates (softmax ignores what is added to all scores of a query), and so have words that nobody predicts.
 NOISE = 100
-SAMPLE = 1 << 16  # elements of a tensor that its first update is read from
+SAMPLE = 1 << 17  # elements of a tensor that its init and first update are read from
 OUTPUT = "output"  # name of what the whole model returns
 
 
@@ -77,15 +78,20 @@ def measure(task: Task, size: int, seed: int, steps: int, keep: Callable[[nn.Mod
             run.before_update(step)
             optimizer.step()
             run.after_update(step)
-            optimizer.zero_grad(set_to_none=True)
+            for p in named.values():
+                if p.grad is not None:
+                    p.grad.zero_()  # and keep: fresh memory costs more than zeros
     return Measured(size, seed, run.values(), {clean(n): g.number for n, g in groups.items()}, frozenset(run.waiting))
 
 
+_WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
+
+
+@cache
 def clean(name: str) -> str:
     """A module's or tensor's name without what wrappers (compile, DDP, checkpointing) put into it."""
-    for wrapper in ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module."):
-        name = name.replace(wrapper, "")
-    return name.removeprefix("module.")
+    kept = [part for part in name.split(".") if part not in _WRAPPERS]
+    return ".".join(kept[1:] if kept[:1] == ["module"] else kept)
 
 
 def _decays_apart(optimizer: Optimizer) -> bool:
@@ -103,9 +109,8 @@ class _Run:
         self.outputs: dict[str, Tensor] = {}
         self.inputs: dict[str, Tensor] = {}
         self.waiting = dict(named)  # tensors whose first real update has not come yet
-        self.before: dict[str, Tensor] = {}
-        self.moving: dict[str, Tensor] = {}
-        self._add("init", 0, _rms(list(named.values())), list(named))
+        self.before: dict[str, _Before] = {}
+        self._add("init", 0, _rms([_sample(p) for p in named.values()]), list(named))
         self.hooks = []
         for name, module in model.named_modules():
             name = clean(name) or OUTPUT
@@ -146,32 +151,44 @@ class _Run:
     @torch.no_grad()
     def before_update(self, step: int) -> None:
         """Of tensors that have not moved yet, keep what their first update will be read from."""
-        live = {n: _local(p.grad) for n, p in self.waiting.items() if p.grad is not None}
+        live = {n: _sample(p.grad) for n, p in self.waiting.items() if p.grad is not None}
         largest = torch.stack(_norms(list(live.values()), math.inf)).tolist() if live else []
         for (name, grad), size in zip(live.items(), largest, strict=True):
             noise = NOISE * (self.groups[name].eps or 0.0) if name in self.groups else 0.0
             if size > noise:
-                self.before[name] = self.waiting.pop(name).detach().clone()
-                self.moving[name] = _sample(grad).abs() > noise
+                p = self.waiting.pop(name)
+                self.before[name] = _Before(_sample(p).clone(), grad.abs() > noise, self._output(name, p))
 
     @torch.no_grad()
     def after_update(self, step: int) -> None:
-        updates = {n: self.named[n].detach() - old for n, old in self.before.items()}
-        steps = [self._step(n, d) * self.moving[n] for n, d in updates.items()]
-        moved = [self.moving[n].sum() for n in updates]
-        sizes = [norm / n.sqrt() for norm, n in zip(_norms(steps, 2), moved, strict=True)]
-        self._add("update", step, sizes, list(updates))
+        moved = {n: self._step(n, old) * old.moving for n, old in self.before.items()}
+        counts = [old.moving.sum() for old in self.before.values()]
+        sizes = [norm / n.sqrt() for norm, n in zip(_norms(list(moved.values()), 2), counts, strict=True)]
+        self._add("update", step, sizes, list(moved))
         # on the inputs that the gradient came from: the tensor's own effect, without that of the others' updates
-        pushed = [n for n in updates if n in self.inputs]
-        self._add("push", step, _rms([_applied(updates[n], self.inputs[n]) for n in pushed]), pushed)
-        self.before, self.moving, self.inputs = {}, {}, {}
+        pushed = {n: old.output for n, old in self.before.items() if old.output is not None}
+        self._add("push", step, _rms([self._output(n, self.named[n]) - y for n, y in pushed.items()]), list(pushed))
+        self.before, self.inputs = {}, {}
 
-    def _step(self, name: str, delta: Tensor) -> Tensor:
+    def _step(self, name: str, old: _Before) -> Tensor:
         """What the optimizer added, less AdamW's decay, which is no gradient's doing: a gain of 1 shows it."""
-        step, group = _sample(_local(delta)), self.groups.get(name)
+        step, group = _sample(self.named[name]) - old.sample, self.groups.get(name)
         if self.decays_apart and group is not None and group.weight_decay:
-            step = step + group.lr * group.weight_decay * _sample(_local(self.before[name]))
+            step = step + group.lr * group.weight_decay * old.sample
         return step
+
+    def _output(self, name: str, weight: Tensor) -> Tensor | None:
+        """weight applied to ROWS tokens, spread over the batch, of its module's input; None if no module's."""
+        if name not in self.inputs:
+            return None
+        x = self.inputs[name]
+        x = x.to_local() if hasattr(x, "to_local") else x
+        x = x.reshape(-1, x.shape[-1]) if x.is_floating_point() else x.reshape(-1)
+        x = x[:: max(1, len(x) // ROWS)]
+        if hasattr(weight, "full_tensor"):  # sharded: a part that fits what this process has as input, or the whole
+            part = weight.to_local()
+            weight = part if x.is_floating_point() and part.shape[-1] == x.shape[-1] else weight.full_tensor()
+        return F.linear(x, weight.to(x.dtype)) if x.is_floating_point() else F.embedding(x, weight)
 
     def _add(self, quantity: str, step: int, numbers: list[Tensor], names: list[str]) -> None:
         self.numbers += [((n, quantity, step), x) for n, x in zip(names, numbers, strict=True)]
@@ -181,6 +198,15 @@ class _Run:
             hook.remove()
         numbers = torch.stack([x.float() for _, x in self.numbers]).tolist()
         return {key: x for (key, _), x in zip(self.numbers, numbers, strict=True)}
+
+
+@dataclass(frozen=True)
+class _Before:
+    """A tensor just before its first update: elements, which of them have a gradient, its output."""
+
+    sample: Tensor
+    moving: Tensor
+    output: Tensor | None
 
 
 class _Watch:
@@ -195,17 +221,6 @@ class _Watch:
     def __exit__(self, kind, *error) -> None:
         if kind is None:
             self.run.after_forward(self.step)
-
-
-def _applied(delta: Tensor, x: Tensor) -> Tensor:
-    """What an update adds to its module's output, on ROWS tokens spread over the batch."""
-    rows = x.reshape(-1, x.shape[-1]) if x.is_floating_point() else x.reshape(-1)
-    rows = rows[:: max(1, len(rows) // ROWS)]
-    if x.is_floating_point() and hasattr(delta, "to_local") and delta.to_local().shape[-1] == rows.shape[-1]:
-        delta = delta.to_local()  # a part of the outputs, or of the inputs, as x is
-    elif hasattr(delta, "full_tensor"):
-        delta = delta.full_tensor()
-    return F.linear(rows, delta.to(rows.dtype)) if x.is_floating_point() else F.embedding(rows, delta)
 
 
 def _rms(tensors: list[Tensor]) -> list[Tensor]:
@@ -223,14 +238,9 @@ def _norms(tensors: list[Tensor], order: int) -> list[Tensor]:
 
 
 def _sample(tensor: Tensor) -> Tensor:
-    """At most SAMPLE elements, evenly spread: one tensor has one lr."""
-    flat = tensor.reshape(-1)
+    """At most SAMPLE elements, evenly spread, of this process' part: one tensor has one sigma and one lr."""
+    flat = (tensor.detach().to_local() if hasattr(tensor, "to_local") else tensor.detach()).reshape(-1)
     return flat[:: max(1, flat.numel() // SAMPLE)]
-
-
-def _local(tensor: Tensor) -> Tensor:
-    """This process' part of a sharded tensor."""
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def _whole(number: Tensor) -> Tensor:

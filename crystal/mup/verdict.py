@@ -104,7 +104,7 @@ def explain(quantity: str, role: Role | None, slope: float, expected: float, gro
         if role != "hidden" and _near(off, -0.5):
             return "its init sigma is divided by sqrt(width multiplier), which is for hidden matrices only"
         if _near(off, 0.5):
-            return "its init sigma is multiplied by sqrt(width multiplier), as mup.set_base_shapes does to a tied readout"
+            return "its init sigma grows as sqrt(width multiplier), as mup.set_base_shapes makes a tied readout's"
         return "its init sigma scales with the wrong power of width"
     if quantity == "forward":
         if role == "output" and _near(off, 1):
@@ -115,12 +115,10 @@ def explain(quantity: str, role: Role | None, slope: float, expected: float, gro
             return "logits are divided by the width multiplier twice"
         return "a forward multiplier scales with the wrong power of width"
     if quantity == "attention":
-        return (
-            "scores are scaled by 1/sqrt(d_head), muP wants 1/d_head" if _near(off, 0.5) else "scores' scale is off"
-        )
+        return "scores are scaled by 1/sqrt(d_head), muP wants 1/d_head" if _near(off, 0.5) else "scores' scale is off"
     if quantity == "weight decay":
         return f"weight decay scales with the wrong power of width{where}"
-    return "it grows with width" if off > 0 else "it dies out with width"
+    return "it grows" if off > 0 else "it dies out"
 
 
 def _near(x: float, y: float) -> bool:

@@ -1,0 +1,224 @@
+"""crystal's coordinate check beside the mup package's own, in one process, on identical work.
+
+Both train the same two-layer decoder (RMSNorm, SwiGLU, d_ff 2 d_model, untied readout; batch 4 x 64, 256 words)
+at the same widths, seeds and steps with AdamW and the same learning rate; mup's get_coord_data and plot_coord_data
+as they come, ours with its verdict and picture. CPU-seconds of this process (user + system), so that other load on
+the machine matters little. Run: python benchmarks/coord_check.py [--widths 64,128,256,512,1024] [--rounds 3]
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import os
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import mup
+import mup.coord_check
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from crystal.mup.coord_check import coord_check
+from crystal.mup.coord_plots import draw
+from crystal.mup.measure import Task
+
+VOCAB, BATCH, SEQ, BASE, LR, STD = 256, 4, 64, 64, 4e-3, 0.125
+
+
+class Block(nn.Module):
+    def __init__(self, d: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.norm1, self.norm2 = nn.RMSNorm(d), nn.RMSNorm(d)
+        self.q, self.k, self.v, self.o = (nn.Linear(d, d, bias=False) for _ in range(4))
+        self.gate, self.up, self.down = (nn.Linear(*s, bias=False) for s in ((d, 2 * d), (d, 2 * d), (2 * d, d)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        a = self.norm1(x)
+        q, k, v = (f(a).unflatten(-1, (self.heads, -1)).transpose(1, 2) for f in (self.q, self.k, self.v))
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=4 / q.shape[-1])
+        x = x + self.o(y.transpose(1, 2).flatten(2))
+        a = self.norm2(x)
+        return x + self.down(F.silu(self.gate(a)) * self.up(a))
+
+
+class Decoder(nn.Module):
+    """With mup's MuReadout (its multiplier hangs on tensors) or, for us, a plain Linear and a float."""
+
+    def __init__(self, d: int, readout: type[nn.Linear], multiplier: float):
+        super().__init__()
+        self.multiplier = multiplier
+        self.embed = nn.Embedding(VOCAB, d)
+        self.blocks = nn.ModuleList(Block(d, 4) for _ in range(2))
+        self.norm = nn.RMSNorm(d)
+        self.head = readout(d, VOCAB, bias=False)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids)
+        for block in self.blocks:
+            x = block(x)
+        logits = self.head(self.norm(x))
+        return logits if self.multiplier == 1 else logits * self.multiplier
+
+
+def mup_model(width: int) -> nn.Module:
+    model = Decoder(width, mup.MuReadout, 1.0)
+    mup.set_base_shapes(
+        model, Decoder(BASE, mup.MuReadout, 1.0), delta=Decoder(2 * BASE, mup.MuReadout, 1.0), rescale_params=False
+    )
+    for name, p in model.named_parameters():
+        if p.ndim == 2:
+            mup.normal_(p, std=STD)
+            if name == "head.weight":
+                p.data.normal_(0, STD)
+    return model
+
+
+def our_model(width: int, seed: int) -> nn.Module:
+    torch.manual_seed(seed)
+    m = width / BASE
+    model = Decoder(width, nn.Linear, 1 / m)
+    for name, p in model.named_parameters():
+        if p.ndim == 2:
+            nn.init.normal_(p, std=STD if name in ("embed.weight", "head.weight") else STD * m**-0.5)
+    return model
+
+
+def our_optimizer(model: nn.Module) -> torch.optim.Optimizer:
+    m = model.norm.weight.numel() / BASE
+    hidden = [p for n, p in model.named_parameters() if n.startswith("blocks.") and p.ndim == 2]
+    chosen = {id(p) for p in hidden}
+    rest = [p for p in model.parameters() if id(p) not in chosen]
+    groups = [{"params": hidden, "lr": LR / m}, {"params": rest, "lr": LR}]
+    return torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
+
+
+def batch(seed: int) -> tuple[Tensor, Tensor]:
+    rows = torch.randint(0, VOCAB, (BATCH, SEQ + 1), generator=torch.Generator().manual_seed(seed))
+    return rows[:, :-1], rows[:, 1:]
+
+
+def loss(model: nn.Module, rows: tuple[Tensor, Tensor]) -> Tensor:
+    return F.cross_entropy(model(rows[0]).flatten(0, 1), rows[1].flatten())
+
+
+def loss_bf16(model: nn.Module, rows: tuple[Tensor, Tensor]) -> Tensor:
+    with torch.autocast("cpu", torch.bfloat16):
+        return loss(model, rows)
+
+
+def theirs(widths: list[int], seeds: int, steps: int, out: Path):
+    """get_coord_data, then plot_coord_data: what a user of mup runs. Returns the frame and the two CPU times."""
+    import warnings
+
+    ids, labels = batch(1)
+    begin = time.process_time()
+    with contextlib.redirect_stderr(io.StringIO()), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        frame = mup.coord_check.get_coord_data(
+            {w: (lambda w=w: mup_model(w)) for w in widths},
+            [(ids, labels.flatten())] * steps,
+            optimizer="adamw",
+            lr=LR,
+            mup=True,
+            nseeds=seeds,
+            nsteps=steps,
+            fix_data=True,
+            cuda=False,
+            flatten_output=True,
+            lossfn="xent",
+            show_progress=False,
+        )
+        data = time.process_time() - begin
+        mup.coord_check.plot_coord_data(frame, save_to=str(out / "theirs.png"), suptitle="mup", face_color=None)
+    return frame, data, time.process_time() - begin - data
+
+
+def ours(widths: list[int], seeds: int, steps: int, out: Path, loss_function=loss):
+    begin = time.process_time()
+    check = coord_check(Task(our_model, our_optimizer, loss_function, batch), widths, seeds=seeds, steps=steps)
+    data = time.process_time() - begin
+    draw([check], out / "ours.png")
+    return check, data, time.process_time() - begin - data
+
+
+def agreement(frame, check) -> list[float]:
+    """|difference| of the two tools' exponents of mean |output| at the last step, over modules that both see."""
+    import math
+
+    from crystal.mup.slopes import fit_slope
+
+    found = []
+    steps, seeds = check.steps, sorted({m.seed for m in check.measured})
+    ours_by_name = {r.name: r.slope for r in check.rows if r.quantity == f"size t={steps}"}
+    for module, part in frame[frame.t == steps].groupby("module"):
+        points = {}
+        for width, mine in part.groupby("width"):
+            for seed, value in zip(seeds, mine["l1"], strict=True):
+                points[width, seed] = value
+        slope = fit_slope(points)
+        if module in ours_by_name and slope is not None and math.isfinite(slope.value):
+            found.append(abs(slope.value - ours_by_name[module]))
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--widths", default="64,128,256,512,1024")
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--json", action="store_true")
+    given = parser.parse_args()
+    widths = [int(w) for w in given.widths.split(",")]
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+        out = Path(folder)
+        ours(widths[:3], 1, 2, out), theirs(widths[:3], 1, 2, out)  # imports and first calls
+        times: dict[str, list[float]] = {"theirs": [], "ours": [], "default": []}
+        parts = []
+        for _ in range(given.rounds):  # alternating
+            frame, data, plot = theirs(widths, given.seeds, given.steps, out)
+            check, our_data, our_plot = ours(widths, given.seeds, given.steps, out)
+            begin = time.process_time()
+            default = coord_check(Task(our_model, our_optimizer, loss, batch), (64, 128, 256))
+            times["default"].append(time.process_time() - begin)
+            times["theirs"].append(data + plot)
+            times["ours"].append(our_data + our_plot)
+            parts.append({"theirs": (data, plot), "ours": (our_data, our_plot)})
+    median = {k: statistics.median(v) for k, v in times.items()}
+    result = {
+        "machine": f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, 1 thread",
+        "versions": {"torch": torch.__version__, "mup": "1.0.0"},
+        "work": {"widths": widths, "seeds": given.seeds, "steps": given.steps},
+        "cpu_seconds": {k: [round(x, 2) for x in v] for k, v in times.items()},
+        "of_which": {k: [tuple(round(x, 2) for x in p[k]) for p in parts] for k in ("theirs", "ours")},
+        "ratio_identical_work": round(median["theirs"] / median["ours"], 2),
+        "ratio_default_to_verdict": round(median["theirs"] / median["default"], 2),
+        "verdict": check.verdict,
+        "verdict_default": default.verdict,
+        "slopes_differ_by_at_most": round(max(agreement(frame, check)), 3),
+    }
+    if given.json:
+        print(json.dumps(result))
+        return
+    print(f"{result['machine']}; torch {torch.__version__}")
+    print(f"{len(widths)} widths x {given.seeds} seeds x {given.steps} steps")
+    print(f"{'':34} {'CPU-seconds (median, all)':>34}   of which training, plot")
+    for key, text in (("theirs", "mup: get_coord_data + plot"), ("ours", "crystal: verdict + plot")):
+        print(f"{text:34} {median[key]:>10.2f}  {times[key]!s:>22}   {result['of_which'][key][-1]}")
+    print(f"{'crystal: default, to its verdict':34} {median['default']:>10.2f}")
+    print(f"identical work: {result['ratio_identical_work']}x; default: {result['ratio_default_to_verdict']}x")
+    print(f"verdicts {check.verdict}, {default.verdict}; slopes differ by at most {result['slopes_differ_by_at_most']}")
+
+
+if __name__ == "__main__":
+    main()

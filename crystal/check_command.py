@@ -1,0 +1,77 @@
+"""What `crystal coord-check` does with its flags: one check, its companion for the picture, and where it runs."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from crystal.config import ConfigError
+from crystal.coordinates import DEPTH, WIDTHS, Asked, as_dict, check_model, text, write
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+def run_check(
+    model: str,
+    widths: str | None,
+    depths: str | None,
+    seeds: int | None,
+    steps: int,
+    parametrization: str | None,
+    lr: float | None,
+    dtype: str,
+    data: str | None,
+    under: str | None,
+    out: Path | None,
+    console: Console,
+) -> tuple[dict, str]:
+    """(JSON object, text). under: compile, or fsdp or tp on two gloo processes."""
+    asked = Asked(
+        widths=_sizes(widths, "--widths") or WIDTHS,
+        depths=_sizes(depths, "--depths") or (DEPTH,),
+        seeds=seeds,
+        steps=steps,
+        lr=lr,
+        dtype=dtype,
+        data=data,
+    )
+    with console.status("") as status:
+
+        def progress(size: int, seed: int) -> None:
+            status.update(f"{model}: size {size}, seed {seed}")
+
+        if under in ("fsdp", "tp"):
+            from crystal.check_sharded import check_sharded
+
+            checks = check_sharded(model, asked, parametrization, under)
+        else:
+            if under == "compile":
+                import torch
+
+                asked = dataclasses.replace(asked, wrap=torch.compile)
+            checks = check_model(model, asked, parametrization, progress)
+        shown = text(checks)
+        if out is not None:
+            plain = dataclasses.replace(asked, wrap=None, seeds=len({m.seed for m in checks[-1].measured}))
+            beside = [] if parametrization == "sp" else check_model(model, plain, "sp", progress)
+            files = write(checks, beside, out, f"coordinate check of {model}")
+            shown += "".join(f"\nwritten: {file}" for file in files)
+    return as_dict(checks), shown
+
+
+def _sizes(given: str | None, flag: str) -> tuple[int, ...] | None:
+    if given is None:
+        return None
+    try:
+        sizes = tuple(sorted({int(part) for part in given.split(",")}))
+    except ValueError:
+        sizes = ()
+    if not sizes or sizes[0] < 1:
+        raise ConfigError(f"{flag}: expected positive whole numbers separated by commas, got {given}")
+    if flag == "--widths" and len(sizes) < 3:
+        raise ConfigError(f"{flag}: expected at least three widths, got {given}")
+    if flag == "--depths" and len(sizes) == 2:
+        raise ConfigError(f"{flag}: expected one depth, or at least three to check over, got {given}")
+    return sizes
