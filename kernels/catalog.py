@@ -71,6 +71,11 @@ def _layer_norm_inputs(shape, dtype, device, generator):
     return x, weight, bias, 1e-5
 
 
+def _rms_norm_inputs(shape, dtype, device, generator):
+    x, weight, _, eps = _layer_norm_inputs(shape, dtype, device, generator)
+    return x, weight, eps
+
+
 def _norm_bytes(activations: dict[str, int], vectors: dict[str, int]):
     """Bytes of so many [rows, width] tensors and [width] vectors, each read or written once, by direction."""
 
@@ -83,11 +88,17 @@ def _norm_bytes(activations: dict[str, int], vectors: dict[str, int]):
 
 def _operators() -> tuple[Operator, ...]:
     from crystal.kernels.layer_norm import layer_norm, layer_norm_reference
+    from crystal.kernels.rms_norm import rms_norm, rms_norm_reference
 
     return (
         Operator(
             "layer_norm", layer_norm, layer_norm_reference, _layer_norm_inputs, NORM_SHAPES,
             _norm_bytes({"forward": 2, "backward": 3}, {"forward": 2, "backward": 3}),
+            NORM_KERNELS,
+        ),
+        Operator(
+            "rms_norm", rms_norm, rms_norm_reference, _rms_norm_inputs, NORM_SHAPES,
+            _norm_bytes({"forward": 2, "backward": 3}, {"forward": 1, "backward": 2}),
             NORM_KERNELS,
         ),
     )  # fmt: skip

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from crystal.kernels.dispatch import differentiable, use_triton, widened
-from crystal.kernels.norm import backward_formula, check, launch_backward, launch_forward
+from crystal.kernels.norm import backward_torch, check, launch_backward, launch_forward
 
 
 def layer_norm_reference(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
@@ -34,7 +34,7 @@ def _backward(dy: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor)
     if use_triton(x):
         dx, _, dweight, dbias = launch_backward(dy, None, x, weight, mean, rstd)
         return dx, dweight, dbias
-    return backward_formula(dy, x, weight, mean, rstd)
+    return backward_torch(dy, x, weight, mean, rstd)
 
 
 def _forward_shapes(x, weight, bias, eps):

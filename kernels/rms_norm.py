@@ -1,9 +1,70 @@
+"""RMSNorm over the last dimension (Zhang & Sennrich 2019, eq. 4), the root mean square in fp32 whatever the dtype.
+
+The kernels are in `norm`; here are the definition, its gradient and what torch's CPU uses.
+"""
+
+from __future__ import annotations
+
 import torch
 from torch import Tensor
 
+from crystal.kernels.dispatch import differentiable, use_triton, widened
+from crystal.kernels.norm import backward_torch, check, launch_backward, launch_forward
+
+
+def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """The definition, op by op, in fp32 at least."""
+    wide = widened(x)
+    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * weight).to(x.dtype)
+
+
+def _forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """(y, rstd [rows]). On CPU rounded before the weight, as published LLaMA models were trained."""
+    if use_triton(x):
+        y, _, _, rstd = launch_forward(x, None, weight, None, eps)
+        return y, rstd
+    wide = widened(x).contiguous()
+    squares = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_()
+    rstd = torch.rsqrt(squares / x.shape[-1] + eps)
+    return ((wide * rstd).to(x.dtype) * weight).to(x.dtype), rstd.flatten()
+
+
+def _backward(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
+    """(dx, dweight)."""
+    if use_triton(x):
+        dx, _, dweight, _ = launch_backward(dy, None, x, weight, None, rstd)
+        return dx, dweight
+    return backward_torch(dy, x, weight, None, rstd)
+
+
+def _forward_shapes(x, weight, eps):
+    return x.new_empty(x.shape), widened(x.new_empty(x.shape[:-1].numel()))
+
+
+def _backward_shapes(dy, x, weight, rstd):
+    return x.new_empty(x.shape), torch.empty_like(weight)
+
+
+def _save(ctx, inputs, output):
+    x, weight, _ = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(x, weight, output[1])
+
+
+def _gradients(ctx, backward, dy, _rstd):
+    return (*backward(dy, *ctx.saved_tensors), None)
+
+
+_rms_norm = differentiable("rms_norm", _forward, _backward, _save, _gradients, _forward_shapes, _backward_shapes)
+
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x / sqrt(mean(x²) + eps) * weight; x [..., d], weight [d]; normalised in fp32, then rounded (LLaMA's order)."""
-    x32 = x.float()
-    normal = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)
-    return normal.to(x.dtype) * weight
+    """x / sqrt(mean(x²) + eps) * weight over the last dimension.
+
+    x [..., d], any strides; weight [d], of x's dtype or fp32. fp32, bf16 or fp16, on CPU also fp64.
+    Returns [..., d] in x's dtype. Raises ValueError or TypeError for other shapes and dtypes.
+    """
+    check(x, weight)
+    if torch.compiler.is_compiling() and not use_triton(x):
+        return rms_norm_reference(x, weight, eps)  # which the compiler fuses
+    return _rms_norm(x, weight, eps)[0]
