@@ -76,6 +76,15 @@ def _rms_norm_inputs(shape, dtype, device, generator):
     return x, weight, eps
 
 
+def _add_norm_inputs(scale: float, with_bias: bool):
+    def make(shape, dtype, device, generator):
+        x, weight, bias, eps = _layer_norm_inputs(shape, dtype, device, generator)
+        residual = normal((shape["rows"], shape["width"]), dtype, device, generator, std=2.0)
+        return x, residual, weight, bias if with_bias else None, eps, scale
+
+    return make
+
+
 def _norm_bytes(activations: dict[str, int], vectors: dict[str, int]):
     """Bytes of so many [rows, width] tensors and [width] vectors, each read or written once, by direction."""
 
@@ -87,6 +96,7 @@ def _norm_bytes(activations: dict[str, int], vectors: dict[str, int]):
 
 
 def _operators() -> tuple[Operator, ...]:
+    from crystal.kernels.add_norm import add_norm, add_norm_reference
     from crystal.kernels.layer_norm import layer_norm, layer_norm_reference
     from crystal.kernels.rms_norm import rms_norm, rms_norm_reference
 
@@ -99,6 +109,21 @@ def _operators() -> tuple[Operator, ...]:
         Operator(
             "rms_norm", rms_norm, rms_norm_reference, _rms_norm_inputs, NORM_SHAPES,
             _norm_bytes({"forward": 2, "backward": 3}, {"forward": 1, "backward": 2}),
+            NORM_KERNELS,
+        ),
+        Operator(
+            "add_layer_norm", add_norm, add_norm_reference, _add_norm_inputs(1.0, True), NORM_SHAPES,
+            _norm_bytes({"forward": 4, "backward": 4}, {"forward": 2, "backward": 3}),
+            NORM_KERNELS,
+        ),
+        Operator(
+            "add_rms_norm", add_norm, add_norm_reference, _add_norm_inputs(1.0, False), NORM_SHAPES,
+            _norm_bytes({"forward": 4, "backward": 4}, {"forward": 1, "backward": 2}),
+            NORM_KERNELS,
+        ),
+        Operator(  # with muP's multiplier of the residual branch, as CompleteP has it
+            "add_layer_norm_scaled", add_norm, add_norm_reference, _add_norm_inputs(0.3, True), NORM_SHAPES,
+            _norm_bytes({"forward": 4, "backward": 5}, {"forward": 2, "backward": 3}),
             NORM_KERNELS,
         ),
     )  # fmt: skip

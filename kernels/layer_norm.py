@@ -10,7 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from crystal.kernels.dispatch import differentiable, use_triton, widened
-from crystal.kernels.norm import backward_torch, check, launch_backward, launch_forward
+from crystal.kernels.norm import backward as norm_backward
+from crystal.kernels.norm import check
+from crystal.kernels.norm import forward as norm_forward
 
 
 def layer_norm_reference(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
@@ -22,19 +24,14 @@ def layer_norm_reference(x: Tensor, weight: Tensor, bias: Tensor, eps: float) ->
 
 def _forward(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """(y, mean [rows], rstd [rows])."""
-    if use_triton(x):
-        y, _, mean, rstd = launch_forward(x, None, weight, bias, eps)
-        return y, mean, rstd
-    y, mean, rstd = torch.native_layer_norm(widened(x), x.shape[-1:], widened(weight), widened(bias), eps)
-    return y.to(x.dtype), mean.flatten(), rstd.flatten()
+    y, _, mean, rstd = norm_forward(x, None, weight, bias, eps)
+    return y, mean, rstd
 
 
 def _backward(dy: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(dx, dweight, dbias)."""
-    if use_triton(x):
-        dx, _, dweight, dbias = launch_backward(dy, None, x, weight, mean, rstd)
-        return dx, dweight, dbias
-    return backward_torch(dy, x, weight, mean, rstd)
+    dx, _, dweight, dbias = norm_backward(dy, None, x, weight, mean, rstd)
+    return dx, dweight, dbias
 
 
 def _forward_shapes(x, weight, bias, eps):

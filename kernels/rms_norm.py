@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from crystal.kernels.dispatch import differentiable, use_triton, widened
-from crystal.kernels.norm import backward_torch, check, launch_backward, launch_forward
+from crystal.kernels.norm import backward as norm_backward
+from crystal.kernels.norm import check
+from crystal.kernels.norm import forward as norm_forward
 
 
 def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -19,22 +21,15 @@ def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def _forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """(y, rstd [rows]). On CPU rounded before the weight, as published LLaMA models were trained."""
-    if use_triton(x):
-        y, _, _, rstd = launch_forward(x, None, weight, None, eps)
-        return y, rstd
-    wide = widened(x).contiguous()
-    squares = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_()
-    rstd = torch.rsqrt(squares / x.shape[-1] + eps)
-    return ((wide * rstd).to(x.dtype) * weight).to(x.dtype), rstd.flatten()
+    """(y, rstd [rows])."""
+    y, _, _, rstd = norm_forward(x, None, weight, None, eps)
+    return y, rstd
 
 
 def _backward(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
     """(dx, dweight)."""
-    if use_triton(x):
-        dx, _, dweight, _ = launch_backward(dy, None, x, weight, None, rstd)
-        return dx, dweight
-    return backward_torch(dy, x, weight, None, rstd)
+    dx, _, dweight, _ = norm_backward(dy, None, x, weight, None, rstd)
+    return dx, dweight
 
 
 def _forward_shapes(x, weight, eps):
