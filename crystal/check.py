@@ -120,6 +120,7 @@ def audit_model(name: str, base: int | None = None, parametrization: str | None 
     smallest = config.n_heads // config.kv_heads * config.d_head
     declared = config.mup.parametrization
     base = base or (config.mup.base_d_model if declared != "sp" else smallest)
+    subject.at(base)  # a width that does not exist is the user's mistake, and is named as given
     plan = subject.plan(config)
 
     def ids() -> Tensor:

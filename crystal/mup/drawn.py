@@ -41,6 +41,9 @@ class Draw:
 
 UNKNOWN, NONE = Draw("unknown"), Draw("none")
 
+# torch's initialisers that do nothing on meta, so that the mode would not see them
+_TRUNCATED, _SILENT = "_no_grad_trunc_normal_", ("orthogonal_", "dirac_", "eye_", "sparse_")
+
 # Operations whose result holds the same values: views share the storage, these copy it.
 _COPIES = {"clone", "_to_copy", "contiguous", "detach", "lift_fresh", "alias"}
 
@@ -61,16 +64,23 @@ class Draws(TorchDispatchMode):
         self.alive.append(tensor)
 
     def __enter__(self) -> Draws:
-        self.trunc_normal, init._no_grad_trunc_normal_ = init._no_grad_trunc_normal_, self._truncated
+        self.torchs = {name: getattr(init, name) for name in (_TRUNCATED, *_SILENT)}
+        setattr(init, _TRUNCATED, self._truncated)
+        for name in _SILENT:
+            setattr(init, name, self._unread)
         return super().__enter__()
 
     def __exit__(self, *error) -> None:
-        init._no_grad_trunc_normal_ = self.trunc_normal
+        for name, function in self.torchs.items():
+            setattr(init, name, function)
         super().__exit__(*error)
 
     def _truncated(self, tensor, mean, std, a, b, generator=None) -> Tensor:
-        """Stands in for torch's own, which does nothing on meta and redraws in a loop elsewhere."""
         self.set(tensor, Draw("normal", std, mean, min(b - mean, mean - a)))
+        return tensor
+
+    def _unread(self, tensor, *args, **kwargs) -> Tensor:
+        self.set(tensor, UNKNOWN)
         return tensor
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):

@@ -1,0 +1,47 @@
+"""Every way to break muP in the fault matrix is caught and named, and correct muP raises no alarm."""
+
+import pytest
+
+from crystal.coordinates import Asked, check_model
+from crystal.mup.verdict import summary
+from tests.mup.faults import FAULTS, audited, coordinates
+
+
+def test_matrix_is_as_large_as_promised():
+    assert len(FAULTS) >= 20
+    assert len({fault.rule for fault in FAULTS}) == len(FAULTS)
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.rule)
+def test_audit_names_the_tensor_and_the_rule(fault):
+    report = audited(fault.rule)
+    assert report.verdict == "FAIL"
+    assert fault.named(report.failures), summary(report.failures)
+
+
+@pytest.mark.parametrize("fault", [f for f in FAULTS if "coord-check" in f.by], ids=lambda fault: fault.rule)
+def test_coordinate_check_names_the_tensor_and_the_rule(fault):
+    report = coordinates(fault.rule)
+    assert report.verdict == "FAIL"
+    assert fault.named(report.failures), summary(report.failures)
+
+
+def test_audit_finds_nothing_in_the_correct_decoder():
+    report = audited("correct")
+    assert report.verdict == "PASS"
+    assert len(report.rows) > 200
+
+
+@pytest.mark.parametrize("family", ["amber", "crystalcoder"])
+@pytest.mark.parametrize("parametrization", ["mup", "crystalcoder", "completep"])
+def test_no_false_alarm_over_seeds(family, parametrization, monkeypatch):
+    """Ten starts for each family, so twenty for each parametrization; each adds seeds until it is sure."""
+    import crystal.coordinates as coordinates_
+
+    check, verdicts = coordinates_.coord_check, []
+    for start in range(10):
+        monkeypatch.setattr(
+            coordinates_, "coord_check", lambda *a, start=start, **k: check(*a, first_seed=100 * start + 7, **k)
+        )
+        verdicts += [c.verdict for c in check_model(family, Asked(), parametrization)]
+    assert verdicts == ["PASS"] * 10
