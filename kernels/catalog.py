@@ -95,10 +95,36 @@ def _norm_bytes(activations: dict[str, int], vectors: dict[str, int]):
     return count
 
 
+SWIGLU_SHAPES: dict[str, Shape] = {
+    "amber-7b": {"rows": 2048, "width": 11008},
+    "crystalcoder-7b": {"rows": 8192, "width": 10922},
+    "narrow": {"rows": 16384, "width": 2816},
+    "small": {"rows": 24, "width": 704},
+    "small-682": {"rows": 7, "width": 682},
+    "small-33": {"rows": 9, "width": 33},
+    "small-1": {"rows": 3, "width": 1},
+    "small-pitch": {"rows": 11, "width": 200, "pitch": 328},
+}
+
+
+def _swiglu_inputs(packed: bool):
+    def make(shape, dtype, device, generator):
+        sizes, pitch = (shape["rows"], (1 + packed) * shape["width"]), shape.get("pitch")
+        gate = normal(sizes, dtype, device, generator, std=2.0, pitch=pitch and pitch + packed * shape["width"])
+        return (gate,) if packed else (gate, normal(sizes, dtype, device, generator, pitch=pitch))
+
+    return make
+
+
+def _swiglu_bytes(shape: Shape, dtype: torch.dtype, direction: str) -> int:
+    return {"forward": 3, "backward": 5}[direction] * shape["rows"] * shape["width"] * dtype.itemsize
+
+
 def _operators() -> tuple[Operator, ...]:
     from crystal.kernels.add_norm import add_norm, add_norm_reference
     from crystal.kernels.layer_norm import layer_norm, layer_norm_reference
     from crystal.kernels.rms_norm import rms_norm, rms_norm_reference
+    from crystal.kernels.swiglu import swiglu, swiglu_reference
 
     return (
         Operator(
@@ -125,6 +151,14 @@ def _operators() -> tuple[Operator, ...]:
             "add_layer_norm_scaled", add_norm, add_norm_reference, _add_norm_inputs(0.3, True), NORM_SHAPES,
             _norm_bytes({"forward": 4, "backward": 5}, {"forward": 2, "backward": 3}),
             NORM_KERNELS,
+        ),
+        Operator(
+            "swiglu", swiglu, swiglu_reference, _swiglu_inputs(packed=False), SWIGLU_SHAPES, _swiglu_bytes,
+            ("swiglu_run", "swiglu_run_backward", "swiglu_rows", "swiglu_rows_backward"),
+        ),
+        Operator(
+            "swiglu_packed", swiglu, swiglu_reference, _swiglu_inputs(packed=True), SWIGLU_SHAPES, _swiglu_bytes,
+            ("swiglu_rows", "swiglu_rows_backward"),
         ),
     )  # fmt: skip
 

@@ -70,7 +70,6 @@ def norm_forward_wide(
     """norm_forward for rows of any length: one row a program, read twice."""
     row = tl.program_id(0).to(tl.int64)
     lanes = tl.arange(0, BLOCK)
-    total = tl.zeros((BLOCK,), tl.float32)
     mean = tl.zeros((BLOCK,), tl.float32)
     squares = tl.zeros((BLOCK,), tl.float32)  # of deviations from the lane's mean
     seen = tl.zeros((BLOCK,), tl.float32)
@@ -85,15 +84,14 @@ def norm_forward_wide(
             squares += x * x
         else:
             seen += tl.where(mask, 1.0, 0.0)
-            deviation = x - mean
-            total += x
-            mean = total / tl.maximum(seen, 1.0)
-            squares += tl.where(mask, deviation * (x - mean), 0.0)
+            deviation = tl.where(mask, x - mean, 0.0)
+            mean += deviation / tl.maximum(seen, 1.0)
+            squares += deviation * (x - mean)
     if RMS:
         row_mean = 0.0
         variance = tl.sum(squares, axis=0) * (1.0 / N)
     else:
-        row_mean = tl.sum(total, axis=0) * (1.0 / N)
+        row_mean = tl.sum(mean * seen, axis=0) * (1.0 / N)
         apart = mean - row_mean
         variance = tl.sum(squares + seen * apart * apart, axis=0) * (1.0 / N)
         tl.store(MEAN + row, row_mean)
