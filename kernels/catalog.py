@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from crystal.kernels.rope import rope_table
+
 Shape = dict[str, int]
 
 
@@ -120,10 +122,68 @@ def _swiglu_bytes(shape: Shape, dtype: torch.dtype, direction: str) -> int:
     return {"forward": 3, "backward": 5}[direction] * shape["rows"] * shape["width"] * dtype.itemsize
 
 
+ROPE_SHAPES: dict[str, Shape] = {
+    "crystalcoder-7b": {"batch": 2, "seq": 2048, "heads": 32, "kv_heads": 32, "head_dim": 128, "rotary_dim": 32},
+    "amber-7b": {"batch": 1, "seq": 2048, "heads": 32, "kv_heads": 32, "head_dim": 128, "rotary_dim": 128},
+    "grouped": {"batch": 4, "seq": 4096, "heads": 32, "kv_heads": 8, "head_dim": 128, "rotary_dim": 64},
+    "small": {"batch": 2, "seq": 13, "heads": 4, "kv_heads": 2, "head_dim": 32, "rotary_dim": 16},
+    "small-whole": {"batch": 1, "seq": 9, "heads": 3, "kv_heads": 3, "head_dim": 16, "rotary_dim": 16},
+    "small-odd": {"batch": 2, "seq": 5, "heads": 5, "kv_heads": 1, "head_dim": 20, "rotary_dim": 12},
+    "small-heads": {"batch": 1, "seq": 3, "heads": 33, "kv_heads": 11, "head_dim": 8, "rotary_dim": 2},
+}
+
+
+def _table(shape: Shape, device) -> tuple[Tensor, Tensor]:
+    positions = torch.arange(shape["seq"], device=device)
+    return rope_table(positions, shape["rotary_dim"], 10000.0)
+
+
+def _packed_inputs(grad: bool):
+    def make(shape, dtype, device, generator):
+        heads = shape["heads"] + 2 * shape["kv_heads"]
+        sizes = (shape["batch"], shape["seq"], heads, shape["head_dim"])
+        qkv = normal(sizes, dtype, device, generator, grad=grad)
+        return qkv, *_table(shape, device), shape["heads"] + shape["kv_heads"]
+
+    return make
+
+
+def _q_and_k_inputs(shape, dtype, device, generator):
+    """q and k as a projection leaves them: [batch, heads, seq, d] in the order [batch, seq, heads, d] of memory."""
+    q, k = (
+        normal((shape["batch"], shape["seq"], shape[heads], shape["head_dim"]), dtype, device, generator)
+        .detach().transpose(1, 2).requires_grad_()
+        for heads in ("heads", "kv_heads")
+    )  # fmt: skip
+    positions = torch.arange(shape["seq"], device=device).flip(0).expand(shape["batch"], -1)
+    return q, *_table(shape, device), k, positions
+
+
+def _packed(rope: Callable) -> Callable:
+    return lambda qkv, cos, sin, heads: rope(qkv, cos, sin, "half", heads=heads, layout="bshd")
+
+
+def _q_and_k(rope: Callable) -> Callable:
+    return lambda q, cos, sin, k, positions: rope(q, cos, sin, "interleaved", k, positions=positions)
+
+
+def _rope_bytes(heads: dict[str, int], rotary_only: bool, positions: bool):
+    """Bytes of a turn of so many times `heads` and `kv_heads`, the tables and the positions read."""
+
+    def count(shape: Shape, dtype: torch.dtype, direction: str) -> int:
+        tokens = shape["batch"] * shape["seq"]
+        width = shape["rotary_dim"] if rotary_only else shape["head_dim"]
+        turned = sum(times * shape[name] for name, times in heads.items()) * tokens * width * dtype.itemsize
+        return 2 * turned + shape["seq"] * shape["rotary_dim"] * 4 + (8 * tokens if positions else 0)
+
+    return count
+
+
 def _operators() -> tuple[Operator, ...]:
     from crystal.kernels.add_norm import add_norm, add_norm_reference
     from crystal.kernels.layer_norm import layer_norm, layer_norm_reference
     from crystal.kernels.rms_norm import rms_norm, rms_norm_reference
+    from crystal.kernels.rope import rope, rope_, rope_reference
     from crystal.kernels.swiglu import swiglu, swiglu_reference
 
     return (
@@ -159,6 +219,19 @@ def _operators() -> tuple[Operator, ...]:
         Operator(
             "swiglu_packed", swiglu, swiglu_reference, _swiglu_inputs(packed=True), SWIGLU_SHAPES, _swiglu_bytes,
             ("swiglu_rows", "swiglu_rows_backward"),
+        ),
+        Operator(
+            "rope_half_packed", _packed(rope), _packed(rope_reference), _packed_inputs(grad=True), ROPE_SHAPES,
+            _rope_bytes({"heads": 1, "kv_heads": 2}, rotary_only=False, positions=False), ("rope_turn",),
+        ),
+        Operator(
+            "rope_half_packed_inplace", _packed(rope_), _packed(rope_reference), _packed_inputs(grad=False),
+            ROPE_SHAPES, _rope_bytes({"heads": 1, "kv_heads": 1}, rotary_only=True, positions=False),
+            ("rope_turn",), inplace=True,
+        ),
+        Operator(
+            "rope_interleaved_qk", _q_and_k(rope), _q_and_k(rope_reference), _q_and_k_inputs, ROPE_SHAPES,
+            _rope_bytes({"heads": 1, "kv_heads": 1}, rotary_only=False, positions=True), ("rope_turn",),
         ),
     )  # fmt: skip
 

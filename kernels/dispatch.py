@@ -59,6 +59,11 @@ def use_triton(*tensors: Tensor) -> bool:
     return all(t.dtype in DTYPES and t.numel() > 0 for t in tensors)
 
 
+def eager_cpu(x: Tensor) -> bool:
+    """Whether x is worth our own gradient by torch: compilers, and tracers on other devices, want plain operations."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
 def target(device: torch.device) -> tuple[int, int]:
     """Compute capability (80 for 8.0) and number of multiprocessors that a launch is planned for.
 
