@@ -104,7 +104,9 @@ def fit_optimum(width: int, curve: dict[float, dict[int, float]]) -> Optimum:
     vertices = []
     for _ in range(RESAMPLES):
         drawn = generator.choice(seeds, len(seeds))
-        again = {x: float(np.mean([ys[s] for s in drawn if s in ys])) for x, ys in curve.items() if set(ys) & set(drawn)}
+        again = {
+            x: float(np.mean([ys[s] for s in drawn if s in ys])) for x, ys in curve.items() if set(ys) & set(drawn)
+        }
         if again:
             vertices.append(_parabola(again, min(again, key=again.get))[0])
     low, high = np.percentile(vertices, [2.5, 97.5])
@@ -147,7 +149,9 @@ def judge(trials: Sequence[Trial], max_shift: float = MAX_SHIFT, max_regret: flo
     optima = {w: fit_optimum(w, curve) for w, curve in by_width.items()}
     narrow, wide = min(optima), max(optima)
     base = optima[narrow]
-    moved = max((o for o in optima.values() if o.width != narrow), key=lambda o: abs(o.log2_lr_optimum - base.log2_lr_optimum))
+    moved = max(
+        (o for o in optima.values() if o.width != narrow), key=lambda o: abs(o.log2_lr_optimum - base.log2_lr_optimum)
+    )
     shift = moved.log2_lr_optimum - base.log2_lr_optimum
     half = math.hypot(*((o.ci[1] - o.ci[0]) / 2 for o in (moved, base)))
     tried = sorted(by_width[narrow])
@@ -169,7 +173,7 @@ def judge(trials: Sequence[Trial], max_shift: float = MAX_SHIFT, max_regret: flo
         verdict = "FAIL"
         message = (
             f"the optimum moves by {shift:+.2f} ± {half:.2f} octaves from width {narrow} to {moved.width} "
-            f"(at most {max_shift:g}), and width {wide} loses {regret:.2%} with the narrowest's (at most {max_regret:.0%})"
+            f"(at most {max_shift:g}); with the narrowest's, width {wide} loses {regret:.2%} (at most {max_regret:.0%})"
         )
     diverged = sum(t.diverged or not math.isfinite(t.loss) for t in trials)
     return Transfer(
