@@ -1,6 +1,6 @@
 """Fused operators, one file each: the torch reference that defines the operator, and where it runs fastest."""
 
-from crystal.kernels.cross_entropy import linear_cross_entropy
+from crystal.kernels.linear_cross_entropy import linear_cross_entropy
 from crystal.kernels.layer_norm import layer_norm
 from crystal.kernels.rms_norm import rms_norm
 from crystal.kernels.rope import rope, rope_table

@@ -179,8 +179,40 @@ def _rope_bytes(heads: dict[str, int], rotary_only: bool, positions: bool):
     return count
 
 
+LOSS_SHAPES: dict[str, Shape] = {
+    "crystalcoder-7b": {"rows": 4096, "vocab": 32032},
+    "amber-7b": {"rows": 2048, "vocab": 32000},
+    "llama-3": {"rows": 2048, "vocab": 128256},
+    "small": {"rows": 12, "vocab": 1024},
+    "small-5003": {"rows": 5, "vocab": 5003},
+    "small-7": {"rows": 9, "vocab": 7},
+    "small-pitch": {"rows": 6, "vocab": 200, "pitch": 328},
+}
+
+
+def _loss_inputs(shape, dtype, device, generator):
+    rows, vocab = shape["rows"], shape["vocab"]
+    logits = normal((rows, vocab), dtype, device, generator, std=3.0, pitch=shape.get("pitch"))
+    labels = torch.arange(rows, device=device) * 7919 % vocab
+    labels[rows // 2] = -100
+    return logits, labels
+
+
+EVERYTHING = {"logits_scale": 0.8, "label_smoothing": 0.1, "z_loss": 1e-3, "reduction": "mean"}
+
+
+def _loss(function: Callable, **options) -> Callable:
+    return lambda logits, labels: function(logits, labels, **options)
+
+
+def _loss_bytes(shape: Shape, dtype: torch.dtype, direction: str) -> int:
+    passes = {"forward": 1, "backward": 2}[direction]
+    return passes * shape["rows"] * shape["vocab"] * dtype.itemsize + 12 * shape["rows"]
+
+
 def _operators() -> tuple[Operator, ...]:
     from crystal.kernels.add_norm import add_norm, add_norm_reference
+    from crystal.kernels.cross_entropy import cross_entropy, cross_entropy_reference
     from crystal.kernels.layer_norm import layer_norm, layer_norm_reference
     from crystal.kernels.rms_norm import rms_norm, rms_norm_reference
     from crystal.kernels.rope import rope, rope_, rope_reference
@@ -232,6 +264,15 @@ def _operators() -> tuple[Operator, ...]:
         Operator(
             "rope_interleaved_qk", _q_and_k(rope), _q_and_k(rope_reference), _q_and_k_inputs, ROPE_SHAPES,
             _rope_bytes({"heads": 1, "kv_heads": 1}, rotary_only=False, positions=True), ("rope_turn",),
+        ),
+        Operator(  # each token's loss, as the zoo's head needs it
+            "cross_entropy", _loss(cross_entropy, reduction="none"), _loss(cross_entropy_reference, reduction="none"),
+            _loss_inputs, LOSS_SHAPES, _loss_bytes, ("cross_entropy_forward", "cross_entropy_backward"),
+        ),
+        Operator(
+            "cross_entropy_full", _loss(cross_entropy, **EVERYTHING), _loss(cross_entropy_reference, **EVERYTHING),
+            _loss_inputs, LOSS_SHAPES, _loss_bytes,
+            ("cross_entropy_forward", "cross_entropy_total", "cross_entropy_backward"),
         ),
     )  # fmt: skip
 

@@ -1,0 +1,87 @@
+"""The loss head in one operator: project, score, differentiate, a few hundred tokens at a time.
+
+The logits of a whole batch are the largest tensor of a training step (8,192 tokens x 32,032 words in fp32 are
+1 GB) and nobody needs them twice. So for each chunk of tokens the forward pass makes the logits, reads off the
+loss, and turns them in place into their gradient softmax - onehot, which is at once multiplied back into the
+gradients of x and weight. Backward only scales these. On a CPU this is 1.1x (fp32) to 1.2x (bf16) faster than
+logits followed by cross_entropy, because a chunk stays in the cache. On CUDA a chunk is larger, so that its matrix
+products fill the GPU, and the two kernels of `cross_entropy` make its losses and, in place, its gradient.
+"""
+
+import torch
+from torch import Tensor
+
+from crystal.kernels.cross_entropy import backward_rows, forward_rows
+from crystal.kernels.dispatch import use_triton
+
+CHUNK = 512  # tokens; 256 and 512 measured equal on a CPU
+CUDA_CHUNK = 4096
+NO_LABEL = -100  # is ignored; labels of the head are classes throughout
+
+
+def _scored_by_torch(logits_CV, labels_C, weights_C, scale: float, with_grad: bool) -> tuple[Tensor, Tensor | None]:
+    """Each token's loss, and the gradient of the weighted sum by the logits, which may be overwritten."""
+    dtype, logits_CV = logits_CV.dtype, logits_CV.float().mul_(scale)
+    label_C1 = labels_C[:, None]
+    lse_C1 = torch.logsumexp(logits_CV, -1, keepdim=True)
+    nll_C = (lse_C1 - logits_CV.gather(1, label_C1)).squeeze(1)
+    if not with_grad:
+        return nll_C, None
+    grad_CV = logits_CV.sub_(lse_C1).exp_()
+    grad_CV.scatter_add_(1, label_C1, torch.full_like(lse_C1, -1.0))
+    return nll_C, grad_CV.mul_(weights_C[:, None] * scale).to(dtype)
+
+
+def _scored_by_kernels(logits_CV, labels_C, weights_C, scale: float, with_grad: bool) -> tuple[Tensor, Tensor | None]:
+    """The same by the kernels of `cross_entropy`."""
+    how = (scale, NO_LABEL, 0.0, 0.0)
+    nll_C, lse_C = forward_rows(logits_CV, labels_C, *how)
+    if not with_grad:
+        return nll_C, None
+    backward_rows(logits_CV, weights_C, logits_CV, labels_C, lse_C, None, *how)
+    return nll_C, logits_CV
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x_ND, weight_VD, labels_N, weights_N, logits_scale):
+        needs_x, needs_w = ctx.needs_input_grad[:2]
+        dx_ND = torch.empty_like(x_ND) if needs_x else None
+        # fp32: the head's gradient is a sum over every token of the batch
+        dw_VD = torch.zeros(weight_VD.shape, dtype=torch.float32, device=x_ND.device) if needs_w else None
+        nll_N = torch.empty(x_ND.shape[0], dtype=torch.float32, device=x_ND.device)
+        fused = use_triton(x_ND, weight_VD) and not torch.compiler.is_compiling()
+        chunk = CUDA_CHUNK if fused else CHUNK
+        for begin in range(0, x_ND.shape[0], chunk):
+            rows = slice(begin, begin + chunk)
+            score = _scored_by_kernels if fused else _scored_by_torch
+            nll_N[rows], grad_CV = score(
+                x_ND[rows] @ weight_VD.T, labels_N[rows], weights_N[rows], logits_scale, needs_x or needs_w
+            )
+            if needs_x:
+                torch.mm(grad_CV, weight_VD, out=dx_ND[rows])
+            if needs_w:
+                dw_VD += grad_CV.T @ x_ND[rows]
+        ctx.save_for_backward(dx_ND, dw_VD)
+        ctx.weight_dtype = weight_VD.dtype
+        ctx.mark_non_differentiable(nll_N)
+        return (nll_N * weights_N).sum(), nll_N
+
+    @staticmethod
+    def backward(ctx, dloss, _):
+        dx_ND, dw_VD = ctx.saved_tensors
+        dx = None if dx_ND is None else dx_ND * dloss.to(dx_ND.dtype)
+        dw = None if dw_VD is None else (dw_VD * dloss).to(ctx.weight_dtype)
+        return dx, dw, None, None, None
+
+
+def linear_cross_entropy(
+    x_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, weights_N: Tensor, logits_scale: float
+) -> tuple[Tensor, Tensor]:
+    """Weighted sum of cross-entropies of softmax(logits_scale * x @ weight.T) against labels.
+
+    x_ND, weight_VD: fp32 or bf16; labels_N: int64 in [0, V); weights_N: fp32, what each token counts (0 for
+    padding, 1/(batch * seq_len) for the published normalisation). Softmax and losses in fp32.
+    Returns (loss, nll_N): the differentiable scalar, and each token's loss in nats, fp32, without gradient.
+    """
+    return _LinearCrossEntropy.apply(x_ND, weight_VD, labels_N, weights_N, logits_scale)
