@@ -280,6 +280,30 @@ def coord_check(
         raise typer.Exit(1)
 
 
+@app.command()
+def transfer(
+    sweep: Annotated[str, typer.Argument(metavar="SWEEP.yaml", help="a sweep file, or the name of a packaged one")],
+    overrides: Overrides = None,
+    plan_only: Annotated[bool, typer.Option("--plan-only", help="size the sweep; no data needed")] = False,
+    workers: Annotated[int, typer.Option(min=1, help="processes, one thread each")] = 2,
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="default: sweeps/NAME")] = None,
+    as_json: Json = False,
+) -> None:
+    """Sweep hyperparameters over widths, or go on with it; say whether they transfer; write the target's run file."""
+    from crystal import transfer_command
+
+    if plan_only:
+        from crystal.sweep import load_sweep
+
+        plan = transfer_command.plan_only(load_sweep(sweep, tuple(overrides or ()), out), workers)
+        _print(plan, as_json, transfer_command.plan_text(plan))
+        return
+    result, shown = transfer_command.transfer(sweep, overrides or [], workers, out, _console())
+    _print(result, as_json, shown)
+    if result["verdict"] != "PASS":
+        raise typer.Exit(1)
+
+
 @app.command("import")
 def import_(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="config.json and safetensors, as published")],

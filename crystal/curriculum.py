@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from fractions import Fraction
 from itertools import pairwise
@@ -132,6 +132,7 @@ class CurriculumConfig(Strict):
     seq_len: Count
     global_batch_size: Count  # sequences
     scale: Positive = 1.0  # of the published steps
+    lr_scale: Positive = 1.0  # of every learning rate, as when a tuned one is transferred
     min_warmup_steps: Count = 1  # what `scale` leaves of a warm-up at least
     lr_counts_from: Literal[0, 1] = 1  # the first step of a stage uses lr(0) or lr(1)
     bind: dict[str, str | dict[str, Positive]] = Field({})
@@ -258,7 +259,7 @@ def resolve(
         tokens_per_step = config.global_batch_size * config.seq_len
         published = stage.steps or -(-stage.tokens // tokens_per_step)
         steps = max(1, round(published * config.scale))
-        segments = _segments(stage, published, where, (*loc, "lr"))
+        segments = _segments(stage, published, config.lr_scale, where, (*loc, "lr"))
         total = sum(s.tokens or 0 for s in stage.sources.values())
         weights = {n: s.tokens / total if total else s.weight for n, s in stage.sources.items()}
         bound, fim_rates = _bind(config, stage, weights, where, store_sources)
@@ -310,8 +311,8 @@ def _decimal(part: Fraction) -> str:
     return f"{whole}.{digits.rstrip('0') or '0'}"
 
 
-def _segments(stage: StageConfig, published: int, where: str | Config, loc: tuple) -> list[Segment]:
-    """The stage's LR segments with every start and length filled in."""
+def _segments(stage: StageConfig, published: int, scale: float, where: str | Config, loc: tuple) -> list[Segment]:
+    """The stage's LR segments with every start and length filled in, and their rates times `scale`."""
     segments: list[Segment] = []
     begin = 0
     for i, piece in enumerate(stage.lr):
@@ -325,7 +326,7 @@ def _segments(stage: StageConfig, published: int, where: str | Config, loc: tupl
             raise _error(where, (*loc, i), message)
         segments.append(Segment(start, piece.to, steps, piece.shape))
         begin += steps
-    return segments
+    return [replace(s, start=s.start * scale, end=s.end * scale) for s in segments] if scale != 1 else segments
 
 
 def _bind(

@@ -110,7 +110,7 @@ def dry_run(run: RunFile) -> dict:
     curriculum = resolve(run.config.curriculum, run.source)
     plan = run.config.plan()
     flops = flops_per_token(run.config.model, curriculum.seq_len) * curriculum.tokens
-    rate = _matmul_rate(run.config.backend.dtype)
+    rate = matmul_rate(run.config.backend.dtype)
     return {
         "name": run.config.name,
         "parameters": parameter_count(run.config.model),
@@ -121,7 +121,7 @@ def dry_run(run: RunFile) -> dict:
         "memory_bytes": memory_bytes(run.config.model)[f"cpu {run.config.backend.dtype}"],
         "flops": flops,
         "matmul_flops_per_second": rate,
-        "seconds_at_matmul_rate": flops / rate,
+        "seconds_atmatmul_rate": flops / rate,
         "run_dir": str(run.config.directory),
     }
 
@@ -158,7 +158,7 @@ def _groups(plan: Plan) -> dict[str, dict]:
     }
 
 
-def _matmul_rate(dtype: str) -> float:
+def matmul_rate(dtype: str) -> float:
     """FLOP/s of a 1024 x 1024 x 1024 product on this machine now; small models stay far below."""
     a = torch.ones(1024, 1024, dtype=torch.bfloat16 if dtype == "bf16" else torch.float32)
     a @ a
@@ -188,7 +188,7 @@ def dry_run_text(result: dict) -> str:
             f"group {name}: {g['tensors']} tensors, lr x{g['lr_multiplier']:g}, weight decay {g['weight_decay']:g}, "
             f"eps {g['eps']:g}"
         )
-    least, rate = _duration(result["seconds_at_matmul_rate"]), result["matmul_flops_per_second"] / 1e9
+    least, rate = _duration(result["seconds_atmatmul_rate"]), result["matmul_flops_per_second"] / 1e9
     lines.append(
         f"memory {result['memory_bytes'] / 1e9:.2f} GB without activations; {result['flops']:.3g} FLOPs, "
         f"{least} at the {rate:,.0f} GFLOP/s that a matmul has on this machine now"

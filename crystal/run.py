@@ -46,6 +46,7 @@ class RunConfig(Strict):
     backend: CpuConfig = CpuConfig()
     train: TrainConfig
     run_dir: Path | None = Field(None, description="null: runs/NAME")
+    provenance: dict[str, float | int | str | bool] = Field({}, description="where its values come from; recorded")
 
     @property
     def directory(self) -> Path:

@@ -47,14 +47,23 @@ def plan_for(config: ModelConfig, *, weight_decay: float = 0.1, decay_vectors: b
     )
     return make_plan(
         meta_decoder(config),
-        meta_decoder(with_width(config, base)),
-        meta_decoder(with_width(config, 2 * base)),
+        meta_decoder(_of_width(config, base)),
+        meta_decoder(_of_width(config, 2 * base)),
         mup_.parametrization,
         tuning,
         residual_out=RESIDUAL_OUT,
         n_layers=config.n_layers,
         base_n_layers=mup_.base_n_layers,
     )
+
+
+def _of_width(config: ModelConfig, width: int) -> ModelConfig:
+    """The shapes of another width; where no whole number of heads fits (the base may be narrower than a head of the
+    target), of one head: shapes do not depend on how many there are."""
+    if width % config.d_head:
+        shape = {"d_model": width, "d_ff": config.d_ff * width // config.d_model, "n_heads": 1, "n_kv_heads": None}
+        return ModelConfig(**(config.model_dump(exclude={"mup"}) | shape | {"rotary_fraction": 1.0}), mup=config.mup)
+    return with_width(config, width)
 
 
 def multipliers_for(config: ModelConfig, plan: Plan) -> Multipliers:

@@ -68,9 +68,10 @@ class ModelConfig(Strict):
                 f"d_head {self.d_head} = {rotary:g}"
             )
         group = self.n_heads // self.kv_heads * self.d_head  # the smallest width with whole heads
-        if self.mup.parametrization != "sp" and self.mup.base_d_model % group:
+        grouped = self.kv_heads != self.n_heads  # else a base of fewer, smaller heads will do
+        if self.mup.parametrization != "sp" and self.mup.base_d_model % (group if grouped else 2):
             raise ValueError(
-                f"mup.base_d_model: expected a multiple of {group}, one group of heads, got {self.mup.base_d_model}"
+                f"mup.base_d_model: expected a multiple of {group if grouped else 2}, got {self.mup.base_d_model}"
             )
         return self
 

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from crystal.kernels import layer_norm, linear_cross_entropy, rms_norm, rope, rope_table, swiglu
+from crystal.kernels import add_norm, layer_norm, linear_cross_entropy, rms_norm, rope, rope_table, swiglu
 from crystal.zoo.config import ModelConfig
 
 
@@ -38,7 +38,10 @@ class Norm(nn.Module):
         self.weight = nn.Parameter(torch.empty(config.d_model))
         self.bias = nn.Parameter(torch.empty(config.d_model)) if config.norm == "layernorm" else None
 
-    def forward(self, x_BTD: Tensor) -> Tensor:
+    def forward(self, x_BTD: Tensor, residual_BTD: Tensor | None = None, scale: float = 1.0):
+        """norm(x); with a residual, the pair (norm(sum), sum) of sum = residual + scale * x, which CUDA fuses."""
+        if residual_BTD is not None:
+            return add_norm(x_BTD, residual_BTD, self.weight, self.bias, self.eps, scale)
         if self.bias is None:
             return rms_norm(x_BTD, self.weight, self.eps)
         return layer_norm(x_BTD, self.weight, self.bias, self.eps)
@@ -61,8 +64,7 @@ class Attention(nn.Module):
         def heads(y: Tensor) -> Tensor:
             return y.unflatten(-1, (-1, self.d_head)).transpose(1, 2)
 
-        q_BHTK = rope(heads(self.q(x_BTD)), *table, self.style)
-        k_BHSK = rope(heads(self.k(x_BTD)), *table, self.style)
+        q_BHTK, k_BHSK = rope(heads(self.q(x_BTD)), *table, self.style, heads(self.k(x_BTD)))
         v_BHSK = heads(self.v(x_BTD))
         if cache is not None:
             k_BHSK, v_BHSK = cache.append(k_BHSK, v_BHSK)
@@ -101,11 +103,10 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x_BTD: Tensor, table: tuple[Tensor, Tensor], mask_BTS: Tensor | None = None, cache=None):
-        x_BTD = x_BTD + self._branch(self.attn(self.attn_norm(x_BTD), table, mask_BTS, cache))
-        return x_BTD + self._branch(self.mlp(self.mlp_norm(x_BTD)))
-
-    def _branch(self, y_BTD: Tensor) -> Tensor:
-        return y_BTD if self.residual == 1 else y_BTD * self.residual
+        y_BTD = self.attn(self.attn_norm(x_BTD), table, mask_BTS, cache)
+        y_BTD, x_BTD = self.mlp_norm(y_BTD, x_BTD, self.residual)
+        y_BTD = self.mlp(y_BTD)
+        return x_BTD + (y_BTD if self.residual == 1 else y_BTD * self.residual)
 
 
 class Decoder(nn.Module):

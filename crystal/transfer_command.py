@@ -1,0 +1,243 @@
+"""What `crystal transfer` does: size a sweep, or run it and say what follows from it."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import yaml
+
+from crystal.config import ConfigError
+from crystal.describe import flops_per_token, matmul_rate
+from crystal.mup.transfer import Transfer, forecast, judge
+from crystal.run import load_run
+from crystal.sweep import Sweep, as_trials, finished, load_sweep, points, run_sweep
+from crystal.zoo.build import parameter_count
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+# Share of a matmul's rate that small models reach on a CPU (docs/transfer.md); for an estimate of hours only.
+EFFICIENCY = 0.25
+
+
+def plan_only(sweep: Sweep, workers: int) -> dict:
+    """The sweep on paper: proxies, tokens, FLOPs, hours, and which printed rules of proxy sizing it breaks."""
+    config = sweep.config
+    curriculum = sweep.run.config.curriculum
+    batch = curriculum.global_batch_size * curriculum.seq_len
+    tokens, each = config.steps * batch, len(points(config))
+    proxies = []
+    for width in sorted(config.widths):
+        for depth in config.depths:
+            model = sweep.model(config.parametrization, width, depth)
+            parameters = parameter_count(model)
+            flops = flops_per_token(model, curriculum.seq_len) * tokens
+            trials = each * len(sweep.parametrizations)
+            proxies.append(
+                {
+                    "width": width, "depth": depth, "d_head": model.d_head, "parameters": parameters,
+                    "steps": config.steps, "tokens": tokens, "tokens_per_parameter": round(tokens / parameters, 3),
+                    "trials": trials, "flops": flops * trials,
+                }
+            )  # fmt: skip
+    flops = sum(p["flops"] for p in proxies)
+    rate = matmul_rate(config.dtype)
+    return {
+        "sweep": config.name,
+        "proxies": proxies,
+        "trials": sum(p["trials"] for p in proxies),
+        "tokens": sum(p["tokens"] * p["trials"] for p in proxies),
+        "flops": flops,
+        "hours_estimated": round(flops / (rate * EFFICIENCY) / 3600, 3),
+        "matmul_flops_per_second": rate,
+        "warnings": warnings(sweep, batch, tokens),
+    }
+
+
+def warnings(sweep: Sweep, batch: int, tokens: int) -> list[str]:
+    """The rules of proxy sizing in print (docs/transfer.md) that this sweep breaks."""
+    config = sweep.config
+    models = [sweep.model(config.parametrization, w, d) for w in config.widths for d in config.depths]
+    largest = max(parameter_count(m) for m in models)
+    said = []
+    if min(config.widths) < 256:
+        said.append(f"width {min(config.widths)}: expected proxies of width 256 or more, where limits begin to hold")
+    if tokens < 20 * largest:
+        said.append(f"{tokens / largest:.2g} tokens a parameter at width {max(config.widths)}: expected about 20")
+    if len({m.d_head for m in models}) > 1:
+        said.append("d_head differs between proxies: expected one head size, that of the target")
+    # Kaplan et al. 2020: L(D) = (5.4e13/D)^0.095 and B_crit(L) = 2e8 / L^(1/0.21) tokens
+    loss = (5.4e13 / tokens) ** 0.095
+    critical = 2e8 / loss ** (1 / 0.21)
+    if batch < critical:
+        said.append(
+            f"{batch:,} tokens a step: expected the critical batch, about {critical:,.0f} at the {loss:.1f} nats that "
+            f"{tokens:,} tokens reach (Kaplan et al. 2020), or the optimum will not hold for large batches"
+        )
+    if config.target is not None:
+        target = load_run(config.target.run).config.model
+        if config.parametrization != "completep" and target.n_layers not in config.depths:
+            said.append(
+                f"depth {', '.join(map(str, config.depths))} for a target of {target.n_layers} layers: expected about "
+                f"the target's depth, or completep"
+            )
+        if target.d_head not in {m.d_head for m in models}:
+            said.append(f"d_head {models[0].d_head}: expected the target's, {target.d_head}")
+    return said
+
+
+def plan_text(plan: dict) -> str:
+    lines = [
+        f"{'width':>6} {'depth':>5} {'parameters':>12} {'tokens':>10} {'tokens/param':>12} {'trials':>6} {'FLOPs':>9}"
+    ]
+    lines += [
+        f"{p['width']:>6} {p['depth']:>5} {p['parameters']:>12,} {p['tokens']:>10,} {p['tokens_per_parameter']:>12g} "
+        f"{p['trials']:>6} {p['flops']:>9.2g}"
+        for p in plan["proxies"]
+    ]
+    lines.append(
+        f"{plan['sweep']}: {plan['trials']} trials, {plan['tokens']:,} tokens, {plan['flops']:.3g} FLOPs, about "
+        f"{plan['hours_estimated']:.2g} hours (an estimate, at {EFFICIENCY:.0%} of this machine's matmul rate now)"
+    )
+    return "\n".join(lines + [f"warning: {w}" for w in plan["warnings"]])
+
+
+def transfer(path: str, overrides: list[str], workers: int, out: Path | None, console: Console) -> tuple[dict, str]:
+    """Run what is left of a sweep and judge it. Returns (JSON object, text)."""
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    sweep = load_sweep(path, tuple(overrides), out)
+    progress = Progress(
+        TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:.0f}/{task.total:.0f} trials"),
+        TextColumn("{task.fields[left]}"), TimeElapsedColumn(), console=console, disable=not console.is_terminal,
+    )  # fmt: skip
+    with progress:
+        task = progress.add_task(sweep.config.name, total=None, left="")
+        said = 0
+
+        def show(done: int, total: int, seconds: float) -> None:
+            nonlocal said
+            left = "" if math.isinf(seconds) else f"{seconds / 60:.0f} min left"
+            progress.update(task, total=total, completed=done, left=left)
+            if not console.is_terminal and done * 20 // total > said:
+                said = done * 20 // total
+                console.print(f"{sweep.config.name}: {done}/{total} trials, {left}", highlight=False)
+
+        run_sweep(sweep, workers, show)
+    return report(sweep)
+
+
+def report(sweep: Sweep) -> tuple[dict, str]:
+    """The verdict from what is in the study; writes transfer.json, trials.json, transfer.png and target.yaml."""
+    from crystal.mup.transfer_plots import draw_transfer
+
+    rows, config = finished(sweep), sweep.config
+    results = {}
+    for parametrization in sweep.parametrizations:
+        trials = as_trials(rows, parametrization)
+        try:
+            results[parametrization] = (judge(trials, config.max_shift, config.max_regret), trials)
+        except ValueError as error:
+            raise ConfigError(f"{sweep.directory}: {parametrization}: {error}") from None
+    main, trials = results[config.parametrization]
+    result = _dict(config.parametrization, main) | {
+        "sweep": config.name,
+        "fingerprint": sweep.fingerprint(),
+        "corpus": sweep.rows.store.manifest["corpus"],
+        "trial_seconds": round(sum(r["seconds"] for r in rows), 1),
+        "beside": {p: _dict(p, t) for p, (t, _) in results.items() if p != config.parametrization},
+    }
+    best = best_values(rows, config.parametrization, main)
+    result["best"] = best
+    if len(main.widths) >= 3:
+        seen = forecast(trials)
+        result["forecast"] = {
+            "exponent": seen.exponent, "held_out_width": seen.held_out_width, "predicted": seen.held_out_predicted,
+            "interval": list(seen.held_out_interval), "measured": seen.held_out_measured,
+            "loss": {str(w): seen.at(w) for w in (2 * seen.held_out_width, 4 * seen.held_out_width)},
+        }  # fmt: skip
+    if config.target is not None:
+        result["target"] = str(write_target(sweep, result, best))
+    result["plot"] = str(sweep.directory / "transfer.png")
+    draw_transfer(results, sweep.directory / "transfer.png")
+    (sweep.directory / "trials.json").write_text("[\n" + ",\n".join(json.dumps(r) for r in rows) + "\n]\n")
+    (sweep.directory / "transfer.json").write_text(json.dumps(result, indent=1) + "\n")
+    return result, text(result)
+
+
+def _dict(parametrization: str, found: Transfer) -> dict:
+    plain = found.as_dict()
+    plain["widths"] = {str(w): {k: v for k, v in o.items() if k != "width"} for w, o in plain["widths"].items()}
+    return {"verdict": plain.pop("verdict"), "parametrization": parametrization, **plain}
+
+
+def best_values(rows: list[dict], parametrization: str, found: Transfer) -> dict[str, float]:
+    """What is carried over: the narrowest width's fitted lr, and the other hyperparameters of its best trials."""
+    narrow = min(found.widths)
+    values = {"lr": 2.0 ** found.widths[narrow].log2_lr_optimum}
+    mine = [r for r in rows if (r["parametrization"], r["width"]) == (parametrization, narrow) and not r["diverged"]]
+    for name in ("init_std", "embedding_multiplier", "output_alpha", "weight_decay"):
+        losses: dict[float, list[float]] = {}
+        for row in mine:
+            if name in row:
+                losses.setdefault(row[name], []).append(row["loss"])
+        if losses:
+            values[name] = min(losses, key=lambda v: min(losses[v]))
+    return values
+
+
+def write_target(sweep: Sweep, result: dict, best: dict[str, float]) -> Path:
+    """The target's run file: the run it extends, with the transferred values and where they come from."""
+    target = sweep.config.target
+    run = load_run(target.run)
+    peak = max(piece.to for piece in run.config.curriculum.stages[0].lr)
+    tuned = sweep.model(sweep.config.parametrization, min(sweep.config.widths), min(sweep.config.depths)).mup
+    mup = tuned.model_dump(mode="json", exclude_none=True) | {
+        k: best[k] for k in best if k not in ("lr", "weight_decay")
+    }
+    if target.parametrization:
+        mup["parametrization"] = target.parametrization
+    written = {
+        "extends": f"runs/{Path(target.run).stem}.yaml",
+        "name": f"{run.config.name}-from-{sweep.config.name}",
+        "model": {"mup": mup},
+        "curriculum": {"lr_scale": best["lr"] / peak},
+        "provenance": {
+            "sweep": f"{sweep.config.name} {result['fingerprint'][:16]}",
+            "trials": result["trials"],
+            "verdict": f"{result['verdict']}: {result['message']}",
+            "corpus": json.dumps(result["corpus"]),
+            "base_lr": best["lr"],
+        },
+    }
+    if "weight_decay" in best:
+        written["optimizer"] = {"weight_decay": best["weight_decay"]}
+    file = sweep.directory / "target.yaml"
+    aside = file.with_suffix(".tmp")
+    aside.write_text("# Written by `crystal transfer`.\n" + yaml.safe_dump(written, sort_keys=False))
+    aside.replace(file)
+    plan = load_run(file).config.plan()
+    (sweep.directory / "target-plan.json").write_text(json.dumps(plan.as_dict(), indent=1) + "\n")
+    return file
+
+
+def text(result: dict) -> str:
+    lines = []
+    for r in (result, *result["beside"].values()):
+        lines.append(f"{r['verdict']}  {r['parametrization']}: {r['message']}")
+        for width, o in r["widths"].items():
+            lines.append(
+                f"  width {width:>5}: log2 lr* {o['log2_lr_optimum']:+.2f} [{o['ci'][0]:+.2f}, {o['ci'][1]:+.2f}]"
+                f"  loss {o['loss']:.4f}{'  ' + o['edge'] if o['edge'] else ''}"
+            )
+    if "forecast" in result:
+        f = result["forecast"]
+        lines.append(
+            f"forecast of width {f['held_out_width']} from the narrower ones: {f['predicted']:.4f} "
+            f"[{f['interval'][0]:.4f}, {f['interval'][1]:.4f}], measured {f['measured']:.4f}"
+        )
+    lines += [f"written: {result[k]}" for k in ("target", "plot") if k in result]
+    return "\n".join(lines)
