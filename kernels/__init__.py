@@ -1,9 +1,21 @@
 """Fused operators, one file each: the torch reference that defines the operator, and where it runs fastest."""
 
-from crystal.kernels.linear_cross_entropy import linear_cross_entropy
+from crystal.kernels.add_norm import add_norm
+from crystal.kernels.cross_entropy import cross_entropy
 from crystal.kernels.layer_norm import layer_norm
+from crystal.kernels.linear_cross_entropy import linear_cross_entropy
 from crystal.kernels.rms_norm import rms_norm
-from crystal.kernels.rope import rope, rope_table
+from crystal.kernels.rope import rope, rope_, rope_table
 from crystal.kernels.swiglu import swiglu
 
-__all__ = ["layer_norm", "linear_cross_entropy", "rms_norm", "rope", "rope_table", "swiglu"]
+__all__ = [
+    "add_norm",
+    "cross_entropy",
+    "layer_norm",
+    "linear_cross_entropy",
+    "rms_norm",
+    "rope",
+    "rope_",
+    "rope_table",
+    "swiglu",
+]

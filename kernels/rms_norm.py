@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from crystal.kernels.dispatch import differentiable, use_triton, widened
+from crystal.kernels.dispatch import differentiable, eager_cpu, use_triton, widened
 from crystal.kernels.norm import backward as norm_backward
 from crystal.kernels.norm import check
 from crystal.kernels.norm import forward as norm_forward
@@ -60,6 +60,6 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     Returns [..., d] in x's dtype. Raises ValueError or TypeError for other shapes and dtypes.
     """
     check(x, weight)
-    if torch.compiler.is_compiling() and not use_triton(x):
-        return rms_norm_reference(x, weight, eps)  # which the compiler fuses
-    return _rms_norm(x, weight, eps)[0]
+    if use_triton(x) or eager_cpu(x):
+        return _rms_norm(x, weight, eps)[0]
+    return rms_norm_reference(x, weight, eps)
