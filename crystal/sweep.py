@@ -137,13 +137,18 @@ class Sweep:
         }
         return with_width(parse(ModelConfig, section, f"{self.source.where(('model',))}: model"), width)
 
+    def decides(self) -> dict:
+        """All that decides a trial's loss, but for its own width, seed and hyperparameters."""
+        return self.config.model_dump(mode="json", include=set(_DECIDES))
+
     def fingerprint(self) -> str:
-        """sha256 over all that decides a trial's loss: models, data, length, seeds."""
-        decides = self.config.model_dump(
-            mode="json", include={"family", "base_d_model", "model", "steps", "warmup_fraction", "final_fraction",
-                                  "eval_rows", "dtype", "stage", "run", "set"},
-        )  # fmt: skip
-        return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
+        """sha256 over `decides`."""
+        return hashlib.sha256(json.dumps(self.decides(), sort_keys=True).encode()).hexdigest()
+
+
+_DECIDES = (
+    "run set stage family base_d_model model steps warmup_fraction final_fraction eval_rows dtype sampler".split()
+)
 
 
 def load_sweep(path: str, overrides: tuple[str, ...] = (), out: Path | None = None) -> Sweep:
@@ -201,17 +206,17 @@ def run_sweep(sweep: Sweep, workers: int, show: Callable[[int, int, float], None
 
 def _same_sweep(sweep: Sweep) -> None:
     """Refuse a directory whose trials were run on other models, data or lengths."""
-    file, mine = sweep.directory / "sweep.json", sweep.config.model_dump(mode="json")
+    file = sweep.directory / "sweep.json"
     if file.is_file():
-        before = json.loads(file.read_text())
-        if before["fingerprint"] != sweep.fingerprint():
-            differing = [k for k, v in mine.items() if before["config"].get(k) != v and k not in ("search", "widths")]
+        before = json.loads(file.read_text())["decides"]
+        differing = [k for k, v in sweep.decides().items() if before.get(k) != v]
+        if differing:
             raise ConfigError(
-                f"{sweep.directory}: holds trials of another sweep, whose {', '.join(differing) or 'data'} differ; "
+                f"{sweep.directory}: holds trials of another sweep, whose {', '.join(differing)} differ; "
                 f"use another --out or name"
             )
     aside = file.with_suffix(".tmp")
-    aside.write_text(json.dumps({"fingerprint": sweep.fingerprint(), "config": mine}, indent=1))
+    aside.write_text(json.dumps({"decides": sweep.decides(), "config": sweep.config.model_dump(mode="json")}, indent=1))
     aside.replace(file)
 
 
@@ -272,6 +277,7 @@ def _work(sweep: Sweep) -> None:
 
     torch.set_num_threads(1)
     _, optimizer = family(sweep.config.family)
+    rows = sweep.rows
     for parametrization, width, depth, study in _studies(sweep):
         model = sweep.model(parametrization, width, depth)
         while study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
@@ -281,9 +287,7 @@ def _work(sweep: Sweep) -> None:
                 study.tell(trial, state=TrialState.FAIL)
                 break
             values = {name: _suggest(trial, name, space) for name, space in sweep.config.search.items()}
-            outcome = run_trial(
-                Point(model, optimizer, point["seed"], values), sweep.length, sweep.rows, sweep.config.dtype
-            )
+            outcome = run_trial(Point(model, optimizer, point["seed"], values), sweep.length, rows, sweep.config.dtype)
             trial.set_user_attr("outcome", outcome | {"loss": _finite(outcome["loss"])})
             study.tell(trial, outcome["first_loss"] if outcome["diverged"] else outcome["loss"])
 

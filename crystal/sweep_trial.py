@@ -10,7 +10,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cached_property
 
 import torch
 
@@ -65,9 +65,9 @@ class Rows:
     stage: int
     eval_rows: int
 
-    @property
+    @cached_property
     def store(self) -> TokenStore:
-        return _store(prepare_run(self.run))
+        return TokenStore.open(prepare_run(self.run))
 
     def batches(self, seed: int) -> tuple[Batches, int]:
         """(batches, global step at which the stage starts) with rows in the seed's own order."""
@@ -75,11 +75,6 @@ class Rows:
         curriculum = resolve(config.curriculum, self.run.source, self.store.sources)
         batches = Batches(curriculum, self.store, seed, config.train.micro_batch_size)
         return batches, curriculum.numbered(self.stage).first_step
-
-
-@cache
-def _store(directory) -> TokenStore:
-    return TokenStore.open(directory)
 
 
 def run_trial(point: Point, length: Length, rows: Rows, dtype: str) -> dict:

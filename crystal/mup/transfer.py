@@ -163,7 +163,7 @@ def judge(trials: Sequence[Trial], max_shift: float = MAX_SHIFT, max_regret: flo
     elif abs(shift) <= max_shift and regret < max_regret:
         verdict = "PASS"
         message = f"the optimum moves by {shift:+.2f} octaves from width {narrow} to {moved.width}; regret {regret:.2%}"
-    elif regret < max_regret and abs(shift) - half <= max_shift and abs(shift) <= step:
+    elif regret < max_regret and (abs(shift) <= step or abs(shift) - half <= max_shift):
         verdict = "INCONCLUSIVE"
         message = (
             f"within resolution: the optimum moves by {shift:+.2f} ± {half:.2f} octaves on a grid of {step:g}, "
