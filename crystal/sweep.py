@@ -7,12 +7,15 @@ processes; each takes the next waiting trial from the file, which hands it out o
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import itertools
 import json
 import math
+import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -24,6 +27,7 @@ from crystal.config import Config, ConfigError, Strict, find, load_yaml, overrid
 from crystal.mup.transfer import Trial
 from crystal.run import RunFile, load_run
 from crystal.sweep_trial import Length, Point, Rows, run_trial
+from crystal.training.guards import alone_in
 from crystal.zoo.config import ModelConfig, preset, with_width
 
 Parametrization = Literal["sp", "mup", "crystalcoder", "completep"]
@@ -174,7 +178,7 @@ def family(name: str) -> tuple[ModelConfig, OptimizerConfig]:
 def run_sweep(sweep: Sweep, workers: int, show: Callable[[int, int, float], None]) -> None:
     """Run what is left of a sweep. show: is called with (finished, all, seconds left).
 
-    Raises ConfigError when the directory holds another sweep of that name.
+    Raises ConfigError when the directory holds another sweep of that name, or another process runs this one.
     """
     import multiprocessing
 
@@ -183,25 +187,26 @@ def run_sweep(sweep: Sweep, workers: int, show: Callable[[int, int, float], None
         sweep.directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"{sweep.directory}: cannot be written: {error.strerror}") from None
-    _same_sweep(sweep)
-    total = enqueue(sweep)
-    context = multiprocessing.get_context("spawn")
-    processes = [context.Process(target=_work, args=(sweep,), daemon=True) for _ in range(workers)]
-    for process in processes:
-        process.start()
-    began, at_start = time.time(), len(finished(sweep))
-    try:
-        while any(p.is_alive() for p in processes):
-            time.sleep(2)
-            done = len(finished(sweep))
-            rate = (done - at_start) / (time.time() - began)
-            show(done, total, (total - done) / rate if rate else math.inf)
-    finally:
+    with alone_in(sweep.directory):
+        _same_sweep(sweep)
+        total = enqueue(sweep)
+        context = multiprocessing.get_context("spawn")
+        processes = [context.Process(target=_work, args=(sweep,), daemon=True) for _ in range(workers)]
         for process in processes:
-            process.terminate()
-            process.join()
-    if len(finished(sweep)) < total and any(p.exitcode for p in processes):
-        raise ConfigError(f"{sweep.directory}: a worker stopped before the sweep's end; the same command goes on")
+            process.start()
+        began, at_start = time.time(), len(finished(sweep))
+        try:
+            while any(p.is_alive() for p in processes):
+                time.sleep(2)
+                done = len(finished(sweep))
+                rate = (done - at_start) / (time.time() - began)
+                show(done, total, (total - done) / rate if rate else math.inf)
+        finally:
+            for process in processes:
+                process.terminate()
+                process.join()
+        if len(finished(sweep)) < total and any(p.exitcode for p in processes):
+            raise ConfigError(f"{sweep.directory}: a worker stopped before the sweep's end; the same command goes on")
 
 
 def _same_sweep(sweep: Sweep) -> None:
@@ -272,16 +277,20 @@ def enqueue(sweep: Sweep) -> int:
 
 def _work(sweep: Sweep) -> None:
     """One worker: take waiting trials until there are none."""
+    import threading
+
     import torch
     from optuna.trial import TrialState
 
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
     _, optimizer = family(sweep.config.family)
     rows = sweep.rows
     for parametrization, width, depth, study in _studies(sweep):
         model = sweep.model(parametrization, width, depth)
         while study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
-            trial = study.ask()
+            with _turn(sweep.directory):  # SQLite cannot lock a row: two workers could be handed the same trial
+                trial = study.ask()
             point = trial.user_attrs.get("point")
             if point is None:  # the other worker took the last one in between
                 study.tell(trial, state=TrialState.FAIL)
@@ -290,6 +299,22 @@ def _work(sweep: Sweep) -> None:
             outcome = run_trial(Point(model, optimizer, point["seed"], values), sweep.length, rows, sweep.config.dtype)
             trial.set_user_attr("outcome", outcome | {"loss": _finite(outcome["loss"])})
             study.tell(trial, outcome["first_loss"] if outcome["diverged"] else outcome["loss"])
+
+
+def _end_with_parent() -> None:
+    """End a worker whose command was killed: going on, it would finish a trial that the next command queues again."""
+    import multiprocessing
+
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+
+@contextmanager
+def _turn(directory: Path) -> Iterator[None]:
+    """One process at a time; a killed one's turn ends with it."""
+    with open(directory / "turn.lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def _suggest(trial, name: str, space: Range) -> float:

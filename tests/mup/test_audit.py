@@ -97,7 +97,6 @@ def test_the_zoos_models_are_what_they_declare(name):
     report, plan = audit_model(name)
     assert report.verdict == "PASS", report.failures[:3]
     assert {row.name for row in report.rows} >= {row.tensor for row in plan.tensors}
-    assert report.seconds < 30
 
 
 def test_a_standard_model_is_not_mup():
