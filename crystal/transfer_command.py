@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
 import yaml
 
 from crystal.config import ConfigError
 from crystal.describe import flops_per_token, matmul_rate
-from crystal.mup.transfer import Transfer, forecast, judge
+from crystal.mup.transfer import Transfer, Trial, forecast, judge
 from crystal.run import load_run
 from crystal.sweep import Sweep, as_trials, finished, load_sweep, points, run_sweep
 from crystal.zoo.build import parameter_count
@@ -19,8 +21,8 @@ from crystal.zoo.build import parameter_count
 if TYPE_CHECKING:
     from rich.console import Console
 
-# Share of a matmul's rate that small models reach on a CPU (docs/transfer.md); for an estimate of hours only.
-EFFICIENCY = 0.25
+# Share of one thread's matmul rate that trials reached (docs/transfer.md); for an estimate of hours only.
+EFFICIENCY = 0.4
 
 
 def plan_only(sweep: Sweep, workers: int) -> dict:
@@ -44,14 +46,19 @@ def plan_only(sweep: Sweep, workers: int) -> dict:
                 }
             )  # fmt: skip
     flops = sum(p["flops"] for p in proxies)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as a worker has
     rate = matmul_rate(config.dtype)
+    torch.set_num_threads(threads)
+    at_once = min(workers, os.cpu_count() or 1)
     return {
         "sweep": config.name,
         "proxies": proxies,
         "trials": sum(p["trials"] for p in proxies),
         "tokens": sum(p["tokens"] * p["trials"] for p in proxies),
         "flops": flops,
-        "hours_estimated": round(flops / (rate * EFFICIENCY) / 3600, 3),
+        "hours_estimated": round(flops / (rate * EFFICIENCY * at_once) / 3600, 3),
+        "workers": workers,
         "matmul_flops_per_second": rate,
         "warnings": warnings(sweep, batch, tokens),
     }
@@ -100,7 +107,8 @@ def plan_text(plan: dict) -> str:
     ]
     lines.append(
         f"{plan['sweep']}: {plan['trials']} trials, {plan['tokens']:,} tokens, {plan['flops']:.3g} FLOPs, about "
-        f"{plan['hours_estimated']:.2g} hours (an estimate, at {EFFICIENCY:.0%} of this machine's matmul rate now)"
+        f"{plan['hours_estimated']:.2g} hours with {plan['workers']} workers (an estimate, at {EFFICIENCY:.0%} of the "
+        f"matmul rate that a thread has on this machine now)"
     )
     return "\n".join(lines + [f"warning: {w}" for w in plan["warnings"]])
 
@@ -131,17 +139,13 @@ def transfer(path: str, overrides: list[str], workers: int, out: Path | None, co
 
 
 def report(sweep: Sweep) -> tuple[dict, str]:
-    """The verdict from what is in the study; writes transfer.json, trials.json, transfer.png and target.yaml."""
+    """The verdict from what is in the study, over widths at the greatest depth (`depths` has each one's); writes
+    transfer.json, trials.json, transfer.png and target.yaml."""
     from crystal.mup.transfer_plots import draw_transfer
 
     rows, config = finished(sweep), sweep.config
-    results = {}
-    for parametrization in sweep.parametrizations:
-        trials = as_trials(rows, parametrization)
-        try:
-            results[parametrization] = (judge(trials, config.max_shift, config.max_regret), trials)
-        except ValueError as error:
-            raise ConfigError(f"{sweep.directory}: {parametrization}: {error}") from None
+    depths = {depth: _judged(sweep, rows, depth) for depth in sorted(config.depths)}
+    results = depths[max(depths)]
     main, trials = results[config.parametrization]
     result = _dict(config.parametrization, main) | {
         "sweep": config.name,
@@ -149,7 +153,12 @@ def report(sweep: Sweep) -> tuple[dict, str]:
         "corpus": sweep.rows.store.manifest["corpus"],
         "trial_seconds": round(sum(r["seconds"] for r in rows), 1),
         "beside": {p: _dict(p, t) for p, (t, _) in results.items() if p != config.parametrization},
+        "depth": max(depths),
+        "depths": {str(d): _dict(config.parametrization, r[config.parametrization][0]) for d, r in depths.items()},
     }
+    for other in result["beside"].values():
+        penalty = other["metrics"]["asymptotic_loss"] - main.metrics["asymptotic_loss"]
+        other["metrics"]["asymptotic_loss_penalty"] = penalty
     best = best_values(rows, config.parametrization, main)
     result["best"] = best
     if len(main.widths) >= 3:
@@ -168,6 +177,19 @@ def report(sweep: Sweep) -> tuple[dict, str]:
     return result, text(result)
 
 
+def _judged(sweep: Sweep, rows: list[dict], depth: int) -> dict[str, tuple[Transfer, list[Trial]]]:
+    """parametrization → (verdict over widths, trials), of the models of one depth."""
+    found = {}
+    for parametrization in sweep.parametrizations:
+        trials = as_trials([row for row in rows if row["depth"] == depth], parametrization)
+        try:
+            verdict = judge(trials, sweep.config.max_shift, sweep.config.max_regret)
+        except ValueError as error:
+            raise ConfigError(f"{sweep.directory}: {parametrization}: {error}") from None
+        found[parametrization] = (verdict, trials)
+    return found
+
+
 def _dict(parametrization: str, found: Transfer) -> dict:
     plain = found.as_dict()
     plain["widths"] = {str(w): {k: v for k, v in o.items() if k != "width"} for w, o in plain["widths"].items()}
@@ -178,7 +200,9 @@ def best_values(rows: list[dict], parametrization: str, found: Transfer) -> dict
     """What is carried over: the narrowest width's fitted lr, and the other hyperparameters of its best trials."""
     narrow = min(found.widths)
     values = {"lr": 2.0 ** found.widths[narrow].log2_lr_optimum}
-    mine = [r for r in rows if (r["parametrization"], r["width"]) == (parametrization, narrow) and not r["diverged"]]
+    deep = max(r["depth"] for r in rows)
+    here = (parametrization, narrow, deep)
+    mine = [r for r in rows if (r["parametrization"], r["width"], r["depth"]) == here and not r["diverged"]]
     for name in ("init_std", "embedding_multiplier", "output_alpha", "weight_decay"):
         losses: dict[float, list[float]] = {}
         for row in mine:
@@ -194,7 +218,7 @@ def write_target(sweep: Sweep, result: dict, best: dict[str, float]) -> Path:
     target = sweep.config.target
     run = load_run(target.run)
     peak = max(piece.to for piece in run.config.curriculum.stages[0].lr)
-    tuned = sweep.model(sweep.config.parametrization, min(sweep.config.widths), min(sweep.config.depths)).mup
+    tuned = sweep.model(sweep.config.parametrization, min(sweep.config.widths), max(sweep.config.depths)).mup
     mup = tuned.model_dump(mode="json", exclude_none=True) | {
         k: best[k] for k in best if k not in ("lr", "weight_decay")
     }
@@ -233,6 +257,8 @@ def text(result: dict) -> str:
                 f"  width {width:>5}: log2 lr* {o['log2_lr_optimum']:+.2f} [{o['ci'][0]:+.2f}, {o['ci'][1]:+.2f}]"
                 f"  loss {o['loss']:.4f}{'  ' + o['edge'] if o['edge'] else ''}"
             )
+    if len(result["depths"]) > 1:
+        lines += [f"depth {d}: {r['verdict']}  {r['message']}" for d, r in result["depths"].items()]
     if "forecast" in result:
         f = result["forecast"]
         lines.append(

@@ -54,6 +54,8 @@ def test_a_sweep_runs_judges_and_writes_everything(sweep_file, tmp_path):
     assert result["trials"] == 3 * 2
     assert {"log2_lr_optimum", "ci", "loss"} <= result["widths"]["64"].keys()
     assert result["beside"]["sp"]["trials"] == 6
+    limits = [r["metrics"]["asymptotic_loss"] for r in (result["beside"]["sp"], result)]
+    assert result["beside"]["sp"]["metrics"]["asymptotic_loss_penalty"] == pytest.approx(limits[0] - limits[1])
     assert (out / "transfer.png").read_bytes()[:4] == b"\x89PNG"
     rows = json.loads((out / "trials.json").read_text())
     assert len({(r["parametrization"], r["width"], r["seed"], r["lr"]) for r in rows}) == len(rows) == 12
@@ -190,6 +192,29 @@ def test_mistakes_are_one_line_that_names_the_key(sweep_file, override, words):
     assert done.returncode == 2, done.stdout
     assert words in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_each_depth_is_judged_by_itself(sweep_file):
+    """The best over depths would be the deepest model's, whatever the shallow ones' optima do."""
+    from crystal.transfer_command import report
+
+    sweep = load(sweep_file, "depths=[1, 2]", "beside=[]", "steps=2")
+    run_sweep(sweep, 2, lambda *_: None)
+    result, shown = report(sweep)
+    assert result["depth"] == 2
+    assert result["trials"] == result["depths"]["1"]["trials"] == result["depths"]["2"]["trials"] == 6
+    assert result["widths"] == result["depths"]["2"]["widths"] != result["depths"]["1"]["widths"]
+    assert "depth 1: " in shown
+
+
+def test_more_workers_take_less_time_on_paper(sweep_file, monkeypatch):
+    from crystal import transfer_command
+
+    monkeypatch.setattr(transfer_command, "matmul_rate", lambda dtype: 1e9)
+    monkeypatch.setattr(transfer_command.os, "cpu_count", lambda: 2)
+    hours = [transfer_command.plan_only(load(sweep_file, "steps=50000"), n)["hours_estimated"] for n in (1, 2, 4)]
+    assert hours[0] == pytest.approx(2 * hours[1], rel=0.01)
+    assert hours[2] == hours[1]  # there are two cores
 
 
 def test_plan_only_sizes_the_packaged_sweeps_and_warns():
