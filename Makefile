@@ -14,6 +14,8 @@ demo: $(READY)
 	@$(SAY) --stage 2 --prompt "def __init__(self"
 	@echo; echo "--- after stage 3 (Python and web):"
 	@$(SAY) --stage 3 --prompt ".button {"
+	@echo; echo "--- is its muP right?"
+	@$(BIN)/crystal coord-check demo --out runs/demo/coord-check
 	@echo; echo "The run is in runs/demo: loss.png, metrics.jsonl, manifest.json, checkpoints/."
 
 test: $(READY)

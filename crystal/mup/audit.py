@@ -24,7 +24,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from crystal.mup.observe import Group, Observed, observe
-from crystal.mup.plan import Layouts, Plan, PlanError, infshapes_of, layouts_of, role_of
+from crystal.mup.plan import Layouts, Plan, PlanError, infshapes_of, layouts_of, role_of, uses_of
 from crystal.mup.rules import PARAMETRIZATIONS, Parametrization, Role
 from crystal.mup.verdict import CheckError, Report, Row, explain
 
@@ -76,6 +76,7 @@ def audit(
     for other in sorted({second, width} - {base_width}):
         shapes = infshapes_of(seen[other].model, base.model, seen[second].model)
         rows += _compare(base, seen[other], shapes, known, rules, weight_decay, attention_power, (base_width, other))
+        rows += _ties_agree(seen[other].model, shapes, rules)
     rows = _worst(rows)
     if calls:
         rows += _calls_agree(seen[width])
@@ -114,6 +115,19 @@ def _compare(
         rows.append(Row(name, "role", None, None, None, "PASS", role))
         rows += _Tensor(name, role, m, m_model, base, other, rules, usual, widths).rows()
     return rows + _attention(base, other, rules, attention_power)
+
+
+def _ties_agree(model: nn.Module, shapes: dict[str, mup.InfShape], rules: Parametrization) -> list[Row]:
+    """A tensor that is tied between roles has one init and one lr, so the rules of both must ask for the same."""
+    rows = []
+    for name, layouts in uses_of(model).items():
+        roles = sorted({role_of(name, shapes[name], layout) for layout in layouts})
+        asked = {(rules.powers[r].init, rules.powers[r].lr) for r in roles}
+        if len(asked) > 1:
+            each = ", ".join(f"{r}: init m^{rules.powers[r].init:g}, lr m^{rules.powers[r].lr:g}" for r in roles)
+            message = f"{name}: tied between roles that {rules.source} treats differently ({each})"
+            rows.append(Row(name, "role", None, None, None, "FAIL", rules.source, message))
+    return rows
 
 
 def _role(name: str, shapes: dict, layouts: dict) -> Role | None:

@@ -168,6 +168,18 @@ def layouts_of(model: nn.Module, known: Layouts | None = None) -> dict[str, tupl
     return found
 
 
+def uses_of(model: nn.Module) -> dict[str, set[tuple[int, int]]]:
+    """name → layouts under which modules hold it; more than one where a tensor is tied between an embedding and a head."""
+    names = {id(p): name for name, p in model.named_parameters()}
+    found: dict[str, set[tuple[int, int]]] = {}
+    for module in model.modules():
+        kind = next((c.__name__ for c in type(module).__mro__ if c.__name__ in _LAYOUTS), None)
+        weight = module._parameters.get("weight")
+        if kind and weight is not None and weight.ndim > 1:
+            found.setdefault(names[id(weight)], set()).add(_LAYOUTS[kind])
+    return found
+
+
 def role_of(name: str, infshape: mup.InfShape, layout: tuple[int, int] | None) -> Role:
     if layout is None:
         return "vector"

@@ -1,6 +1,7 @@
 """Reading initialisers, forward multipliers and groups off real models on meta, and the audit built on them."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from crystal.check import audit_model
 from crystal.mup.audit import audit
 from crystal.mup.drawn import build_on_meta
 from crystal.mup.plan import make_plan
-from crystal.mup.rules import Tuning
+from crystal.mup.rules import PARAMETRIZATIONS, Powers, Tuning
 from crystal.mup.trace import trace_multipliers
 from crystal.mup.verdict import CheckError
 
@@ -211,6 +212,27 @@ def test_an_accident_of_widths_does_not_pass_for_a_rule():
     calls = {"forward": lambda model: model(ids())}
     at_64 = audit(TwoForms, width=64, base_width=32, second_width=128, optimizer=optimizer, calls=calls)
     assert at_64.verdict == "FAIL"
+
+
+class Tied(nn.Module):
+    def __init__(self, d: int):
+        super().__init__()
+        self.embed, self.head = nn.Embedding(20, d), nn.Linear(d, 20, bias=False)
+        self.head.weight = self.embed.weight
+        self.m = d / 32
+
+    def forward(self, x):
+        return self.head(self.embed(x)) / self.m
+
+
+def test_a_tie_between_roles_that_ask_for_different_things_fails(monkeypatch):
+    """Table 8 allows tying; Table 3, whose readout has its own init and lr, does not."""
+    assert audit(Tied, width=256, base_width=32, calls={"forward": lambda m: m(ids())}).verdict == "PASS"
+    powers = PARAMETRIZATIONS["mup"].powers | {"output": Powers(init=-1.0, lr=-1.0)}
+    table_3 = replace(PARAMETRIZATIONS["mup"], name="table 3", source="Table 3", powers=powers)
+    monkeypatch.setitem(PARAMETRIZATIONS, "table 3", table_3)
+    report = audit(Tied, width=256, base_width=32, parametrization="table 3")
+    assert any("embed.weight: tied between roles" in row.message for row in report.failures)
 
 
 def test_widths_that_cannot_tell_are_refused():
