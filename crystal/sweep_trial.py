@@ -78,8 +78,8 @@ class Rows:
 
 
 def run_trial(point: Point, length: Length, rows: Rows, dtype: str) -> dict:
-    """Train and judge. Returns loss (held-out nats a token), diverged, first_loss, steps, seconds."""
-    began = time.perf_counter()
+    """Train and judge. Returns loss (held-out nats a token), diverged, first_loss, steps, seconds, cpu_seconds."""
+    began, cpu_began = time.perf_counter(), time.process_time()
     model, optimizer = _with(point)
     plan = plan_for(
         model,
@@ -102,8 +102,11 @@ def run_trial(point: Point, length: Length, rows: Rows, dtype: str) -> dict:
             break
     loss = _loss(backend, held_out) if steps == length.steps else math.inf
     diverged = not math.isfinite(loss) or loss > before + DIVERGED
-    seconds = time.perf_counter() - began
-    return {"loss": loss, "diverged": diverged, "first_loss": before, "steps": steps, "seconds": round(seconds, 2)}
+    seconds, cpu = round(time.perf_counter() - began, 2), round(time.process_time() - cpu_began, 2)
+    return {
+        "loss": loss, "diverged": diverged, "first_loss": before, "steps": steps,
+        "seconds": seconds, "cpu_seconds": cpu,
+    }  # fmt: skip
 
 
 def _with(point: Point) -> tuple[ModelConfig, OptimizerConfig]:

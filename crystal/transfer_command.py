@@ -152,6 +152,7 @@ def report(sweep: Sweep) -> tuple[dict, str]:
         "fingerprint": sweep.fingerprint(),
         "corpus": sweep.rows.store.manifest["corpus"],
         "trial_seconds": round(sum(r["seconds"] for r in rows), 1),
+        "trial_cpu_seconds": round(sum(r["cpu_seconds"] for r in rows), 1),
         "beside": {p: _dict(p, t) for p, (t, _) in results.items() if p != config.parametrization},
         "depth": max(depths),
         "depths": {str(d): _dict(config.parametrization, r[config.parametrization][0]) for d, r in depths.items()},
