@@ -6,7 +6,6 @@ Every command imports what it needs when it runs, so that `crystal --help` and a
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from pathlib import Path
@@ -15,17 +14,18 @@ from typing import Annotated, Literal
 import typer
 
 from crystal import __version__
+from crystal.bench import bench
 from crystal.config import ConfigError
+from crystal.options import Json, Overrides, Run, Step
+from crystal.options import console as _console
+from crystal.options import print_result as _print
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
 
 data = typer.Typer(no_args_is_help=True, help="The token store and the ledger of a run.")
 app.add_typer(data, name="data")
 
-Json = Annotated[bool, typer.Option("--json", help="print one JSON object on stdout")]
-Run = Annotated[str, typer.Argument(metavar="RUN.yaml", help="a run file, or the name of a packaged one")]
-Step = Annotated[int, typer.Option(help="a step of the run, from 1, as in metrics.jsonl")]
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="[dotted.key=value]...", help="changes to the run")]
+app.add_typer(bench, name="bench")
 
 
 def main() -> None:
@@ -67,13 +67,6 @@ def root(
     ] = False,
 ) -> None:
     """A muP-first model zoo that trains Amber and CrystalCoder from scratch, in the open."""
-
-
-def _print(result: dict, as_json: bool, text: str) -> None:
-    try:
-        print(json.dumps(result) if as_json else text, flush=True)
-    except BrokenPipeError:  # `crystal … | head` has read enough; what is left in the buffer goes nowhere
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @app.command()
@@ -361,12 +354,6 @@ def generate(
 
     result = generate_text(checkpoint, prompt, stage, max_new_tokens, temperature, top_k, top_p, seed)
     _print(result, as_json, prompt + result["text"])
-
-
-def _console():
-    from rich.console import Console
-
-    return Console(stderr=True)
 
 
 if __name__ == "__main__":

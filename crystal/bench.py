@@ -1,0 +1,36 @@
+"""`crystal bench …`: ours beside the peers that are installed. One function a benchmark; imports when it runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from crystal.options import Json, console, print_result
+
+bench = typer.Typer(no_args_is_help=True, help="Benchmarks, side by side with peers that are installed.")
+
+
+@bench.callback()
+def _root() -> None:
+    """With one command alone, typer would otherwise drop its name."""
+
+
+@bench.command()
+def kernels(
+    offline: Annotated[bool, typer.Option("--offline", help="compile only; the default where there is no GPU")] = False,
+    arch: Annotated[Literal["sm_80", "sm_90"], typer.Option(help="offline: the GPU to compile for")] = "sm_80",
+    verify: Annotated[bool, typer.Option("--verify", help="check against fp64 only")] = False,
+    bars: Annotated[bool, typer.Option("--bars", help="the ten bars beside the peers; exit 1 if one fails")] = False,
+    ops: Annotated[str | None, typer.Option(help="comma-separated operators; default: all")] = None,
+    out: Annotated[Path | None, typer.Option(metavar="FILE", help="write the JSON here as well")] = None,
+    as_json: Json = False,
+) -> None:
+    """Fused kernels beside torch, torch.compile, Liger and flash-attn: measured on a GPU, else compiled only."""
+    from crystal.kernels.report import bench_kernels
+
+    result, text = bench_kernels(offline, arch, verify, bars, ops, out, console())
+    print_result(result, as_json, text)
+    if result.get("verdict") == "FAIL":
+        raise typer.Exit(1)
