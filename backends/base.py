@@ -9,34 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal, Protocol
+from typing import Protocol
 
-from pydantic import Field
 from torch import Tensor
 
-from crystal.config import Strict
 from crystal.zoo.decoder import Decoder
 
-Beta = Annotated[float, Field(ge=0, lt=1)]
 Schedule = Callable[[int], float]  # optimizer step (global, from 1) → base lr
-
-
-class OptimizerConfig(Strict):
-    """AdamW (Loshchilov & Hutter 2019), torch's formula; per-group numbers come from the parameter plan."""
-
-    betas: tuple[Beta, Beta] = (0.9, 0.95)
-    eps: float = Field(1e-8, gt=0)
-    weight_decay: float = Field(0.1, ge=0)
-    decay_norms_and_biases: bool = False
-    grad_clip: float | None = Field(1.0, gt=0, description="bound on the global gradient norm; null: none")
-
-
-class CpuConfig(Strict):
-    """`backend:` section of the reference backend."""
-
-    name: Literal["cpu"] = "cpu"
-    dtype: Literal["bf16", "fp32"] = Field("bf16", description="compute; weights and moments are always fp32")
-    threads: int | None = Field(None, gt=0, description="null: torch's default")
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from crystal.backends.base import CpuConfig, MicroBatch, OptimizerConfig, Schedule, StepResult
+from crystal.backends.adamw import make_optimizer
+from crystal.backends.base import MicroBatch, Schedule, StepResult
 from crystal.backends.cast import round_to_bf16
+from crystal.backends.config import CpuConfig, OptimizerConfig
 from crystal.config import ConfigError
 from crystal.mup.plan import Plan
 from crystal.zoo.build import build, initial_weights
@@ -74,7 +76,7 @@ class CpuBackend:
 
     def reset_optimizer(self) -> None:
         groups = self.plan.parameter_groups(self.weights, lr=0.0)
-        self.adamw = torch.optim.AdamW(groups, lr=0.0, betas=self.optimizer_config.betas, fused=True)
+        self.adamw = make_optimizer(self.optimizer_config, groups)
         self.optimizer_step = 0
 
     def train_step(self, step: int, micro_batches: Iterable[MicroBatch]) -> StepResult:

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from crystal.backends.base import OptimizerConfig
+from crystal.backends.config import OptimizerConfig
 from crystal.config import ConfigError, find, nearest, parse
 from crystal.mup.audit import audit
 from crystal.mup.audit_depth import audit_depth

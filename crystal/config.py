@@ -243,7 +243,11 @@ def parse(cls: type[Section], mapping: Any, where: str | Config, prefix: tuple =
         key, colon, rest = line.partition(": ")
         known = _fields(cls, error["loc"])
         words = tuple(int(word) if word.isdecimal() else word for word in key.split("."))
-        if error["type"] == "value_error" and colon and (isinstance(words[0], int) or words[0] in known):
+        if (
+            error["type"] in ("value_error", "union_tag_invalid")
+            and colon
+            and (isinstance(words[0], int) or words[0] in known)
+        ):
             loc, line = (*loc, *words), rest
         file = where if isinstance(where, str) else where.where(loc)
         raise ConfigError(f"{file}: {'.'.join(map(str, loc)) + ': ' if loc else ''}{line}") from None
@@ -272,6 +276,8 @@ def _sentence(cls: type[pydantic.BaseModel], error: dict) -> str:
         return "expected a value, none given"
     if kind in ("value_error", "assertion_error"):
         return str(error["ctx"]["error"])
+    if kind == "union_tag_invalid":  # of a section that is one of several kinds, chosen by its `name`
+        return f"name: expected one of {error['ctx']['expected_tags']}, got {error['ctx']['tag']!r}"
     message = re.sub(r"^\w+ should (be |have )?", "", error["msg"]).replace("match pattern", "a text that matches")
     shown = json.dumps(value, default=str)
     return f"expected {message}, got {shown if len(shown) < 60 else shown[:57] + '...'}"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from crystal.backends.base import OptimizerConfig
+from crystal.backends.config import OptimizerConfig
 from crystal.config import ConfigError, parse
 from crystal.curriculum import Stage, resolve
 from crystal.mup.plan import Plan

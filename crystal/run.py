@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from crystal.backends.base import CpuConfig, OptimizerConfig
+from crystal.backends.config import BackendConfig, CpuConfig, OptimizerConfig
 from crystal.config import Config, ConfigError, Strict, find, load_yaml, override, parse
 from crystal.curriculum import CurriculumConfig, resolve, split_entry
 from crystal.data.prepare import DataConfig, prepare
@@ -43,7 +43,7 @@ class RunConfig(Strict):
     optimizer: OptimizerConfig = OptimizerConfig()
     curriculum: CurriculumConfig
     data: DataConfig
-    backend: CpuConfig = CpuConfig()
+    backend: BackendConfig = CpuConfig()
     train: TrainConfig
     run_dir: Path | None = Field(None, description="null: runs/NAME")
     provenance: dict[str, float | int | str | bool] = Field({}, description="where its values come from; recorded")

@@ -22,7 +22,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from crystal.backends.base import OptimizerConfig
+from crystal.backends.config import OptimizerConfig
 from crystal.config import Config, ConfigError, Strict, find, load_yaml, override, parse
 from crystal.mup.transfer import Trial
 from crystal.run import RunFile, load_run

@@ -14,7 +14,7 @@ from functools import cached_property
 
 import torch
 
-from crystal.backends.base import CpuConfig, OptimizerConfig
+from crystal.backends.config import CpuConfig, OptimizerConfig
 from crystal.backends.cpu import CpuBackend
 from crystal.curriculum import resolve
 from crystal.data.store import TokenStore

@@ -169,7 +169,7 @@ def layouts_of(model: nn.Module, known: Layouts | None = None) -> dict[str, tupl
 
 
 def uses_of(model: nn.Module) -> dict[str, set[tuple[int, int]]]:
-    """name → layouts under which modules hold it; more than one where a tensor is tied between an embedding and a head."""
+    """name → layouts under which modules hold it: more than one where an embedding and a head share a tensor."""
     names = {id(p): name for name, p in model.named_parameters()}
     found: dict[str, set[tuple[int, int]]] = {}
     for module in model.modules():

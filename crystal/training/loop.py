@@ -9,17 +9,14 @@ from __future__ import annotations
 
 import resource
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from crystal.backends.base import Backend
-from crystal.backends.cpu import CpuBackend
+from crystal.backends.create import create
 from crystal.config import ConfigError
 from crystal.curriculum import Curriculum, Stage, resolve
 from crystal.data.store import TokenStore
-from crystal.mup.plan import Plan
 from crystal.run import RunFile
 from crystal.training import checkpoint
 from crystal.training.batches import Batches
@@ -66,7 +63,10 @@ class Trainer:
         for stage in self.curriculum.stages:  # a stage without data is a mistake to hear of now, not days from now
             self.batches.order(stage)
         self.plan = config.plan()
-        self.backend = make_backend(run, self.plan, self.lr, len(self.batches.sources))
+        self.backend = create(
+            config.model, self.plan, config.optimizer, self.lr, config.train.seed, len(self.batches.sources),
+            config.backend, config.directory,
+        )  # fmt: skip
         if problems := plan_differences(self.plan, self.backend.groups()):
             raise RuntimeError(f"the optimizer does not follow the parameter plan: {problems[0]}")
         self.directory = open_run(run, self.plan, store, self.backend.describe())
@@ -221,12 +221,6 @@ class Trainer:
             ends = {s.first_step + s.steps for s in self.curriculum.stages}
             for old in [s for s in checkpoint.steps(self.checkpoints) if s not in ends][:-keep]:
                 checkpoint.remove(checkpoint.step_directory(self.checkpoints, old))
-
-
-def make_backend(run: RunFile, plan: Plan, schedule: Callable[[int], float], n_sources: int) -> Backend:
-    """The backend that the run names."""
-    config = run.config
-    return CpuBackend(config.model, plan, config.optimizer, schedule, config.train.seed, n_sources, config.backend)
 
 
 def _peak_rss() -> int:

@@ -17,11 +17,9 @@ from crystal.mup.plan import Plan
 from crystal.run import RunConfig, RunFile
 
 _PACKAGES = ("torch", "numpy", "mup", "sentencepiece", "transformers", "safetensors", "triton")
-# what may change between two starts of one run: at most last bits of what is computed
+# what may change between two starts of one run, beside where its steps run (`backend`, all but its dtype)
 _FREE = {
     ("run_dir",),
-    ("backend", "name"),
-    ("backend", "threads"),
     ("train", "checkpoint_every"),
     ("train", "keep_checkpoints"),
     ("train", "max_bad_steps"),
@@ -87,7 +85,8 @@ def _version(package: str) -> str | None:
 
 
 def _differences(old: object, new: object, loc: tuple = ()) -> list[tuple[tuple, object, object]]:
-    if loc in _FREE or old == new:
+    elsewhere = loc[:1] == ("backend",) and len(loc) > 1 and loc != ("backend", "dtype")
+    if loc in _FREE or elsewhere or old == new:
         return []
     if isinstance(old, dict) and isinstance(new, dict):
         keys = [*old, *(k for k in new if k not in old)]

@@ -5,8 +5,9 @@ import math
 import pytest
 import torch
 
-from crystal.backends.base import CpuConfig, MicroBatch, OptimizerConfig
+from crystal.backends.base import MicroBatch
 from crystal.backends.cast import round_to_bf16
+from crystal.backends.config import CpuConfig, OptimizerConfig
 from crystal.backends.cpu import CpuBackend
 from crystal.training.guards import plan_differences
 from crystal.zoo.build import build, initial_weights, plan_for

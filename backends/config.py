@@ -1,0 +1,91 @@
+"""The `optimizer:` and `backend:` sections of a run: how weights are updated, and where a step runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Discriminator, Field, Tag
+
+from crystal.config import Strict
+
+Beta = Annotated[float, Field(ge=0, lt=1)]
+Count = Annotated[int, Field(gt=0)]
+Compute = Literal["bf16", "fp32"]
+
+
+class OptimizerConfig(Strict):
+    """AdamW (Loshchilov & Hutter 2019); per-group numbers come from the parameter plan.
+
+    adamw is torch's formula. adamw_cerebras adds eps before the bias correction, as the software that CrystalCoder
+    was trained with does (backends/adamw.py).
+    """
+
+    name: Literal["adamw", "adamw_cerebras"] = "adamw"
+    betas: tuple[Beta, Beta] = (0.9, 0.95)
+    eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.1, ge=0)
+    decay_norms_and_biases: bool = False
+    grad_clip: float | None = Field(1.0, gt=0, description="bound on the global gradient norm; null: none")
+
+
+class CpuConfig(Strict):
+    """The reference backend."""
+
+    name: Literal["cpu"] = "cpu"
+    dtype: Compute = Field("bf16", description="compute; weights and moments are always fp32")
+    threads: Count | None = Field(None, description="null: torch's default")
+
+
+class Layout(Strict):
+    """How many processes along each dimension of the device mesh; their product is the number of processes."""
+
+    dp: Count = Field(1, description="replicas, whole or of sharded weights")
+    fsdp: Count = Field(1, description="shards of weights, gradients and moments (FSDP2)")
+    tp: Count = Field(1, description="shards of each matrix product")
+    pp: Count = Field(1, description="pipeline stages")
+
+
+class CudaConfig(Strict):
+    """GPUs under torchrun, one process each; device cpu runs the same layouts over gloo."""
+
+    name: Literal["cuda"]
+    device: Literal["cuda", "cpu"] = "cuda"
+    dtype: Compute = Field("bf16", description="compute; weights and moments are always fp32")
+    parallel: Layout = Layout()
+    compile: bool = Field(True, description="torch.compile of each block")
+    recompute: Literal["none", "attention", "block"] = Field("none", description="activation checkpointing")
+
+
+class WeightStreamingConfig(Strict):
+    """Weights and moments live in a store, on disk or in memory, and pass through the device layer by layer."""
+
+    name: Literal["weight_streaming"]
+    device: Literal["cpu", "cuda"] = "cpu"
+    dtype: Compute = Field("bf16", description="compute; the store's weights are exact fp32")
+    moments: Literal["fp32", "bf16", "int8"] = Field("fp32", description="AdamW's moments in the store")
+    store: Literal["disk", "memory"] = "disk"
+    path: Path | None = Field(None, description="where the store lies; null: in the run directory")
+    threads: Count | None = Field(None, description="null: torch's default")
+
+
+class CerebrasConfig(Strict):
+    """cerebras.pytorch in its own environment; device cpu is its CPU backend, csx its systems."""
+
+    name: Literal["cerebras"]
+    device: Literal["cpu", "csx"] = "cpu"
+    dtype: Literal["bf16", "fp32", "cbfloat16"] = "fp32"
+
+
+def _name(section: Any) -> str:
+    """Which backend a section is for: cpu where it does not say, and where it is no section at all."""
+    return section.get("name", "cpu") if isinstance(section, dict) else getattr(section, "name", "cpu")
+
+
+BackendConfig = Annotated[
+    Annotated[CpuConfig, Tag("cpu")]
+    | Annotated[CudaConfig, Tag("cuda")]
+    | Annotated[WeightStreamingConfig, Tag("weight_streaming")]
+    | Annotated[CerebrasConfig, Tag("cerebras")],
+    Discriminator(_name),
+]

@@ -1,0 +1,30 @@
+"""The backend that a run names; each one's packages are imported only when it is asked for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from crystal.backends.base import Backend, Schedule
+from crystal.backends.config import BackendConfig, OptimizerConfig
+from crystal.config import ConfigError
+from crystal.mup.plan import Plan
+from crystal.zoo.config import ModelConfig
+
+
+def create(
+    model: ModelConfig,
+    plan: Plan,
+    optimizer: OptimizerConfig,
+    schedule: Schedule,
+    seed: int,
+    n_sources: int,
+    config: BackendConfig,
+    directory: Path,
+) -> Backend:
+    """Build a backend. directory: the run's, for what a backend keeps on disk. Raises ConfigError, before training
+    starts, for what the backend cannot do."""
+    if config.name == "cpu":
+        from crystal.backends.cpu import CpuBackend
+
+        return CpuBackend(model, plan, optimizer, schedule, seed, n_sources, config)
+    raise ConfigError(f"backend.name: {config.name} is not built yet")
