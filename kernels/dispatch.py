@@ -135,11 +135,6 @@ def differentiable(
     output) keeps what gradients(ctx, backward, *grads) hands on. Eager calls pass by the dispatcher, which costs
     three times a launch; both ways share every function, and neither can be differentiated twice.
     """
-    operator = torch.library.custom_op(f"crystal::{name}", forward, mutates_args=())
-    operator.register_fake(forward_shapes)
-    backward_operator = torch.library.custom_op(f"crystal::{name}_backward", backward, mutates_args=())
-    backward_operator.register_fake(backward_shapes)
-    operator.register_autograd(lambda ctx, *grads: gradients(ctx, backward_operator, *grads), setup_context=save)
 
     def eager_backward(ctx, *grads):
         return gradients(ctx, backward, *grads)
@@ -150,6 +145,13 @@ def differentiable(
         "backward": staticmethod(torch.autograd.function.once_differentiable(eager_backward)),
     }
     function = type(name, (torch.autograd.Function,), members)
+    if not hasattr(torch.library, "infer_schema"):  # torch 2.4, as Cerebras pins it: eager only
+        return function.apply
+    operator = torch.library.custom_op(f"crystal::{name}", forward, mutates_args=())
+    operator.register_fake(forward_shapes)
+    backward_operator = torch.library.custom_op(f"crystal::{name}_backward", backward, mutates_args=())
+    backward_operator.register_fake(backward_shapes)
+    operator.register_autograd(lambda ctx, *grads: gradients(ctx, backward_operator, *grads), setup_context=save)
     return lambda *inputs: operator(*inputs) if torch.compiler.is_compiling() else function.apply(*inputs)
 
 
