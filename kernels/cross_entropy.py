@@ -7,9 +7,10 @@ Smoothing as in Szegedy et al. 2016, eq. 3; z-loss as in PaLM (Chowdhery et al. 
 
 Forward reads the logits once: each lane keeps its own running maximum and sum (Milakov & Gimelshein 2018), for
 four values at a time, so that rescaling costs a quarter of an exponential per value and no thread waits for another
-before the end of the row. It saves one number per row, from which backward rebuilds the softmax: one reading, one
-writing. Sum and mean are one more launch, of one program, in a fixed order; nothing waits for the host. A label
-that is neither ignored nor a class gives nan: raising would wait for the GPU.
+before the end of the row. It saves the two parts of each row's lse, its greatest x and the logarithm of the sum;
+backward rebuilds the softmax from them (one reading, one writing), and their sum, rounded, would cost it a digit.
+Sum and mean are one more launch, of one program, in a fixed order; nothing waits for the host. A label that is
+neither ignored nor a class gives nan: raising would wait for the GPU.
 """
 
 from __future__ import annotations
@@ -50,14 +51,16 @@ def cross_entropy_forward(
         if SMOOTH:
             plain += tl.sum(tl.where(columns < V, x, 0.0), axis=0)
     top = tl.max(peak, axis=0)
-    lse = top + tl.log(tl.sum(total * tl.exp(peak - top), axis=0))
-    tl.store(LSE + row, lse)
+    rest = tl.log(tl.sum(total * tl.exp(peak - top), axis=0))
+    tl.store(LSE + 2 * row, top)
+    tl.store(LSE + 2 * row + 1, rest)
     label = tl.load(LABELS + row)
     real = (label >= 0) & (label < V)
     x = tl.load(LOGITS + row * (step * UNIT) + label, mask=real, other=float("nan")).to(tl.float32) * scale
-    loss = lse - (1.0 - smoothing) * x + z_loss * lse * lse
+    lse = top + rest
+    loss = (top - x) + rest + z_loss * lse * lse
     if SMOOTH:
-        loss -= smoothing * (tl.sum(plain, axis=0) * (1.0 / V))
+        loss += smoothing * (x - tl.sum(plain, axis=0) * (1.0 / V))
     tl.store(LOSS + row, tl.where(label == ignore_index, 0.0, loss))
 
 
@@ -90,14 +93,15 @@ def cross_entropy_backward(
     columns = tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = columns < V
     label = tl.load(LABELS + row)
-    lse = tl.load(LSE + row)
+    top = tl.load(LSE + 2 * row)
+    rest = tl.load(LSE + 2 * row + 1)
     g = tl.load(DLOSS + row * dloss_step).to(tl.float32)
     if COUNT is not None:
         g = g / tl.load(COUNT)
     real = (label >= 0) & (label < V)
     g = tl.where(label == ignore_index, 0.0, tl.where(real, g * scale, float("nan")))
     x = tl.load(LOGITS + row * (step * UNIT) + columns, mask=mask, other=0.0).to(tl.float32) * scale
-    d = tl.exp(x - lse) * (1.0 + 2.0 * z_loss * lse) - smoothing * (1.0 / V)
+    d = tl.exp(x - top - rest) * (1.0 + 2.0 * z_loss * (top + rest)) - smoothing * (1.0 / V)
     d = tl.where(columns == label, d - (1.0 - smoothing), d)
     d = tl.where(label == ignore_index, 0.0, d * g)
     out = row * (step * UNIT) if INPLACE else row * V
@@ -107,10 +111,10 @@ def cross_entropy_backward(
 def forward_rows(
     logits: Tensor, labels: Tensor, scale: float, ignore_index: int, smoothing: float, z_loss: float
 ) -> tuple[Tensor, Tensor]:
-    """(loss [rows], lse [rows]), fp32 at least, of logits [rows, V] and labels [rows]; 0 where ignored."""
+    """(loss [rows], the two parts of lse [rows, 2]), fp32 at least, of logits [rows, V], labels [rows]; 0: ignored."""
     count, width = logits.shape
     if use_triton(logits):
-        loss, lse = (torch.empty(count, dtype=torch.float32, device=logits.device) for _ in range(2))
+        loss, lse = (torch.empty(size, dtype=torch.float32, device=logits.device) for size in (count, (count, 2)))
         logits = rows_of(logits)
         by = unit(logits.stride(0))
         block = min(power_of_two(width), 1024)
@@ -126,7 +130,8 @@ def forward_rows(
     loss = lse - (1 - smoothing) * picked + z_loss * lse.square()
     if smoothing:
         loss -= smoothing * x.mean(-1)
-    return loss.masked_fill(ignored, 0), lse
+    top = x.amax(-1)
+    return loss.masked_fill(ignored, 0), torch.stack((top, lse - top), -1)
 
 
 def backward_rows(
@@ -147,12 +152,12 @@ def backward_rows(
         return
     g = (dloss.expand(rows) if count is None else (dloss / count).expand(rows)).to(lse.dtype) * scale
     ignored = labels == ignore_index
-    d = (widened(logits) * scale).sub_(lse[:, None]).exp_()
+    d = (widened(logits) * scale).sub_(lse[:, :1]).sub_(lse[:, 1:]).exp_()
     if z_loss:
-        d *= (1 + 2 * z_loss * lse)[:, None]
+        d *= 1 + 2 * z_loss * lse.sum(-1, keepdim=True)
     if smoothing:
         d -= smoothing / width
-    d.scatter_add_(1, labels.masked_fill(ignored, 0)[:, None], torch.full_like(lse, smoothing - 1)[:, None])
+    d.scatter_add_(1, labels.masked_fill(ignored, 0)[:, None], torch.full_like(g, smoothing - 1)[:, None])
     out.copy_((d * g[:, None]).masked_fill_(ignored[:, None], 0))
 
 
@@ -160,7 +165,7 @@ def _forward(
     logits: Tensor, labels: Tensor, scale: float, ignore_index: int, smoothing: float, z_loss: float,
     reduction: str, inplace: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """(loss as reduced, lse [rows], number of labels that count or [0])."""
+    """(loss as reduced, parts of lse [rows, 2], number of labels that count or [0])."""
     flat = labels.reshape(-1)
     loss, lse = forward_rows(rows_of(logits), flat, scale, ignore_index, smoothing, z_loss)
     count = lse.new_empty(() if reduction == "mean" else 0)
@@ -190,7 +195,7 @@ def _backward(
 
 
 def _forward_shapes(logits, labels, scale, ignore_index, smoothing, z_loss, reduction, inplace):
-    lse = widened(logits.new_empty(labels.numel()))
+    lse = widened(logits.new_empty((labels.numel(), 2)))
     loss = lse.new_empty(labels.shape if reduction == "none" else ())
     return loss, lse, lse.new_empty(() if reduction == "mean" else 0)
 

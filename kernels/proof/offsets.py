@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from crystal.kernels.ttir import Block, Op, Type, loop_header, parse, parse_type
+from crystal.kernels.proof.ttir import Block, Op, Type, loop_header, parse, parse_type
 
 LOADED = 1 << 24
 

@@ -23,11 +23,11 @@ import torch
 from torch import Tensor
 
 from crystal.kernels import dispatch
-from crystal.kernels.offline import Launch, offline
-from crystal.kernels.ttir_c import to_c
+from crystal.kernels.proof.offline import Launch, offline
+from crystal.kernels.proof.ttir_c import to_c
 
 FLAGS = (
-    "-O3 -march=native -fopenmp -fwrapv -fno-math-errno -fno-trapping-math -fno-signed-zeros -ffp-contract=off "
+    "-O3 -march=native -fopenmp -fwrapv -fno-math-errno -fno-trapping-math -fno-signed-zeros -ffp-contract=fast "
     "-shared -fPIC -w"
 ).split()
 _SCALARS = {

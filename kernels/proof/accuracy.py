@@ -63,12 +63,11 @@ def outputs_and_gradients(
 
 
 def copied(arguments: tuple, dtype: torch.dtype | None = None) -> tuple:
-    """The arguments with fresh tensors (same strides), floating ones in `dtype`."""
+    """The arguments with fresh floating tensors (same strides), in `dtype`; integers are shared."""
     fresh = []
     for a in arguments:
-        if isinstance(a, Tensor):
-            wanted = dtype if dtype is not None and a.is_floating_point() else a.dtype
-            base = torch.empty_strided(a.shape, a.stride(), dtype=wanted, device=a.device)
+        if isinstance(a, Tensor) and a.is_floating_point():
+            base = torch.empty_strided(a.shape, a.stride(), dtype=dtype or a.dtype, device=a.device)
             a = base.copy_(a.detach()).requires_grad_(a.requires_grad)
         fresh.append(a)
     return tuple(fresh)
@@ -111,12 +110,12 @@ def errors(
     theirs = run(baseline, dtype)
     found = []
     for name, right in exact.items():
-        size = float(right.norm()) or 1.0
+        size = float(right.detach().norm()) or 1.0
         row = []
         for value in (ours[name], theirs[name]):
             if value.shape != right.shape:
                 raise ValueError(f"{operator.name} {name}: shape {list(value.shape)}, expected {list(right.shape)}")
-            difference = value.to(right.device, torch.float64) - right
+            difference = (value.to(right.device, torch.float64) - right).detach()
             row += [float(difference.norm()) / size, float(difference.abs().max()) if difference.numel() else 0.0]
         found.append(Error(name, row[0], row[2], row[1], row[3]))
     return found

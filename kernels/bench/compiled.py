@@ -12,14 +12,14 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from crystal.kernels.accuracy import outputs_and_gradients
+from crystal.kernels.bench.peers import functions, installed
 from crystal.kernels.catalog import OPERATORS, Operator
-from crystal.kernels.offline import Launch, TorchCall, offline
-from crystal.kernels.offsets import unsafe_offsets
-from crystal.kernels.peers import functions, installed
-from crystal.kernels.resources import access_widths, preference, resources
-from crystal.kernels.traffic import traffic
-from crystal.kernels.ttir import Unsupported, parse
+from crystal.kernels.proof.accuracy import outputs_and_gradients
+from crystal.kernels.proof.offline import Launch, TorchCall, offline
+from crystal.kernels.proof.offsets import unsafe_offsets
+from crystal.kernels.proof.resources import access_widths, preference, resources
+from crystal.kernels.proof.traffic import traffic
+from crystal.kernels.proof.ttir import Unsupported, parse
 
 DIRECTIONS = ("forward", "backward")
 SWEEP = (1, 3, 17, 100, 512, 1000, 1024, 2048, 4099, 8192)

@@ -138,7 +138,7 @@ def access_widths(ptx: str, parameters: list[str], pointers: set[str]) -> dict[s
             origin.setdefault(found[1], set()).add(int(found[2]))
         elif (found := _MEMORY.search(line + ";")) is not None:
             memory.append((found, re.findall(r"%\w+", found[5].split("[")[1].split("]")[0])))
-        elif (found := re.match(r"(?:@!?%\w+ )?(?:add|mad|sub|mov|cvta?|selp|shl|mul)[\w.]*\s+(%rd\d+), (.*)", line)):
+        elif found := re.match(r"(?:@!?%\w+ )?(?:add|mad|sub|mov|cvta?|selp|shl|mul)[\w.]*\s+(%rd\d+), (.*)", line):
             steps.append((found[1], re.findall(r"%rd\d+", found[2])))
     changed = True
     while changed:  # a loop hands registers back to its start

@@ -16,8 +16,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 
-from crystal.kernels import ttir_arithmetic as arithmetic
-from crystal.kernels.ttir import (
+from crystal.kernels.proof import ttir_arithmetic as arithmetic
+from crystal.kernels.proof.ttir import (
     Block,
     Function,
     Op,
@@ -29,7 +29,7 @@ from crystal.kernels.ttir import (
     parse_type,
     split_types,
 )
-from crystal.kernels.ttir_arithmetic import C_TYPES, Index, Value
+from crystal.kernels.proof.ttir_arithmetic import C_TYPES, Index, Value
 
 STORED = 24  # operations in one expression; beyond, an intermediate tile is stored
 

@@ -212,7 +212,7 @@ def offline(
             return compiled
         arguments = _arguments(self, args, kwargs)
         size = grid(arguments) if callable(grid) else grid
-        launch = Launch(self.fn.__name__, (tuple(size) + (1, 1))[:3], compiled, arguments, self)
+        launch = Launch(self.fn.__name__, (*size, 1, 1)[:3], compiled, arguments, self)
         log.append(launch)
         if execute is not None:
             execute(launch)

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
-from crystal.kernels.cpu import library
-from crystal.kernels.offline import Launch
+from crystal.kernels.proof.cpu import library
+from crystal.kernels.proof.offline import Launch
 
 SECTOR = 32
 
@@ -33,7 +33,7 @@ class Traffic:
 
 
 class _Extent(ctypes.Structure):
-    _fields_ = [  # noqa: RUF012
+    _fields_ = [
         ("read", ctypes.c_void_p), ("written", ctypes.c_void_p), ("start", ctypes.c_uint64), ("bytes", ctypes.c_uint64)
     ]  # fmt: skip
 

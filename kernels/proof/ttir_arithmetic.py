@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from crystal.kernels.ttir import Block, Op, Type, Unsupported, parse_type
+from crystal.kernels.proof.ttir import Block, Op, Type, Unsupported, parse_type
 
 PRELUDE = r"""
 #include <stdint.h>
@@ -19,10 +19,12 @@ static inline bf16 to_bf16(float f) {
   bf16 r; r.v = f != f ? 0x7FFF : (uint16_t)((u + 0x7FFF + ((u >> 16) & 1)) >> 16); return r;
 }
 #if defined(__x86_64__) && defined(__GLIBC__)  /* let gcc take the vector versions of glibc, good to 4 ulp */
-float expf(float) __attribute__((simd("notinbranch")));
-float logf(float) __attribute__((simd("notinbranch")));
+float exp2f(float) __attribute__((simd("notinbranch")));
+float log2f(float) __attribute__((simd("notinbranch")));
 #endif
-static inline float sigmoidf(float x) { return 1.0f / (1.0f + expf(-x)); }
+/* As the NVIDIA backend has them: ex2.approx and lg2.approx of a rounded product. */
+static inline float exp_by_exp2(float x) { return exp2f(x * 1.44269504f); }
+static inline float log_by_log2(float x) { return log2f(x) * 0.69314718f; }
 """
 
 RUN = r"""
@@ -84,8 +86,9 @@ CHOICE = {  # the first as IEEE maxNum, which passes a NaN by; the second hands 
     "maxsi": "({0} > {1} ? {0} : {1})", "minsi": "({0} < {1} ? {0} : {1})",
 }  # fmt: skip
 UNARY = {
-    "math.exp": "expf", "math.exp2": "exp2f", "math.log": "logf", "math.log2": "log2f", "math.sqrt": "sqrtf",
-    "math.rsqrt": "1.0f/sqrtf", "math.tanh": "tanhf", "math.absf": "fabsf", "tt.precise_sqrt": "sqrtf",
+    "math.exp": "exp_by_exp2", "math.exp2": "exp2f", "math.log": "log_by_log2", "math.log2": "log2f",
+    "math.sqrt": "sqrtf", "math.rsqrt": "1.0f/sqrtf", "math.tanh": "tanhf", "math.absf": "fabsf",
+    "tt.precise_sqrt": "sqrtf",
     "math.cos": "cosf", "math.sin": "sinf", "math.floor": "floorf", "math.erf": "erff", "arith.negf": "-",
 }  # fmt: skip
 LIBRARY = {"__nv_rsqrtf": "1.0f/sqrtf", "__nv_tanhf": "tanhf", "__nv_expf": "expf", "__nv_logf": "logf"}

@@ -1,0 +1,1 @@
+"""`crystal bench kernels`: the operators beside torch, Liger-Kernel and flash-attention."""
