@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from crystal.backends.base import Backend, Schedule
+from crystal.backends.base import Backend
 from crystal.backends.config import BackendConfig, OptimizerConfig
 from crystal.config import ConfigError
+from crystal.curriculum import Curriculum
 from crystal.mup.plan import Plan
 from crystal.zoo.config import ModelConfig
 
@@ -15,14 +16,15 @@ def create(
     model: ModelConfig,
     plan: Plan,
     optimizer: OptimizerConfig,
-    schedule: Schedule,
+    curriculum: Curriculum,
     seed: int,
     n_sources: int,
     config: BackendConfig,
     directory: Path,
 ) -> Backend:
-    """Build a backend. directory: the run's, for what a backend keeps on disk. Raises ConfigError, before training
-    starts, for what the backend cannot do."""
+    """Build a backend. curriculum: for its learning rates; directory: the run's, for what a backend keeps on disk.
+    Raises ConfigError, before training starts, for what the backend cannot do."""
+    schedule = curriculum.base_lr
     if config.name == "cpu":
         from crystal.backends.cpu import CpuBackend
 

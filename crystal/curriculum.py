@@ -238,6 +238,11 @@ class Curriculum:
         """The stage that global step number `global_step` (from 0) lies in; the last one behind the end."""
         return next((s for s in reversed(self.stages) if s.first_step <= global_step), self.stages[0])
 
+    def base_lr(self, step: int) -> float:
+        """Base LR of global optimizer step `step`, from 1; a pure function of it."""
+        stage = self.stage_at(step - 1)
+        return stage.lr_for_step(step - 1 - stage.first_step)
+
     def numbered(self, number: int) -> Stage:
         """Stage `number`, counted from 1 as on the command line. Raises ConfigError."""
         if not 1 <= number <= len(self.stages):

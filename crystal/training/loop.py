@@ -64,7 +64,7 @@ class Trainer:
             self.batches.order(stage)
         self.plan = config.plan()
         self.backend = create(
-            config.model, self.plan, config.optimizer, self.lr, config.train.seed, len(self.batches.sources),
+            config.model, self.plan, config.optimizer, self.curriculum, config.train.seed, len(self.batches.sources),
             config.backend, config.directory,
         )  # fmt: skip
         if problems := plan_differences(self.plan, self.backend.groups()):
@@ -73,11 +73,6 @@ class Trainer:
         self.checkpoints = self.directory / "checkpoints"
         self.tokenizer_file = store.directory / store.manifest["tokenizer"]["path"]
         self.position = 0
-
-    def lr(self, step: int) -> float:
-        """Base LR of global optimizer step `step`, from 1; a pure function of it."""
-        stage = self.curriculum.stage_at(step - 1)
-        return stage.lr_for_step(step - 1 - stage.first_step)
 
     def resume(self, stage: Stage | None) -> None:
         """Take up the newest checkpoint (of `stage`, or the end of the one before it), or start afresh."""
@@ -175,7 +170,7 @@ class Trainer:
             "step": self.position,
             "stage": stage.index + 1,
             "loss": result["loss"],
-            "lr": self.lr(self.position),
+            "lr": self.curriculum.base_lr(self.position),
             "grad_norm": result["grad_norm"],
             "applied": result["applied"],
             "tokens": self.position * step_tokens,
