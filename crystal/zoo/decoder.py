@@ -125,9 +125,9 @@ class Decoder(nn.Module):
         """[V, D]; the embedding itself when tied."""
         return self.embed.weight if self.head is None else self.head.weight
 
-    def embedded(self, ids_BT: Tensor) -> Tensor:
-        """Token embeddings times their multiplier."""
-        x_BTD = self.embed(ids_BT)
+    def embedded(self, ids_BT: Tensor, weight_VD: Tensor | None = None) -> Tensor:
+        """Token embeddings times their multiplier; weight_VD: rows to look up in instead of its own."""
+        x_BTD = self.embed(ids_BT) if weight_VD is None else F.embedding(ids_BT, weight_VD)
         return x_BTD if self.multipliers.embedding == 1 else x_BTD * self.multipliers.embedding
 
     def table(self, start: int, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -160,8 +160,11 @@ class Decoder(nn.Module):
 
     def loss(self, ids_BT, labels_BT, weights_BT, documents_BT=None) -> tuple[Tensor, Tensor]:
         """Weighted sum of the tokens' cross-entropies and each token's own, fp32 nats: (scalar, [B, T])."""
-        x_BTD = self.hidden(ids_BT, documents_BT)
+        return self.score(self.hidden(ids_BT, documents_BT), self.head_weight, labels_BT, weights_BT)
+
+    def score(self, x_BTD: Tensor, weight_VD: Tensor, labels_BT: Tensor, weights_BT: Tensor) -> tuple[Tensor, Tensor]:
+        """`loss` from the final states on, with the given head weight."""
         loss, nll_N = linear_cross_entropy(
-            x_BTD.flatten(0, 1), self.head_weight, labels_BT.flatten(), weights_BT.flatten(), self.multipliers.logits
+            x_BTD.flatten(0, 1), weight_VD, labels_BT.flatten(), weights_BT.flatten(), self.multipliers.logits
         )
         return loss, nll_N.view_as(labels_BT)
