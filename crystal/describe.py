@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from crystal.backends.config import OptimizerConfig
+from crystal.backends.cost import backend_bytes, flops_per_token, memory_bytes
 from crystal.config import ConfigError, parse
 from crystal.curriculum import Stage, resolve
 from crystal.mup.plan import Plan
@@ -67,7 +68,8 @@ def model_text(result: dict) -> str:
     lines = [
         f"{result['name']}: {result['parameters']:,} parameters, "
         f"{result['flops_per_token'] / 1e9:.3g} GFLOP/token (forward + backward, causal attention)",
-        "memory without activations: " + ", ".join(f"{k} {v / 1e9:.2f} GB" for k, v in result["memory_bytes"].items()),
+        "memory without activations:",
+        *(f"  {v / 1e9:8.2f} GB  {k}" for k, v in result["memory_bytes"].items()),
         *(f"  {key}: {value}" for key, value in config.items()),
         *(f"  mup.{key}: {value}" for key, value in result["config"]["mup"].items()),
     ]
@@ -93,18 +95,6 @@ def plan_table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def flops_per_token(config: ModelConfig, seq_len: int) -> int:
-    """6 x parameters that multiply (all but an untied input embedding) + 6 L d T for causal attention scores."""
-    embedding = 0 if config.tie_embeddings else config.vocab_size * config.d_model
-    return 6 * (parameter_count(config) - embedding) + 6 * config.n_layers * config.d_model * seq_len
-
-
-def memory_bytes(config: ModelConfig) -> dict[str, int]:
-    """Weights, gradients, AdamW's moments and (bf16) the compute copy, by backend; activations come on top."""
-    n = parameter_count(config)
-    return {"cpu fp32": 16 * n, "cpu bf16": 18 * n}
-
-
 def dry_run(run: RunFile) -> dict:
     """The whole run on paper: stages, steps, tokens, LR, checkpoints, memory, and FLOPs with their time here."""
     curriculum = resolve(run.config.curriculum, run.source)
@@ -118,7 +108,7 @@ def dry_run(run: RunFile) -> dict:
         "tokens": curriculum.tokens,
         "stages": [_stage(s) for s in curriculum.stages],
         "groups": _groups(plan),
-        "memory_bytes": memory_bytes(run.config.model)[f"cpu {run.config.backend.dtype}"],
+        "memory_bytes": backend_bytes(run.config.model, run.config.backend),
         "flops": flops,
         "matmul_flops_per_second": rate,
         "seconds_atmatmul_rate": flops / rate,
@@ -160,7 +150,7 @@ def _groups(plan: Plan) -> dict[str, dict]:
 
 def matmul_rate(dtype: str) -> float:
     """FLOP/s of a 1024 x 1024 x 1024 product on this machine now; small models stay far below."""
-    a = torch.ones(1024, 1024, dtype=torch.bfloat16 if dtype == "bf16" else torch.float32)
+    a = torch.ones(1024, 1024, dtype=torch.float32 if dtype == "fp32" else torch.bfloat16)
     a @ a
     begin, count = time.perf_counter(), 0
     while time.perf_counter() - begin < 0.2:

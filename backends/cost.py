@@ -1,0 +1,98 @@
+"""What a decoder costs on paper: FLOPs, bytes of weights and optimizer state by backend, bytes of activations.
+
+State, in bytes a parameter: fp32 weights 4, fp32 gradients 4, AdamW's two fp32 moments 8, and with bf16 compute a
+rounded copy of the weights 2. The weight-streaming store holds fp32 weights as two 16-bit planes, 4, and the moments.
+
+Activations, by the method of Korthikanti et al. 2022, "Reducing Activation Recomputation in Large Transformer Models",
+section 4: what autograd keeps of a block from forward to backward, an element of the compute dtype each, a token:
+
+    inputs of both norms 2 d, inputs of q/k/v and of gate/up 2 d, q, k, v and the attention's output 4 d,
+    gate, up and their product 3 f                                          (their 34 d bytes: 32 d at f = 8 d / 3)
+
+and 4 bytes a head for the softmax. Scores are never kept: flash attention computes them again by itself, which is
+their selective recomputation. k and v count d each with grouped heads too, for they are repeated before attention.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from crystal.backends.config import BackendConfig
+from crystal.zoo.build import parameter_count
+from crystal.zoo.config import ModelConfig
+
+WEIGHT, GRADIENT, MOMENTS, COPY = 4, 4, 8, 2  # bytes a parameter
+STORED_MOMENTS = {"fp32": 8, "bf16": 4, "int8": 2}
+HEAD_CHUNK = 4096  # tokens whose logits the loss head holds at a time on CUDA
+
+Recompute = Literal["none", "attention", "block"]
+
+
+def flops_per_token(config: ModelConfig, seq_len: int) -> int:
+    """6 x parameters that multiply (all but an untied input embedding) + 6 L d T for causal attention scores."""
+    embedding = 0 if config.tie_embeddings else config.vocab_size * config.d_model
+    return 6 * (parameter_count(config) - embedding) + 6 * config.n_layers * config.d_model * seq_len
+
+
+def state_bytes(config: ModelConfig, dtype: str) -> dict[str, int]:
+    """Bytes of weights, gradients, moments and compute copy of one whole model. dtype: of compute, fp32 or 16 bits."""
+    n = parameter_count(config)
+    return {
+        "weights": WEIGHT * n,
+        "gradients": GRADIENT * n,
+        "moments": MOMENTS * n,
+        "compute_copy": 0 if dtype == "fp32" else COPY * n,
+    }
+
+
+def memory_bytes(config: ModelConfig) -> dict[str, int]:
+    """What a process holds by backend, activations apart; of weight streaming, what its store holds."""
+    whole = {dtype: sum(state_bytes(config, dtype).values()) for dtype in ("fp32", "bf16")}
+    stores = {f"weight_streaming store, {m} moments": store_bytes(config, m) for m in STORED_MOMENTS}
+    return {f"{backend} {dtype}": n for backend in ("cpu", "cuda", "cerebras") for dtype, n in whole.items()} | stores
+
+
+def store_bytes(config: ModelConfig, moments: str) -> int:
+    """Bytes of a weight-streaming store, in memory or on disk: exact fp32 weights in two planes, and the moments."""
+    return (WEIGHT + STORED_MOMENTS[moments]) * parameter_count(config)
+
+
+def backend_bytes(config: ModelConfig, backend: BackendConfig) -> int:
+    """What a run holds in all, activations apart: its backend's line of `memory_bytes`."""
+    if backend.name == "weight_streaming":
+        return store_bytes(config, backend.moments)
+    return sum(state_bytes(config, backend.dtype).values())
+
+
+def block_activation_bytes(config: ModelConfig, tokens: int, recompute: Recompute = "none", tp: int = 1) -> int:
+    """Bytes that one block keeps for its backward pass, bf16, on each of tp devices.
+
+    recompute: attention keeps the input of q/k/v but not q, k, v and what follows to the output projection; block
+    keeps the block's input alone. Under tensor parallelism norms and their inputs are whole on every device
+    (Korthikanti et al., equation 2).
+    """
+    d, f = config.d_model, config.d_ff
+    if recompute == "block":
+        return 2 * tokens * d
+    attention = 0 if recompute == "attention" else 2 * 4 * d + 4 * config.n_heads
+    return tokens * (2 * 4 * d + -(-(attention + 2 * 3 * f) // tp))
+
+
+def head_bytes(config: ModelConfig, tokens: int) -> int:
+    """Bytes at the start of the backward pass by final norm and loss head, bf16.
+
+    The norm's input and its gradient from the head; the head's gradient in fp32, again times the loss's, and rounded
+    (kernels/linear_cross_entropy.py makes it in the forward pass); one chunk of logits.
+    """
+    chunk = min(tokens, HEAD_CHUNK) * config.vocab_size * 2
+    return 2 * 2 * tokens * config.d_model + max((4 + 4 + 2) * config.vocab_size * config.d_model, chunk)
+
+
+def recomputed_flops_per_token(config: ModelConfig, seq_len: int, recompute: Recompute) -> int:
+    """FLOPs a token, of all blocks together, that are done a second time."""
+    if recompute == "none":
+        return 0
+    d, kv = config.d_model, config.kv_heads * config.d_head
+    attention = 2 * d * (d + 2 * kv) + 2 * d * seq_len  # q, k, v and causal scores; the forward pass alone
+    rest = 2 * d * d + 2 * 3 * d * config.d_ff if recompute == "block" else 0
+    return config.n_layers * (attention + rest)

@@ -1,0 +1,34 @@
+"""A device and the machine it sits in, from configs/devices/ or a file of one's own: the inputs of `crystal plan`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from pydantic import Field
+
+from crystal.config import Strict, find, load_yaml, override, parse
+
+
+class Device(Strict):
+    """Units are decimal: GB 1e9 bytes, TFLOP 1e12. Bandwidths of links are one way, a device."""
+
+    name: str
+    memory_gb: float = Field(gt=0)
+    usable_fraction: float = Field(0.9, gt=0, le=1, description="rest: CUDA context, NCCL buffers, fragmentation")
+    peak_tflops: float = Field(gt=0, description="bf16, dense")
+    matmul_fraction: float = Field(gt=0, le=1, description="of peak, while nothing is waited for")
+    hbm_gb_per_s: float = Field(gt=0)
+    devices_per_node: int = Field(gt=0)
+    intra_node_gb_per_s: float = Field(gt=0)
+    inter_node_gb_per_s: float = Field(gt=0)
+
+    @property
+    def usable_bytes(self) -> int:
+        return int(self.memory_gb * self.usable_fraction * 1e9)
+
+
+def load_device(name: str | Path, changes: Sequence[str] = ()) -> Device:
+    """A device by name or file; changes: `key=value`. Raises ConfigError, with the nearest name for an unknown one."""
+    source = override(load_yaml(find(name, "devices")), changes)
+    return parse(Device, source.mapping, source)
