@@ -60,8 +60,52 @@ class StepResult:
         }
 
 
+@dataclass(frozen=True)
+class Place:
+    """Which of a backend's processes this is. All take the same steps; process 0 writes the run's files.
+
+    part, parts: of each step's rows this process reads the part-th (from 0) of `parts` equal parts; processes that
+    hold pieces of one model read the same part. background: `state` gives copies, so that a checkpoint is written
+    while training goes on.
+    """
+
+    process: int = 0
+    processes: int = 1
+    part: int = 0
+    parts: int = 1
+    background: bool = False
+
+
+@dataclass(frozen=True)
+class Part:
+    """A rectangle of a tensor that several processes hold together: values begin at `offset` of the whole `shape`."""
+
+    values: Tensor
+    offset: tuple[int, ...]
+    shape: tuple[int, ...]
+
+    @property
+    def slices(self) -> tuple[slice, ...]:
+        """Where the values lie in the whole tensor."""
+        return tuple(slice(o, o + n) for o, n in zip(self.offset, self.values.shape, strict=True))
+
+
+class OneProcess:
+    """What a backend in one process says of processes."""
+
+    place = Place()
+
+    def agree(self, *numbers: int) -> tuple[int, ...]:
+        return numbers
+
+
 class Backend(Protocol):
     """Everything the loop may ask for."""
+
+    place: Place
+
+    def agree(self, *numbers: int) -> tuple[int, ...]:
+        """Each number's largest over all processes, which meet here: a signal to one of them stops all."""
 
     def initialise(self) -> None:
         """Fill the weights from the plan and the seed; moments zero."""
@@ -75,14 +119,17 @@ class Backend(Protocol):
     def eval_step(self, batch: MicroBatch) -> tuple[Tensor, Tensor]:
         """(summed nats, unmasked tokens) of each source, as in StepResult; changes nothing."""
 
-    def state(self) -> Iterator[tuple[str, Tensor]]:
-        """All tensors to save, fp32, one at a time: model.*, optimizer.exp_avg.*, optimizer.exp_avg_sq.*."""
+    def state(self) -> Iterator[tuple[str, Tensor | Part]]:
+        """All that this process saves, fp32, one at a time: model.*, optimizer.exp_avg.*, optimizer.exp_avg_sq.*."""
 
     def scalars(self) -> dict:
         """What else must be saved: {"optimizer_step": int}."""
 
-    def load(self, tensors: Callable[[str], Iterable[tuple[str, Tensor]]], scalars: dict | None) -> None:
-        """Take weights (and, unless scalars is None, moments) from a checkpoint; tensors(prefix) reads it."""
+    def load(self, tensors: Callable[..., Iterable[tuple[str, Tensor]]], scalars: dict | None) -> None:
+        """Take weights (and, unless scalars is None, moments) from a checkpoint.
+
+        tensors(prefix) reads all of it under that prefix, tensors(prefix, {name: slices}) only what lies there.
+        """
 
     def decoder(self) -> Decoder:
         """A decoder with the current fp32 weights, for generation; not a copy where that can be avoided."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, Tag
+from pydantic import Discriminator, Field, Tag, model_validator
 
 from crystal.config import Strict
 
@@ -43,7 +43,12 @@ class Layout(Strict):
     dp: Count = Field(1, description="replicas, whole or of sharded weights")
     fsdp: Count = Field(1, description="shards of weights, gradients and moments (FSDP2)")
     tp: Count = Field(1, description="shards of each matrix product")
-    pp: Count = Field(1, description="pipeline stages")
+    pp: Count = Field(1, description="pipeline: processes that the blocks are spread over")
+    interleave: Count = Field(2, description="stages of each pipeline process; with more, less time is spent waiting")
+
+    @property
+    def processes(self) -> int:
+        return self.dp * self.fsdp * self.tp * self.pp
 
 
 class CudaConfig(Strict):
@@ -69,12 +74,43 @@ class WeightStreamingConfig(Strict):
     threads: Count | None = Field(None, description="null: torch's default")
 
 
+class ClusterConfig(Strict):
+    """A Cerebras system; keys are those of cerebras.pytorch's own ClusterConfig."""
+
+    mgmt_address: str = Field(description="address of the cluster's management node")
+    mgmt_namespace: str | None = None
+    credentials_path: Path | None = None
+    num_csx: Count = Field(1, description="systems; the global batch is divided among them")
+    mount_dirs: tuple[Path, ...] = Field((), description="shared directories, besides the spool and this package")
+    job_labels: tuple[str, ...] = ()
+    micro_batch_size: Literal["auto", "explore"] | Count = "auto"
+    session_steps: Count = Field(100, description="steps between points where weights can be read back")
+    spool: Path | None = Field(None, description="directory that the cluster sees too; null: in the run directory")
+
+
 class CerebrasConfig(Strict):
     """cerebras.pytorch in its own environment; device cpu is its CPU backend, csx its systems."""
 
     name: Literal["cerebras"]
     device: Literal["cpu", "csx"] = "cpu"
-    dtype: Literal["bf16", "fp32", "cbfloat16"] = "fp32"
+    dtype: Literal["bf16", "fp32", "cbfloat16"] | None = Field(
+        None, description="compute; weights and moments are always fp32. null: fp32 on cpu, bf16 on csx"
+    )
+    threads: Count | None = Field(None, description="cpu; null: torch's default")
+    environment: Path | None = Field(None, description="made by `crystal cerebras setup`; null: in the cache")
+    cluster: ClusterConfig | None = Field(None, description="csx; null: no system")
+
+    @model_validator(mode="after")
+    def _dtype_of_the_device(self) -> CerebrasConfig:
+        if self.dtype is not None and (self.dtype == "fp32") != (self.device == "cpu"):
+            expected = "fp32, in which Cerebras' CPU backend computes" if self.device == "cpu" else "bf16 or cbfloat16"
+            raise ValueError(f"dtype: expected {expected}, got {self.dtype}")
+        return self
+
+    @property
+    def compute_dtype(self) -> str:
+        """The dtype that is in force."""
+        return self.dtype or ("fp32" if self.device == "cpu" else "bf16")
 
 
 def _name(section: Any) -> str:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from crystal.backends.adamw import make_optimizer
-from crystal.backends.base import MicroBatch, Schedule, StepResult
+from crystal.backends.base import MicroBatch, OneProcess, Schedule, StepResult
 from crystal.backends.cast import round_to_bf16
 from crystal.backends.config import CpuConfig, OptimizerConfig
 from crystal.config import ConfigError
@@ -23,7 +23,7 @@ from crystal.zoo.config import ModelConfig
 from crystal.zoo.decoder import Decoder
 
 
-class CpuBackend:
+class CpuBackend(OneProcess):
     """See `Backend` for the methods."""
 
     def __init__(
