@@ -29,4 +29,8 @@ def create(
         from crystal.backends.cpu import CpuBackend
 
         return CpuBackend(model, plan, optimizer, schedule, seed, n_sources, config)
+    if config.name == "cerebras":
+        from crystal.backends.cerebras.bridge import CerebrasBackend
+
+        return CerebrasBackend(model, plan, optimizer, curriculum, seed, n_sources, config, directory)
     raise ConfigError(f"backend.name: {config.name} is not built yet")
