@@ -1,0 +1,138 @@
+"""Layouts, applied from outside to a stage on the meta device, always in this order:
+
+tensor parallel, recomputation, compilation, shards and replicas (FSDP2). Even one process goes through the last:
+it is where fp32 weights become bf16 ones for compute, and where gradients are added up in fp32.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.utils.checkpoint import checkpoint
+
+from crystal.backends.base import Part
+from crystal.backends.config import CudaConfig
+from crystal.backends.stage import Stage
+
+COLUMNS = ("attn.q", "attn.k", "attn.v", "mlp.gate", "mlp.up")  # each process has some heads, some of d_ff
+ROWS = ("attn.out", "mlp.down")  # and adds its part to the residual stream
+
+
+def parallelise(stage: Stage, mesh: DeviceMesh, config: CudaConfig) -> None:
+    """Apply a layout to a stage, in place. It stays on the meta device: `Stage.to_empty` gives it memory."""
+    blocks = list(stage.blocks.values())
+    if mesh["tp"].size() > 1:
+        split_blocks(blocks, mesh["tp"])
+        _split_vocabulary(stage, mesh["tp"])
+    for block in blocks:
+        if config.recompute != "none":
+            _recompute(block if config.recompute == "block" else block.attn)
+        if config.compile:
+            block.forward = torch.compile(block.forward)
+    # sharded weights are gathered again for backward; whole ones stay
+    gathered = mesh["fsdp"].size() > 1
+    low = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
+    policy = low if config.dtype == "bf16" else MixedPrecisionPolicy(cast_forward_inputs=False)
+    shard(stage, blocks, mesh["dp", "fsdp"] if mesh["dp"].size() > 1 else mesh["fsdp"], policy, gathered)
+
+
+def split_blocks(blocks: Iterable[nn.Module], mesh: DeviceMesh) -> None:
+    """Tensor parallelism inside blocks: heads and d_ff over the processes; the residual stream and norms whole."""
+    plan = {name: ColwiseParallel() for name in COLUMNS} | {name: RowwiseParallel() for name in ROWS}
+    for block in blocks:
+        parallelize_module(block, mesh, plan)
+
+
+def _split_vocabulary(stage: Stage, mesh: DeviceMesh) -> None:
+    """Embedding and head by words: their memory and the head's work are divided like the blocks'."""
+    if hasattr(stage, "embed"):
+        parallelize_module(stage.embed, mesh, RowwiseParallel(input_layouts=Replicate()))
+    if stage.last:
+        stage.split_over = mesh.get_group()
+        if not stage.tied:
+            parallelize_module(stage.head, mesh, ColwiseParallel())
+
+
+def _recompute(module: nn.Module) -> None:
+    """Keep only the module's input, and compute the rest again in backward. Nothing in it is random."""
+    module.forward = functools.partial(checkpoint, module.forward, use_reentrant=False, preserve_rng_state=False)
+
+
+def shard(
+    model: nn.Module,
+    blocks: Iterable[nn.Module],
+    mesh: DeviceMesh,
+    policy: MixedPrecisionPolicy,
+    gathered: bool = True,
+) -> None:
+    """FSDP2 over each block and over what is left of the model; over a mesh of two dimensions, replicas of shards.
+
+    gathered: whether a block's weights are given back after forward and gathered again for backward. Gradients are
+    summed, not averaged: a token's weight in the loss is already that of the whole step.
+    """
+    for block in blocks:
+        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=gathered)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
+    for module in sharded_modules(model):
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)
+
+
+def sharded_modules(model: nn.Module) -> list[FSDPModule]:
+    """The modules that FSDP2 was applied to, the model first."""
+    return [module for module in model.modules() if isinstance(module, FSDPModule)]
+
+
+@dataclass(frozen=True)
+class Held:
+    """What a process holds of one tensor.
+
+    weight: fp32, memory shared with the model's own parameter. copies: how many processes hold these same numbers;
+    first: whether this is the one of them that saves them.
+    """
+
+    parameter: DTensor
+    weight: nn.Parameter
+    offset: tuple[int, ...]
+    copies: int
+    first: bool
+
+    def part(self, values: Tensor) -> Part:
+        """Values of the weight's shape (itself, a moment) as part of the whole tensor."""
+        return Part(values, self.offset, tuple(self.parameter.shape))
+
+    def grad(self) -> Tensor:
+        """This process' part of the gradient, after backward has reduced it."""
+        return self.parameter.grad.to_local()
+
+
+def held_by(stage: Stage, mesh: DeviceMesh) -> dict[str, Held]:
+    """What this process holds of each tensor of a stage, by name."""
+    return {name: _held(stage, name, p, mesh) for name, p in stage.named_parameters()}
+
+
+def _held(stage: Stage, name: str, p: DTensor, mesh: DeviceMesh) -> Held:
+    offset = compute_local_shape_and_global_offset(p.shape, p.device_mesh, p.placements)[1]
+    whole_over = [
+        (p.device_mesh.size(i), p.device_mesh.get_local_rank(i))
+        for i, placement in enumerate(p.placements)
+        if placement.is_replicate()
+    ]
+    if "tp" not in p.device_mesh.mesh_dim_names:
+        whole_over.append((mesh["tp"].size(), mesh["tp"].get_local_rank()))
+    if stage.tied and name == "embed.weight" and mesh["pp"].size() > 1:
+        whole_over.append((2, 0 if stage.first else 1))
+    copies = 1
+    for size, _ in whole_over:
+        copies *= size
+    weight = nn.Parameter(p.to_local().detach())
+    return Held(p, weight, tuple(offset), copies, all(rank == 0 for _, rank in whole_over))

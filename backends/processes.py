@@ -1,0 +1,65 @@
+"""The processes of a run: joined by torchrun, or one alone, over one device mesh.
+
+The mesh has four dimensions in this order: pp, dp, fsdp, tp. The last varies fastest, so that tensor parallelism,
+which talks most, stays inside a machine, and pipeline stages, which talk least, lie on different ones.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from crystal.backends.base import Place
+from crystal.backends.config import CudaConfig
+from crystal.config import ConfigError
+
+DIMENSIONS = ("pp", "dp", "fsdp", "tp")
+
+
+def join(config: CudaConfig) -> DeviceMesh:
+    """The mesh of a layout over all processes that torchrun started (RANK, WORLD_SIZE, … in the environment).
+
+    Without torchrun it is a mesh of this process alone. A process group that is there already is used.
+    Raises ConfigError when the layout is for another number of processes, or there is no CUDA device.
+    """
+    sizes = {name: getattr(config.parallel, name) for name in DIMENSIONS}
+    started = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
+    if started != config.parallel.processes:
+        product = " x ".join(f"{name} {size}" for name, size in sizes.items())
+        raise ConfigError(
+            f"backend.parallel: expected a layout of the {started} processes that torchrun started, "
+            f"got {product} = {config.parallel.processes}"
+        )
+    if config.device == "cuda":
+        if not torch.cuda.is_available():
+            raise ConfigError("backend.device: expected a CUDA device, this machine has none; set backend.device=cpu")
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    if not dist.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if config.device == "cuda" else "gloo"
+        if "RANK" in os.environ:
+            dist.init_process_group(backend)
+        else:
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        atexit.register(_leave)
+    return init_device_mesh(config.device, tuple(sizes.values()), mesh_dim_names=DIMENSIONS)
+
+
+def _leave() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def place_in(mesh: DeviceMesh) -> Place:
+    """Which rows this process reads: those of its place along dp and fsdp."""
+    dp, fsdp = mesh["dp"], mesh["fsdp"]
+    return Place(
+        process=dist.get_rank(),
+        processes=dist.get_world_size(),
+        part=dp.get_local_rank() * fsdp.size() + fsdp.get_local_rank(),
+        parts=dp.size() * fsdp.size(),
+        background=True,
+    )
