@@ -140,7 +140,8 @@ def _tables(cos: Tensor, sin: Tensor, positions: Tensor | None, seq_dim: int) ->
 def _reference(x, cos, sin, turned: int, interleaved: bool, seq_dim: int) -> Tensor:
     """The definition of one tensor's turn, op by op, in fp32 at least."""
     rotary_dim, head_dim = 2 * cos.shape[-1], 3 - seq_dim
-    whole, rest = x.split((turned, x.shape[head_dim] - turned), head_dim)
+    others = x.shape[head_dim] - turned
+    whole = x.narrow(head_dim, 0, turned) if others else x  # never an empty tensor: Cerebras' graphs know none
     turning, tail = widened(whole[..., :rotary_dim]), whole[..., rotary_dim:]
     if interleaved:
         a, b = turning[..., 0::2], turning[..., 1::2]
@@ -149,7 +150,7 @@ def _reference(x, cos, sin, turned: int, interleaved: bool, seq_dim: int) -> Ten
         a, b = turning.chunk(2, -1)
         out = torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
     out = out.to(x.dtype) if tail.shape[-1] == 0 else torch.cat((out.to(x.dtype), tail), -1)
-    return out if rest.shape[head_dim] == 0 else torch.cat((out, rest), head_dim)
+    return torch.cat((out, x.narrow(head_dim, turned, others)), head_dim) if others else out
 
 
 def _turn_by_torch(x: Tensor, y: Tensor, cos: Tensor, sin: Tensor, turned: int, interleaved: bool, seq_dim: int):
