@@ -78,14 +78,15 @@ def block_activation_bytes(config: ModelConfig, tokens: int, recompute: Recomput
     return tokens * (2 * 4 * d + -(-(attention + 2 * 3 * f) // tp))
 
 
-def head_bytes(config: ModelConfig, tokens: int) -> int:
-    """Bytes at the start of the backward pass by final norm and loss head, bf16.
+def head_bytes(config: ModelConfig, tokens: int, tp: int = 1) -> int:
+    """Bytes that final norm and loss head hold when the backward pass begins, bf16, on each of tp devices.
 
-    The norm's input and its gradient from the head; the head's gradient in fp32, again times the loss's, and rounded
-    (kernels/linear_cross_entropy.py makes it in the forward pass); one chunk of logits.
+    The norm's input, its output's gradient, and the head's gradient: in fp32 (kernels/linear_cross_entropy.py makes it
+    in the forward pass), again times the loss's, and rounded. Before that, one chunk of logits.
     """
-    chunk = min(tokens, HEAD_CHUNK) * config.vocab_size * 2
-    return 2 * 2 * tokens * config.d_model + max((4 + 4 + 2) * config.vocab_size * config.d_model, chunk)
+    words = -(-config.vocab_size // tp)
+    chunk = min(tokens, HEAD_CHUNK) * words * (2 if tp == 1 else 4 + 2)  # split over devices it is scored in fp32
+    return 2 * 2 * tokens * config.d_model + 4 * words * config.d_model + max((4 + 2) * words * config.d_model, chunk)
 
 
 def recomputed_flops_per_token(config: ModelConfig, seq_len: int, recompute: Recompute) -> int:
