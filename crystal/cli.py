@@ -15,6 +15,7 @@ import typer
 
 from crystal import __version__
 from crystal.bench import bench
+from crystal.cerebras import cerebras
 from crystal.config import ConfigError
 from crystal.options import Json, Overrides, Run, Step
 from crystal.options import console as _console
@@ -26,6 +27,7 @@ data = typer.Typer(no_args_is_help=True, help="The token store and the ledger of
 app.add_typer(data, name="data")
 
 app.add_typer(bench, name="bench")
+app.add_typer(cerebras, name="cerebras")
 
 
 def main() -> None:

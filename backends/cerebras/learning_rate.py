@@ -8,64 +8,75 @@ ranges of steps on which the rate is one formula; `lr_of` evaluates them, in fp3
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from itertools import pairwise
+from collections.abc import Iterator, Sequence
+from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from crystal.curriculum import Curriculum
+    from crystal.curriculum import Curriculum, Stage
 
 
 class Piece(NamedTuple):
-    """Steps first … last (global, from 1): lr = start + (end - start) * shape(x), x = at + slope * (step - first)."""
+    """Steps first … last (global, from 1): lr = start + (end - start) * shape(x), x = at + slope * (step - origin).
+
+    Linear and cosine pieces start where they are lowest, whichever way they go: so fp32 keeps the small rates at the
+    end of a decay to a few parts in 10^7 of themselves, not of the peak.
+    """
 
     first: int
     last: int
+    shape: str  # linear | cosine | sqrt
     start: float
     end: float
-    shape: str  # linear | cosine | sqrt
+    origin: int
     at: float
     slope: float
 
 
 def pieces(curriculum: Curriculum) -> list[Piece]:
     """Every range of steps of the run with one formula, in order, without gaps."""
-    found = []
-    for stage in curriculum.stages:
-        schedule = stage.schedule
-        ends = [0]
-        for segment in schedule.segments:
-            ends.append(ends[-1] + segment.steps)
-        for (a, b), (p, q) in zip(pairwise(schedule.knots), pairwise(schedule.published), strict=True):
-            index = next(i for i, end in enumerate(ends[1:]) if p < end or i == len(ends) - 2)
-            segment, begin = schedule.segments[index], ends[index]
-            # step s of the stage (from 0) has the schedule's t = s + lr_counts_from, and t in (a, b] lies in this
-            # piece; t = 0 belongs to the first one
-            low = (a if a == 0 and stage.lr_counts_from == 0 else a + 1) - stage.lr_counts_from
-            high = min(b - stage.lr_counts_from, stage.steps - 1)
-            if high < low:
-                continue
-            slope = (q - p) / (b - a) / segment.steps
-            at = (p + (low + stage.lr_counts_from - a) * (q - p) / (b - a) - begin) / segment.steps
-            first = stage.first_step + low + 1
-            found.append(
-                Piece(first, stage.first_step + high + 1, segment.start, segment.end, segment.shape, at, slope)
+    return [piece for stage in curriculum.stages for piece in _pieces_of(stage)]
+
+
+def _pieces_of(stage: Stage) -> Iterator[Piece]:
+    schedule, counts_from = stage.schedule, stage.lr_counts_from
+    begins = [0, *accumulate(segment.steps for segment in schedule.segments)]
+    for (a, b), (p, q) in zip(pairwise(schedule.knots), pairwise(schedule.published), strict=True):
+        # step s of the stage (from 0) has t = s + counts_from; t in (a, b] is this piece's, and t = 0 the first one's
+        low, high = max(a + 1 - counts_from, 0) if a else 0, min(b - counts_from, stage.steps - 1)
+        if high < low:
+            continue
+        first, last = stage.first_step + low + 1, stage.first_step + high + 1
+        index = max(i for i, begin in enumerate(begins[:-1]) if begin <= p)
+        segment = schedule.segments[index]
+        if segment.shape == "linear" or p >= begins[-1]:  # behind the last segment its end stays
+            ends = sorted(((stage.lr_for_step(low), first), (stage.lr_for_step(high), last)))
+            (start, origin), (end, other) = ends
+            yield Piece(
+                first, last, "linear", start, end, origin, 0.0, 1 / (other - origin) if other != origin else 0.0
             )
-    return found
+            continue
+        by_step = (q - p) / (b - a) / segment.steps
+        at = (p - begins[index]) / segment.steps + (low + counts_from - a) * by_step  # x at the first step
+        if segment.shape == "cosine" and segment.end < segment.start:
+            at_end = 1 - at - (last - first) * by_step
+            yield Piece(first, last, "cosine", segment.end, segment.start, last, at_end, -by_step)
+        else:
+            yield Piece(first, last, segment.shape, segment.start, segment.end, first, at, by_step)
 
 
 def lr_of(pieces: Sequence[Piece], step: Tensor) -> Tensor:
     """Base learning rate, fp32, at a global step (from 1, a scalar integer tensor); behind the end, the last value."""
     lr = None
     for piece in pieces:
-        # integers up to here: fp32 would not tell steps beyond 16.7 M apart
-        inside = torch.clamp(step, piece.first, piece.last) - piece.first
+        # integers up to here: fp32 does not tell steps beyond 16.7 M apart
+        inside = torch.clamp(step, piece.first, piece.last) - piece.origin
         x = inside.to(torch.float32) * piece.slope + piece.at
         if piece.shape == "cosine":
-            x = (1 - torch.cos(x * math.pi)) * 0.5
+            x = torch.sin(x * (math.pi / 2)).square()  # (1 - cos(pi x)) / 2 without its cancellation
         elif piece.shape == "sqrt":
             x = torch.sqrt(x)
         value = x * (piece.end - piece.start) + piece.start

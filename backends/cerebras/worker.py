@@ -35,6 +35,17 @@ def input_fn(directory: str, first: int, owner: int | None) -> Iterator[dict[str
         yield {key: torch.from_numpy(value) for key, value in arrays.items()}
 
 
+def blank_input_fn(rows: int, seq_len: int, job: dict) -> Iterator[dict[str, Tensor]]:
+    """Batches of the right shapes and types, for a step that is lowered and not run."""
+    ids_BT = torch.zeros(rows, seq_len, dtype=torch.int32)
+    batch = {"ids_BT": ids_BT, "labels_BT": ids_BT, "weights_BT": ids_BT.float()}
+    batch["sources_BS"] = torch.zeros(rows, job["n_sources"])
+    if job["model"]["document_mask"]:
+        batch["documents_BT"] = ids_BT
+    while True:
+        yield batch
+
+
 class Worker:
     """State between commands: the session and the number of the last step made."""
 
@@ -91,6 +102,32 @@ class Worker:
             pass
         return {"step": self.step}
 
+    def lower(self, rows: int, seq_len: int) -> dict:
+        """Trace one step of a batch of this shape and lower it; on to the system's compiler if there is a system.
+
+        Returns {ir: file, stopped: why it went no further, or None, seconds, peak_rss_bytes}. A step that does not
+        lower is an error.
+        """
+        began = time.perf_counter()
+        loader = cstorch.utils.data.DataLoader(blank_input_fn, rows, seq_len, self.session.job)
+        executor = cstorch.utils.data.DataExecutor(loader, num_steps=1)
+        stopped = None
+        try:
+            for batch in executor:
+                self.session.train(batch)
+        except Exception as error:
+            # with the IR on disk all of our side is done, and what failed is the way to a system
+            if not (executor.artifact_dir / "cirh.mlir").exists():
+                raise
+            stopped = " ".join(str(error).split()) or type(error).__name__
+        peaks = (resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+        return {
+            "ir": str(executor.artifact_dir / "cirh.mlir"),
+            "stopped": stopped,
+            "seconds": time.perf_counter() - began,
+            "peak_rss_bytes": max(peaks) * 1024,
+        }
+
     def eval(self, step: int) -> dict:
         """Summed nats and tokens by source of the one batch in the spool under `step`."""
         loader = cstorch.utils.data.DataLoader(input_fn, self.session.job["spool"], step, None)
@@ -126,10 +163,6 @@ class Worker:
         self.session.reset_optimizer()
         self.updates = 0
         return {}
-
-    def usage(self) -> dict:
-        peaks = (resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-        return {"peak_rss_bytes": max(peaks) * 1024}
 
 
 def _cluster(job: dict) -> cstorch.distributed.ClusterConfig:
