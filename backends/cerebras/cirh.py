@@ -87,7 +87,7 @@ def read(file: Path) -> Graph:
                 operands[value] = tuple(_VALUE.findall(rest.partition(" : ")[0]))
                 operations[operation] += 1
                 if operation in ("cirh.MatMul", "cirh.DotGeneral"):
-                    matmuls[re.findall(r"x(\w+)>", rest)[-1]] += 1
+                    matmuls[re.findall(r"(b?f\d+)>", rest)[-1]] += 1
                 empty += bool(re.search(r"tensor<(\d+x)*0x", rest.rpartition(" : ")[2]))
     if outputs is None or not arguments:
         raise ValueError(f"{file}: expected a function of Cerebras IR, none found")
