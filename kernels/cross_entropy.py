@@ -209,6 +209,7 @@ def _save(ctx, inputs, output):
     _, lse, count = output
     ctx.mean = reduction == "mean"
     ctx.mark_non_differentiable(lse, count)
+    ctx.set_materialize_grads(False)  # else zeros are made for the statistics
     ctx.save_for_backward(logits, labels, lse, count)
 
 

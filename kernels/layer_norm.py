@@ -47,6 +47,7 @@ def _save(ctx, inputs, output):
     x, weight, _, _ = inputs
     _, mean, rstd = output
     ctx.mark_non_differentiable(mean, rstd)
+    ctx.set_materialize_grads(False)  # else zeros are made for the statistics
     ctx.save_for_backward(x, weight, mean, rstd)
 
 

@@ -188,7 +188,7 @@ def _launch(q, k, q_out, k_out, cos, sin, positions, turned: int, interleaved: b
     strides = [stride // by for stride in strides] + [0] * (12 - len(strides))
     rope_turn[(batch * seq_blocks, -(-q_heads // block_heads) + -(-k_heads // block_heads))](
         q, k, q_out, k_out, cos, sin, positions, length, cos.shape[0], seq_blocks, *strides,
-        length if positions is not None and positions.dim() == 2 else 0,
+        positions.stride(0) if positions is not None and positions.dim() == 2 else 0,
         Q_HEADS=q_heads, K_HEADS=k_heads, TURNED=turned, D=width, PAIRS=pairs, LANES=lanes,
         TAIL=power_of_two(width - 2 * pairs) if width > 2 * pairs else 0, UNIT=by, INTERLEAVED=interleaved,
         INPLACE=inplace, BACK=back, BT=block_tokens, BH=block_heads, num_warps=4,
@@ -197,7 +197,7 @@ def _launch(q, k, q_out, k_out, cos, sin, positions, turned: int, interleaved: b
 
 def _run(q, k, q_out, k_out, cos, sin, positions, turned: int, interleaved: bool, seq_dim: int, back: bool) -> None:
     if use_triton(q):
-        positions = None if positions is None else positions.contiguous()
+        positions = None if positions is None else _adjacent(positions)
         _launch(q, k, q_out, k_out, cos.contiguous(), sin.contiguous(), positions, turned, interleaved, seq_dim, back)
         return
     cos, sin = _tables(cos, -sin if back else sin, positions, seq_dim)

@@ -245,14 +245,13 @@ def _arithmetic(name: str, element: str) -> Callable[..., str] | None:
     return None
 
 
-def simple_reduction(block: Block, element: str) -> tuple[str, str, Callable[[str, str], str]] | None:
-    """(OpenMP's name of it, its neutral element, formula) if the block is one known operation on float or int."""
+def simple_reduction(block: Block, element: str) -> tuple[str, Callable[[str, str], str]] | None:
+    """(neutral element, formula) if the block is one known operation on float or int."""
     known = {
-        "arith.addf": ("+", "0"), "arith.addi": ("+", "0"),
-        "arith.maxnumf": ("max", "-INFINITY"), "arith.minnumf": ("min", "INFINITY"),
+        "arith.addf": ("0", "{0} + {1}"), "arith.addi": ("0", "{0} + {1}"),
+        "arith.maxnumf": ("-INFINITY", "{0} > {1} ? {0} : {1}"), "arith.minnumf": ("INFINITY", "{0} < {1} ? {0} : {1}"),
     }  # fmt: skip
     if len(block.ops) != 2 or block.ops[0].name not in known or element in ("bf16", "f16"):
         return None
-    omp, neutral = known[block.ops[0].name]
-    formula = {"+": "{0} + {1}", "max": "{0} > {1} ? {0} : {1}", "min": "{0} < {1} ? {0} : {1}"}[omp]
-    return omp, neutral, formula.format
+    neutral, formula = known[block.ops[0].name]
+    return neutral, formula.format

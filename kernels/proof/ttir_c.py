@@ -31,6 +31,7 @@ from crystal.kernels.proof.ttir import (
 )
 from crystal.kernels.proof.ttir_arithmetic import C_TYPES, Index, Value
 
+LANES = 128  # of a sum over a row: a block of threads
 STORED = 24  # operations in one expression; beyond, an intermediate tile is stored
 
 
@@ -271,7 +272,7 @@ class Emitter:
         def one(index: Index, target: str) -> None:
             inner = a.at([*index[:axis], step, *index[axis:]])
             if simple is not None:
-                self.write(f"{target} = {simple[2](target, inner)};")
+                self.write(f"{target} = {simple[1](target, inner)};")
                 return
             (left, _), (right, _) = block.arguments
             scalar = Type(None, kind.element)
@@ -284,16 +285,18 @@ class Emitter:
             for i, d in zip(index, shape, strict=True):
                 if d > 1:
                     self.write(f"for (int {i} = 0; {i} < {d}; {i}++) {{")
-            total = self.fresh("acc")
-            first = simple[1] if simple else a.at([*index, "0"])
-            self.write(f"{element} {total} = {first};")
-            if simple and simple[0]:
-                self.write(f'_Pragma("omp simd reduction({simple[0]}:{total})")')
-            self.write(f"for (int {step} = {0 if simple else 1}; {step} < {size}; {step}++) {{")
-            one(index, total)
-            self.write(f"}} {name}[{flat(shape, index)}] = {total};" + " }" * sum(d > 1 for d in shape))
+            if simple is not None and size > LANES:
+                total = self._by_lanes(simple, element, size, step, lambda target: one(index, target))
+                self.write(f"{name}[{flat(shape, index)}] = {total};" + " }" * sum(d > 1 for d in shape))
+            else:
+                total = self.fresh("acc")
+                first = simple[0] if simple else a.at([*index, "0"])
+                self.write(f"{element} {total} = {first};")
+                self.write(f"for (int {step} = {0 if simple else 1}; {step} < {size}; {step}++) {{")
+                one(index, total)
+                self.write(f"}} {name}[{flat(shape, index)}] = {total};" + " }" * sum(d > 1 for d in shape))
         else:
-            first = simple[1] if simple else None
+            first = simple[0] if simple else None
             self.loop(shape, lambda ix: f"{name}[{flat(shape, ix)}] = {first or a.at([*ix[:axis], '0', *ix[axis:]])};")
             self.write(f"for (int {step} = {0 if simple else 1}; {step} < {size}; {step}++) {{")
             index = [self.fresh("i") for _ in shape]
@@ -304,6 +307,19 @@ class Emitter:
             one(index, f"{name}[{flat(shape, index)}]")
             self.write(" }" * (len(shape) + 1))
         self.values[op.results[0]] = Value(kind, lambda ix: f"{name}[{flat(shape, ix) if ix else 0}]", array=name)
+
+    def _by_lanes(self, simple, element: str, size: int, step: str, one: Callable[[str], None]) -> str:
+        """Reduce as a block of threads does: each lane a part, then the lanes by halves. Returns the C result."""
+        lanes, i, k = self.fresh("lanes"), self.fresh("i"), self.fresh("k")
+        self.write(f"{element} {lanes}[{LANES}];")
+        self.write(f"for (int {i} = 0; {i} < {LANES}; {i}++) {lanes}[{i}] = {simple[0]};")
+        self.write(f"for (int {k} = 0; {k} < {size}; {k} += {LANES})")
+        self.write("#pragma GCC ivdep")
+        self.write(f"for (int {i} = 0; {i} < {LANES}; {i}++) {{ int {step} = {k} + {i};")
+        one(f"{lanes}[{i}]")
+        self.write(f"}} for (int {k} = {LANES // 2}; {k}; {k} /= 2) for (int {i} = 0; {i} < {k}; {i}++)")
+        self.write(f"{lanes}[{i}] = {simple[1](f'{lanes}[{i}]', f'{lanes}[{i} + {k}]')};")
+        return f"{lanes}[0]"
 
     def _carry(self, value: Value) -> Value:
         """A copy that a loop may overwrite."""
