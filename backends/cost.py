@@ -90,10 +90,10 @@ def head_bytes(config: ModelConfig, tokens: int, tp: int = 1) -> int:
 
 
 def recomputed_flops_per_token(config: ModelConfig, seq_len: int, recompute: Recompute) -> int:
-    """FLOPs a token, of all blocks together, that are done a second time."""
+    """FLOPs a token of one block that are done a second time."""
     if recompute == "none":
         return 0
     d, kv = config.d_model, config.kv_heads * config.d_head
     attention = 2 * d * (d + 2 * kv) + 2 * d * seq_len  # q, k, v and causal scores; the forward pass alone
     rest = 2 * d * d + 2 * 3 * d * config.d_ff if recompute == "block" else 0
-    return config.n_layers * (attention + rest)
+    return attention + rest

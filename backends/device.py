@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from pydantic import Field
 
-from crystal.config import Strict, find, load_yaml, override, parse
+from crystal.config import CONFIGS, ConfigError, Strict, find, load_yaml, nearest, override, parse
 
 
 class Device(Strict):
@@ -28,7 +27,14 @@ class Device(Strict):
         return int(self.memory_gb * self.usable_fraction * 1e9)
 
 
-def load_device(name: str | Path, changes: Sequence[str] = ()) -> Device:
+def load_device(name: str, changes: Sequence[str] = ()) -> Device:
     """A device by name or file; changes: `key=value`. Raises ConfigError, with the nearest name for an unknown one."""
-    source = override(load_yaml(find(name, "devices")), changes)
+    try:
+        file = find(name, "devices")
+    except ConfigError:
+        known = sorted(path.stem for path in (CONFIGS / "devices").glob("*.yaml"))
+        raise ConfigError(
+            f"--device {name}: expected a YAML file or one of {', '.join(known)}{nearest(name, known)}"
+        ) from None
+    source = override(load_yaml(file), changes)
     return parse(Device, source.mapping, source)

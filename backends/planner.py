@@ -18,7 +18,7 @@ Not modelled: matmuls that shrink with tensor parallelism and small micro-batche
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from math import gcd, prod
@@ -38,7 +38,6 @@ from crystal.backends.device import Device
 from crystal.zoo.build import meta_decoder
 from crystal.zoo.config import ModelConfig
 
-RECOMPUTE: tuple[Recompute, ...] = ("none", "attention", "block")
 INTERLEAVE = (1, 2, 4)
 SPLIT = {  # dimension over which tensor parallelism divides a tensor (Shoeybi et al. 2019); all others are whole
     **{f"attn.{name}.{kind}": 0 for name in "qkv" for kind in ("weight", "bias")},
@@ -97,34 +96,48 @@ def divisors(n: int) -> list[int]:
     return [i for i in range(1, n + 1) if n % i == 0]
 
 
+def sizes(work: Work, device: Device) -> list[int]:
+    """All numbers of devices that there is a layout for, ascending."""
+    m = work.model
+    tps = divisors(gcd(m.n_heads, m.kv_heads, m.d_ff, m.vocab_size, device.devices_per_node))
+    pps = divisors(gcd(m.n_layers, work.global_batch_size))
+    return sorted({r * pp * tp for tp in tps for pp in pps for r in divisors(work.global_batch_size // pp)})
+
+
 def layouts(work: Work, devices: int, device: Device) -> Iterator[Layout]:
-    """Every layout whose product is `devices`: tp inside a node and dividing heads, d_ff and words; stages of equal
-    numbers of blocks; dp x fsdp dividing the global batch."""
+    """Every layout whose product is `devices`: tp inside a node and dividing heads, d_ff and words, pp dividing the
+    layers, dp x fsdp the global batch, pp a replica's rows of it."""
     m = work.model
     for tp in divisors(gcd(m.n_heads, m.kv_heads, m.d_ff, m.vocab_size, device.devices_per_node, devices)):
         for pp in divisors(gcd(m.n_layers, devices // tp)):
             replicas = devices // (tp * pp)
-            if work.global_batch_size % replicas:
-                continue
-            for interleave in INTERLEAVE if pp > 1 else (1,):
-                if m.n_layers % (pp * interleave) == 0:
-                    for fsdp in divisors(replicas):
-                        yield Layout(dp=replicas // fsdp, fsdp=fsdp, tp=tp, pp=pp, interleave=interleave)
+            if work.global_batch_size % (replicas * pp) == 0:
+                for fsdp in divisors(replicas):
+                    yield Layout(dp=replicas // fsdp, fsdp=fsdp, tp=tp, pp=pp, interleave=1)
 
 
-def candidates(work: Work, layout: Layout, device: Device) -> Iterator[Candidate]:
-    """A layout with every micro-batch that divides a replica's rows and every recomputation policy; a pipeline takes
-    its micro-batches by as many as it has processes."""
+def candidates(
+    work: Work,
+    layout: Layout,
+    device: Device,
+    micro_batch_sizes: Sequence[int] | None = None,
+    recompute: Sequence[Recompute] = ("none", "attention", "block"),
+) -> Iterator[Candidate]:
+    """A layout with every micro-batch that divides a replica's rows, every recomputation policy and, in a pipeline,
+    one, two or four stages a process; it takes its micro-batches by as many as it has processes."""
     rows = work.global_batch_size // (layout.dp * layout.fsdp)
-    for micro_batch_size in divisors(rows):
-        if rows // micro_batch_size % layout.pp == 0:
-            for recompute in RECOMPUTE:
-                yield candidate(work, layout, device, micro_batch_size, recompute)
+    blocks = work.model.n_layers // layout.pp
+    for interleave in [i for i in INTERLEAVE if blocks % i == 0] if layout.pp > 1 else [1]:
+        staged = layout.model_copy(update={"interleave": interleave})
+        for micro_batch_size in micro_batch_sizes or divisors(rows):
+            if rows // micro_batch_size % layout.pp == 0:
+                for policy in recompute:
+                    yield candidate(work, staged, device, micro_batch_size, policy)
 
 
 def plan(work: Work, devices: int, device: Device) -> list[Candidate]:
-    """The fastest candidate of each layout that fits a device's memory, best first; of equals the smaller one.
-    Empty where nothing fits."""
+    """The fastest candidate of each layout that fits a device's memory, best first; of equals to four digits the
+    one that sends for a shorter time. Empty where nothing fits."""
     best = []
     for layout in layouts(work, devices, device):
         fitting = [c for c in candidates(work, layout, device) if c.memory_bytes <= device.usable_bytes]
@@ -133,13 +146,13 @@ def plan(work: Work, devices: int, device: Device) -> list[Candidate]:
     return sorted(best, key=_rank)
 
 
-def _rank(c: Candidate) -> tuple[float, int]:
-    return round(c.step_seconds, 3), c.memory_bytes
+def _rank(c: Candidate) -> tuple[float, float, int]:
+    return float(f"{c.step_seconds:.4g}"), sum(t.seconds for t in c.traffic), c.memory_bytes
 
 
 def smallest(work: Work, devices: int, device: Device) -> Candidate | None:
-    """The candidate that needs least memory; None where there is no layout."""
-    every = (c for layout in layouts(work, devices, device) for c in candidates(work, layout, device))
+    """The candidate that needs least memory: one row at a time, blocks computed again. None: no layout."""
+    every = (c for layout in layouts(work, devices, device) for c in candidates(work, layout, device, (1,), ("block",)))
     return min(every, key=lambda c: c.memory_bytes, default=None)
 
 
@@ -193,12 +206,19 @@ def held(model: ModelConfig, layout: Layout, process: int = 0) -> Elements:
             block[name.split(".", 2)[2]] = shape
         elif here[name.split(".")[0]]:
             ends[name] = shape
-    count = model.n_layers // layout.pp
+    count = blocks_of(model, layout)
     (one, one_part), (rest, rest_part) = (
         tuple(sum(elements(name, shape, layout.tp, fsdp) for name, shape in of.items()) for fsdp in (1, layout.fsdp))
         for of in (block, ends)
     )
     return Elements(count * one, one, rest, count * one_part + rest_part)
+
+
+def blocks_of(model: ModelConfig, layout: Layout) -> int:
+    """Blocks of a process of a pipeline; where its stages do not divide them evenly, of the fullest."""
+    if layout.pp == 1:
+        return model.n_layers
+    return -(-model.n_layers // (layout.pp * layout.interleave)) * layout.interleave
 
 
 @lru_cache(maxsize=16)
@@ -232,9 +252,9 @@ def memory(
         else:
             copy = n.ends + 2 * n.block
     kept = block_activation_bytes(model, tokens, recompute, layout.tp)
-    chunk = model.n_layers * kept  # of one stage and micro-batch
+    chunk = blocks_of(model, layout) * kept  # of one stage and micro-batch
     if layout.pp > 1:  # with its output, until that one's gradient comes
-        chunk = chunk // (layout.pp * layout.interleave) + 2 * tokens * model.d_model
+        chunk = chunk // layout.interleave + 2 * tokens * model.d_model
     activations = in_flight(layout, process, micro_batches) * chunk
     if recompute != "none":  # one block at a time is whole again in its backward pass
         activations += block_activation_bytes(model, tokens, "none", layout.tp) - kept
@@ -280,7 +300,7 @@ def traffic(
 
     # Forward, the outputs of attention and MLP; backward, the inputs of q, k, v, gate and up, each by itself.
     # A block that is recomputed reduces its attention's output again. Beside the blocks, embedding and head once each.
-    blocks = model.n_layers // layout.pp
+    blocks = blocks_of(model, layout)
     ring("all_reduce", "tp", micro_batches * activation * (blocks * (7 + (recompute == "block")) + first + last))
     if layout.pp == 1:  # blocks once forward and once backward, the ends stay for both
         ring("all_gather", "fsdp", COPY * micro_batches * (2 * n.blocks + n.ends))
@@ -307,18 +327,18 @@ def link(device: Device, stride: int, size: int) -> tuple[bool, float]:
 
 def process_flops_per_token(work: Work, layout: Layout, process: int) -> int:
     """FLOPs a token of one process of a pipeline, all tp devices together, counted as `cost.flops_per_token` does."""
-    model, n = work.model, held(work.model, Layout(pp=layout.pp), process)
+    model, n = work.model, held(work.model, layout.model_copy(update={"tp": 1}), process)
     multiplied = n.whole
     if process == 0 and not (layout.pp == 1 and model.tie_embeddings):
         multiplied -= model.vocab_size * model.d_model  # only looked up
-    return 6 * multiplied + 6 * (model.n_layers // layout.pp) * model.d_model * work.seq_len
+    return 6 * multiplied + 6 * blocks_of(model, layout) * model.d_model * work.seq_len
 
 
 def _seconds(
     work: Work, layout: Layout, device: Device, tokens: int, micro_batches: int, recompute: Recompute,
     sent: tuple[Traffic, ...],
 ) -> dict[str, float]:  # fmt: skip
-    again = recomputed_flops_per_token(work.model, work.seq_len, recompute) // layout.pp
+    again = recomputed_flops_per_token(work.model, work.seq_len, recompute) * blocks_of(work.model, layout)
     ends = {0, layout.pp - 1}
     busiest = max(process_flops_per_token(work, layout, process) for process in ends) + again
     compute = micro_batches * tokens * busiest / (layout.tp * device.peak_tflops * 1e12 * device.matmul_fraction)

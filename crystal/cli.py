@@ -224,6 +224,31 @@ def schedule(
     _print(result, as_json, describe.schedule_text(result))
 
 
+@app.command()
+def plan(
+    run: Run,
+    overrides: Overrides = None,
+    devices: Annotated[int, typer.Option(min=1, metavar="N", help="how many")] = 8,
+    device: Annotated[
+        str, typer.Option(metavar="NAME|FILE.yaml", help="of configs/devices/, or your own")
+    ] = "a100-80gb",
+    changes: Annotated[
+        list[str] | None, typer.Option("--with", metavar="KEY=VALUE", help="changes to the device: devices_per_node=4")
+    ] = None,
+    tokens_per_second: Annotated[float | None, typer.Option(help="a rate that was measured, of all devices")] = None,
+    mfu: Annotated[float | None, typer.Option(help="the same as a share of peak, 6 N FLOPs a token")] = None,
+    top: Annotated[int, typer.Option(min=1, metavar="K", help="how many layouts to print")] = 10,
+    as_json: Json = False,
+) -> None:
+    """Parallel layouts of a run on N devices: memory, traffic, FLOPs, MFU and days of each, best first."""
+    from crystal.plan_command import plan_run, plan_text
+    from crystal.run import load_run
+
+    loaded = load_run(run, overrides or ())
+    result = plan_run(loaded, devices, device, changes or (), tokens_per_second, mfu, top)
+    _print(result, as_json, plan_text(result))
+
+
 Parametrization = Annotated[
     Literal["sp", "mup", "crystalcoder", "completep"] | None, typer.Option(help="instead of the declared one")
 ]

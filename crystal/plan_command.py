@@ -1,0 +1,192 @@
+"""`crystal plan`: which parallel layout a run should have on a target machine, what it needs and how long it takes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from crystal.backends.config import CudaConfig
+from crystal.backends.cost import flops_per_token
+from crystal.backends.device import Device, load_device
+from crystal.backends.planner import Candidate, Work, candidate, layouts, plan, sizes, smallest
+from crystal.config import ConfigError
+from crystal.curriculum import resolve
+from crystal.run import RunFile
+from crystal.zoo.build import parameter_count
+
+DAY = 86400
+
+
+def plan_run(
+    run: RunFile,
+    devices: int,
+    device_name: str,
+    changes: Sequence[str] = (),
+    tokens_per_second: float | None = None,
+    mfu: float | None = None,
+    top: int = 10,
+) -> dict:
+    """The best `top` layouts of a run on so many devices, with every number they were reckoned from.
+
+    tokens_per_second or mfu (of all devices; counted as 6 N): a measured or published rate; MFU and days are then its
+    own, while layouts keep their estimates and their order. A run whose backend is cuda with a layout of `devices`
+    processes is told about its own as well. Raises ConfigError where nothing can be laid out or fits.
+    """
+    device = load_device(device_name, changes)
+    if tokens_per_second is not None and mfu is not None:
+        raise ConfigError("--tokens-per-second and --mfu: expected one of them, they say the same")
+    for flag, value in (("--tokens-per-second", tokens_per_second), ("--mfu", mfu)):
+        if value is not None and not 0 < value < (1 if flag == "--mfu" else math.inf):
+            raise ConfigError(
+                f"{flag}: expected {'a share of 1' if flag == '--mfu' else 'a rate'} above 0, got {value:g}"
+            )
+    backend, curriculum = run.config.backend, resolve(run.config.curriculum, run.source)
+    if backend.name == "cuda" and backend.dtype != "bf16":
+        raise ConfigError(
+            f"{run.where('backend', 'dtype')}: expected bf16, which plans are made for, got {backend.dtype}"
+        )
+    work = Work(run.config.model, curriculum.seq_len, curriculum.global_batch_size, curriculum.steps)
+    found = plan(work, devices, device)
+    if not found:
+        raise ConfigError(_refusal(work, devices, device))
+    rate = tokens_per_second
+    if mfu is not None:
+        rate = mfu * devices * device.peak_tflops * 1e12 / (6 * parameter_count(work.model))
+    best = work.tokens_per_step / found[0].step_seconds
+    result = {
+        "run": run.config.name,
+        "parameters": parameter_count(work.model),
+        "seq_len": work.seq_len,
+        "global_batch_size": work.global_batch_size,
+        "steps": work.steps,
+        "tokens": work.steps * work.tokens_per_step,
+        "flops_per_token": flops_per_token(work.model, work.seq_len),
+        "flops_per_step": flops_per_token(work.model, work.seq_len) * work.tokens_per_step,
+        "devices": devices,
+        "device": device.model_dump(),
+        "usable_bytes": device.usable_bytes,
+        "layouts_possible": sum(1 for _ in layouts(work, devices, device)),
+        "layouts_fitting": len(found),
+        "rate": "estimated" if rate is None else "given",
+        **bookkeeping(work, devices, device, rate or best),
+        "layouts": [_row(work, devices, device, c) for c in found[:top]],
+        "own": None,
+    }
+    if isinstance(backend, CudaConfig) and backend.parallel.processes == devices and devices > 1:
+        own = candidate(work, backend.parallel, device, run.config.train.micro_batch_size, backend.recompute)
+        result["own"] = _row(work, devices, device, own)
+    return result
+
+
+def bookkeeping(work: Work, devices: int, device: Device, tokens_per_second: float) -> dict[str, float]:
+    """What a rate comes to. MFU (Chowdhery et al. 2022, appendix B) twice: of 6 N FLOPs a token, N all parameters, and
+    of `cost.flops_per_token`, which leaves out an embedding that is only looked up and adds causal attention."""
+    peak = devices * device.peak_tflops * 1e12
+    return {
+        "tokens_per_second": tokens_per_second,
+        "step_seconds": work.tokens_per_step / tokens_per_second,
+        "mfu_6n": 6 * parameter_count(work.model) * tokens_per_second / peak,
+        "mfu": flops_per_token(work.model, work.seq_len) * tokens_per_second / peak,
+        "days": work.steps * work.tokens_per_step / tokens_per_second / DAY,
+    }
+
+
+def _row(work: Work, devices: int, device: Device, c: Candidate) -> dict:
+    sent = {"intra_node": 0, "inter_node": 0}
+    for t in c.traffic:
+        sent["inter_node" if t.inter else "intra_node"] += t.bytes
+    return {
+        **c.layout.model_dump(),
+        "micro_batch_size": c.micro_batch_size,
+        "micro_batches": c.micro_batches,
+        "recompute": c.recompute,
+        "memory_bytes": c.memory_bytes,
+        "memory": c.memory,
+        "fits": c.memory_bytes <= device.usable_bytes,
+        "traffic_bytes": sent,
+        "traffic": [vars(t) for t in c.traffic],
+        "seconds": c.seconds,
+        "bubble_fraction": c.seconds["bubble"] / c.step_seconds,
+        **bookkeeping(work, devices, device, work.tokens_per_step / c.step_seconds),
+    }
+
+
+def _refusal(work: Work, devices: int, device: Device) -> str:
+    """One line: why there is no layout, and what would do."""
+    model, possible = work.model, sizes(work, device)
+    least = smallest(work, devices, device)
+    if least is None:
+        near = [n for n in possible if n < devices][-1:] + [n for n in possible if n > devices][:1]
+        return (
+            f"--devices {devices}: expected dp x fsdp x tp x pp, dp x fsdp dividing the global batch of "
+            f"{work.global_batch_size} rows, tp {model.n_heads} heads, d_ff {model.d_ff} and {device.devices_per_node} "
+            f"devices a node, pp {model.n_layers} layers; {' or '.join(map(str, near))} would do"
+        )
+    more = (n for n in possible if n > devices and smallest(work, n, device).memory_bytes <= device.usable_bytes)
+    enough = next((f"; {n} of them would do" for n in more), "")
+    return (
+        f"--devices {devices} --device {device.name}: nothing fits, {layout_text(least.layout.model_dump())} with "
+        f"micro-batch {least.micro_batch_size} and recompute {least.recompute} needs least, "
+        f"{least.memory_bytes / 1e9:.1f} GB of {device.usable_bytes / 1e9:.1f} usable{enough}"
+    )
+
+
+def layout_text(row: dict) -> str:
+    """`fsdp 56 x tp 4`: the dimensions that are not 1."""
+    words = [f"{name} {row[name]}" for name in ("pp", "dp", "fsdp", "tp") if row[name] > 1]
+    return " x ".join(words) or "one process"
+
+
+def plan_text(result: dict) -> str:
+    """The same for people: inputs, the rate that was given, a line a layout, the best layout's parts."""
+    d = result["device"]
+    lines = [
+        f"{result['run']}: {result['parameters']:,} parameters, {result['steps']:,} steps of "
+        f"{result['global_batch_size']:,} x {result['seq_len']:,} tokens, {result['tokens'] / 1e9:,.6g} B in all; "
+        f"{result['flops_per_token'] / 1e9:.4g} GFLOP a token, {result['flops_per_step']:.4g} FLOP a step",
+        f"{result['devices']:,} x {d['name']}, {d['devices_per_node']} a node: {d['memory_gb']:g} GB, "
+        f"{d['usable_fraction']:g} of it usable; {d['peak_tflops']:g} TFLOP/s bf16, of which {d['matmul_fraction']:g} "
+        f"reached; memory {d['hbm_gb_per_s']:g} GB/s, links {d['intra_node_gb_per_s']:g} GB/s in a node and "
+        f"{d['inter_node_gb_per_s']:g} between nodes",
+    ]
+    if result["rate"] == "given":
+        lines.append(
+            f"given: {result['tokens_per_second']:,.0f} tokens/s = {result['mfu_6n']:.1%} MFU (6N), "
+            f"{result['mfu']:.1%} with causal attention; {result['step_seconds']:.3f} s a step, "
+            f"{result['days']:.1f} days"
+        )
+    lines += [
+        f"{result['layouts_fitting']} of {result['layouts_possible']} layouts fit; best first by estimate",
+        "",
+        f"{'layout':36} {'rows x n':>9} {'recompute':>9} {'GB':>5} {'sent, GB: in/out':>16} {'bubble':>6} "
+        f"{'s/step':>8} {'tokens/s':>10} {'6N MFU':>6} {'days':>7}",
+        *map(_line, result["layouts"]),
+    ]
+    if own := result["own"]:
+        lines += [f"the run file's own layout{'' if own['fits'] else ', which does not fit'}:", _line(own)]
+    return "\n".join(line.rstrip() for line in [*lines, "", *_parts(own or result["layouts"][0])])
+
+
+def _line(r: dict) -> str:
+    layout = layout_text(r) + (f" interleave {r['interleave']}" if r["pp"] > 1 else "")
+    rows = f"{r['micro_batch_size']} x {r['micro_batches']}"
+    sent = f"{r['traffic_bytes']['intra_node'] / 1e9:,.0f} / {r['traffic_bytes']['inter_node'] / 1e9:,.0f}"
+    return (
+        f"{layout:36} {rows:>9} {r['recompute']:>9} {r['memory_bytes'] / 1e9:>5.3g} {sent:>16} "
+        f"{r['bubble_fraction']:>6.1%} {r['step_seconds']:>8.4g} {r['tokens_per_second']:>10,.0f} {r['mfu_6n']:>6.1%} "
+        f"{r['days']:>7.1f}"
+    )
+
+
+def _parts(r: dict) -> list[str]:
+    memory = ", ".join(f"{key.replace('_', ' ')} {n / 1e9:.3g}" for key, n in r["memory"].items())
+    sent = ", ".join(
+        f"{t['kind'].replace('_', '-')} ({t['of']}) {t['bytes'] / 1e9:.3g} {'out of' if t['inter'] else 'in'} node"
+        for t in r["traffic"]
+    )
+    seconds = ", ".join(f"{key} {s:.3g}" for key, s in r["seconds"].items())
+    return [
+        f"{layout_text(r)}, GB on its fullest device: {memory}",
+        f"  GB sent a step by a device: {sent or 'none'}",
+        f"  estimated seconds of a step: {seconds}",
+    ]
