@@ -178,6 +178,10 @@ def audit_text(name: str, report: Report, plan: Plan) -> str:
     marks = ["", *(f"{key[-1] or '':13}{len(same):>3} x " for key, same in rows.items())]
     width = max(map(len, marks))
     lines = [f"{mark:{width}}{line}" for mark, line in zip(marks, table, strict=True)]
+    lines.append(
+        f"model: embedding x {plan.embedding_multiplier:g}, logits x {plan.logits_multiplier:g}, residual branches x "
+        f"{plan.residual_multiplier:g}; m = {plan.width_multiplier:g}"
+    )
     checks = f"{len(report.rows)} checks of {len(plan.tensors)} tensors in {report.seconds:.1f} s"
     lines.append(f"{report.verdict}  {name}: {plan.parametrization}, {checks}")
     lines += [f"  {line}" for line in summary([r for r in report.rows if r.verdict != "PASS"], 20)]

@@ -161,7 +161,7 @@ def text(checks: Sequence[CoordCheck]) -> str:
         lines.append(f"  {'quantity':12} {'rows':>5} {'expected':>9} {'slopes':>16}  verdict")
         for (quantity, expected), rows in _by_quantity(check.rows).items():
             slopes = [r.slope for r in rows if r.slope is not None]
-            span = f"{min(slopes):+.2f} … {max(slopes):+.2f}" if slopes else ""
+            span = f"{min(slopes):+z.2f} … {max(slopes):+z.2f}" if slopes else ""
             lines.append(f"  {quantity:12} {len(rows):>5} {expected:>9} {span:>16}  {overall(r.verdict for r in rows)}")
     return "\n".join(lines)
 

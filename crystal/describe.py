@@ -80,9 +80,11 @@ def model_text(result: dict) -> str:
 
 
 def plan_table(rows: list[dict]) -> str:
-    """The plan as text, a line a tensor."""
-    head = f"{'tensor':32} {'shape':>16} {'role':10} {'m':>8} {'init':>24} {'lr x':>8} {'wd':>5} {'eps':>7}  rule"
-    lines = [head]
+    """The plan as text, a line a tensor; `out x`: what the forward pass multiplies the tensor's output with."""
+    lines = [
+        f"{'tensor':32} {'shape':>16} {'role':10} {'m':>8} {'init':>24} {'lr x':>8} {'wd':>5} {'eps':>7} {'out x':>8}  "
+        "rule"
+    ]
     for r in rows:
         init = r["init"] if r["init"] != "normal" else f"N({r['init_std']:.7g})"
         if r["init_cut"]:
@@ -90,7 +92,8 @@ def plan_table(rows: list[dict]) -> str:
         shape = "x".join(map(str, r["shape"]))
         lines.append(
             f"{r['tensor']:32} {shape:>16} {r['role']:10} {r['width_multiplier']:>8.6g} {init:>24} "
-            f"{r['lr_multiplier']:>8.6g} {r['weight_decay']:>5g} {r['eps']:>7g}  {r['rule']}"
+            f"{r['lr_multiplier']:>8.6g} {r['weight_decay']:>5g} {r['eps']:>7g} {r['forward_multiplier']:>8.6g}  "
+            f"{r['rule']}"
         )
     return "\n".join(lines)
 

@@ -219,12 +219,12 @@ class _Tensor:
         if self.m == 1 or abs(found - expected) < TOLERANCE:
             return Row(self.name, quantity, found, (found, found), expected, "PASS", source)
         if equivalent:
-            note = f"{self.name}: {quantity} ∝ m^{found:.2f}, equal to {source} by abc-symmetry"
+            note = f"{self.name}: {quantity} ∝ m^{found:z.2f}, equal to {source} by abc-symmetry"
             return Row(self.name, quantity, found, (found, found), expected, "PASS", source, note)
         role = "output" if use == "matmul" and self.role != "hidden" else self.role
         why = explain(quantity, role, found, expected, None if group is None else group.number)
         message = (
-            f"{self.name}: {quantity} ∝ m^{found:.2f} from width {self.widths[0]} to {self.widths[1]}, "
+            f"{self.name}: {quantity} ∝ m^{found:z.2f} from width {self.widths[0]} to {self.widths[1]}, "
             f"expected m^{expected:g} ({role}): {why}"
         )
         return Row(self.name, quantity, found, (found, found), expected, "FAIL", source, message)
@@ -259,7 +259,7 @@ def _attention(base: Observed, other: Observed, rules: Parametrization, power: f
             else:
                 found = change / math.log(d_head / d_base)
                 why = explain("attention", None, found, expected)
-                message = f"{name}: scores ∝ d_head^{found:.2f} as d_head goes {d_base} → {d_head}: {why}"
+                message = f"{name}: scores ∝ d_head^{found:z.2f} as d_head goes {d_base} → {d_head}: {why}"
             if abs(found - expected) < TOLERANCE:
                 rows.append(Row(name, "attention", found, (found, found), expected, "PASS", rules.source))
                 continue

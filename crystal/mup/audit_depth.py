@@ -87,7 +87,6 @@ def _row(name: str, quantity: str, found: float | None, expected: float, depths,
         return None
     if abs(found - expected) < _TOLERANCE:
         return Row(name, quantity, found, (found, found), expected, "PASS", _SOURCE)
-    message = (
-        f"{name}: {quantity} ∝ m_L^{found:.2f} from {depths[0]} to {depths[1]} layers, expected m_L^{expected:g}: {why}"
-    )
+    grown = f"from {depths[0]} to {depths[1]} layers"
+    message = f"{name}: {quantity} ∝ m_L^{found:z.2f} {grown}, expected m_L^{expected:g}: {why}"
     return Row(name, quantity, found, (found, found), expected, "FAIL", _SOURCE, message)

@@ -45,13 +45,15 @@ FINITE = -0.35  # how far below 0 a correct model may lie after updates at width
 
 @dataclass
 class CoordCheck(Report):
-    """A report that keeps its measurements, for plots. along: width or depth; sizes: those measured."""
+    """A report that keeps its measurements, for plots. along: width or depth; sizes: those measured; blocks: start of
+    the names of what is inside residual blocks."""
 
     along: Along = "width"
     sizes: tuple[int, ...] = ()
     steps: int = 0
     label: str = ""
     measured: list[Measured] = field(default_factory=list)
+    blocks: str = "blocks."
 
 
 def coord_check(
@@ -105,7 +107,7 @@ def coord_check(
         f"{name}: its gradient never rose above rounding noise, so its update says nothing"
         for name in sorted(frozenset.intersection(*(m.quiet for m in measured)))
     ]
-    return CoordCheck(rows, time.perf_counter() - began, notes, along, sizes, steps, label, measured)
+    return CoordCheck(rows, time.perf_counter() - began, notes, along, sizes, steps, label, measured, blocks)
 
 
 class _Expected:
@@ -151,7 +153,6 @@ class _Expected:
 def judge(measured: Sequence[Measured], steps: int, expected: _Expected) -> list[Row]:
     """A row for every tensor and activation: exponent, interval, verdict."""
     points: dict[tuple[str, str, int], dict[tuple[int, int], float]] = {}
-    deepest = max(m.size for m in measured)
     for m in measured:
         for (name, quantity, step), value in m.values.items():
             if quantity in ("update", "push"):
@@ -159,7 +160,7 @@ def judge(measured: Sequence[Measured], steps: int, expected: _Expected) -> list
             elif quantity in ("size", "change") and step not in (1, steps):
                 continue
             if expected.along == "depth":
-                name = _by_depth(name, m.size, deepest, expected.blocks)
+                name = by_depth(name, m.size, expected.blocks)
             points.setdefault((name, quantity, step), {})[m.size, m.seed] = value
     groups = measured[0].groups
     rows = [_row(key, values, len(measured), expected, groups) for key, values in points.items()]
@@ -167,8 +168,8 @@ def judge(measured: Sequence[Measured], steps: int, expected: _Expected) -> list
     return sorted((r for r in rows if r is not None), key=lambda r: order[r.quantity.split()[0]])
 
 
-def _by_depth(name: str, depth: int, deepest: int, blocks: str) -> str:
-    """Names that mean the same at every depth: the last block's own number is left out."""
+def by_depth(name: str, depth: int, blocks: str) -> str:
+    """A name that means the same at every depth: the last block's own number is left out."""
     return re.sub(rf"^{re.escape(blocks)}{depth - 1}(?=\.|$)", f"{blocks}last", name)
 
 
@@ -195,7 +196,7 @@ def _row(key, values: dict, runs: int, expected: _Expected, groups: dict[str, in
         wanted = f"{expected.along}^{high:g}"
         why = why if verdict == "FAIL" else "more seeds or widths would tell"
         what = {"init": "init", "update": "first update", "push": "effect of the first update"}.get(quantity, label)
-        message = f"{name}: {what} ∝ {expected.along}^{slope.value:.2f}, expected {wanted}: {why}"
+        message = f"{name}: {what} ∝ {expected.along}^{slope.value:z.2f}, expected {wanted}: {why}"
     return Row(name, label, slope.value, (slope.low, slope.high), high, verdict, expected.source, message)
 
 

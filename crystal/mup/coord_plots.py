@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from crystal.mup.coord_check import CoordCheck
+from crystal.mup.coord_check import CoordCheck, by_depth
 from crystal.mup.verdict import summary
 
 if TYPE_CHECKING:
@@ -32,14 +32,14 @@ def figure(checks: Sequence[CoordCheck]) -> Figure:
     """One column a check, one row a quantity, both axes logarithmic; the y axis is shared along a row."""
     from matplotlib.figure import Figure
 
-    quantities = [(q, s) for q, s in _quantities(checks[-1])]
+    quantities = _quantities(checks[-1])
     fig = Figure(figsize=(4.2 * len(checks) + 1.2, 2.1 * len(quantities) + 0.8), layout="constrained")
     axes = fig.subplots(len(quantities), len(checks), squeeze=False, sharey="row", sharex=True)
     for column, check in enumerate(checks):
         verdicts = {(r.name, r.quantity): r.verdict for r in check.rows}
         for line, (quantity, step) in enumerate(quantities):
             ax = axes[line][column]
-            label = f"{quantity} t={step}" if step else quantity
+            label = _label(quantity, step)
             for name, ys in _lines(check, quantity, step).items():
                 verdict = verdicts.get((name, label))
                 if verdict is None or min(ys) <= 0:
@@ -56,6 +56,9 @@ def figure(checks: Sequence[CoordCheck]) -> Figure:
                 ax.set_ylabel(label, fontsize=9)
         axes[0][column].set_title(f"{check.label or 'check'}: {check.verdict}", fontsize=10)
         axes[-1][column].set_xlabel(check.along, fontsize=9)
+    for (low, high), ax in ((row[0].get_ylim(), row[0]) for row in axes):
+        if high < 4 * low:  # at least two octaves, or noise fills the panel
+            ax.set_ylim((low * high) ** 0.5 / 2, (low * high) ** 0.5 * 2)
     handles = [axes[0][0].plot([], [], color=c, label="fails" if k == "FAIL" else k)[0] for k, c in COLOURS.items()]
     fig.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize=8, frameon=False)
     return fig
@@ -73,9 +76,14 @@ def _png(checks: Sequence[CoordCheck]) -> bytes:
 
 
 def _quantities(check: CoordCheck) -> list[tuple[str, int]]:
-    """(quantity, step or 0) of the rows of the picture; the tensors' own come first."""
-    last = check.steps
-    return [("init", 0), ("update", 0), ("push", 0), ("size", 1), ("size", last), ("change", last)]
+    """(quantity, step or 0) of the rows of the picture, those that are judged; the tensors' own come first."""
+    last, judged = check.steps, {row.quantity for row in check.rows}
+    shown = [("init", 0), ("update", 0), ("push", 0), ("size", 1), ("size", last), ("change", last)]
+    return [(q, s) for q, s in shown if _label(q, s) in judged]
+
+
+def _label(quantity: str, step: int) -> str:
+    return f"{quantity} t={step}" if step else quantity
 
 
 def _lines(check: CoordCheck, quantity: str, step: int) -> dict[str, list[float]]:
@@ -83,6 +91,8 @@ def _lines(check: CoordCheck, quantity: str, step: int) -> dict[str, list[float]
     values: dict[str, dict[int, list[float]]] = {}
     for m in check.measured:
         for (name, q, t), value in m.values.items():
+            if check.along == "depth":
+                name = by_depth(name, m.size, check.blocks)
             if q == quantity and (step in (0, t)):
                 values.setdefault(name, {}).setdefault(m.size, []).append(value)
     return {
@@ -130,8 +140,8 @@ def page(checks: Sequence[CoordCheck], title: str) -> str:
 
 
 def _number(x: float | None) -> str:
-    return "" if x is None else f"{x:+.2f}"
+    return "" if x is None else f"{x:+z.2f}"
 
 
 def _interval(ci: tuple[float, float] | None) -> str:
-    return "" if ci is None else f"{ci[0]:+.2f} … {ci[1]:+.2f}"
+    return "" if ci is None else f"{ci[0]:+z.2f} … {ci[1]:+z.2f}"

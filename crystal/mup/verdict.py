@@ -67,16 +67,21 @@ def overall(verdicts: Iterable[Verdict]) -> Verdict:
 
 
 def summary(rows: Sequence[Row], limit: int = 8) -> list[str]:
-    """The lines a reader needs: each distinct fault once, blocks of one kind folded together, causes first.
+    """The lines a reader needs: each distinct fault once, with how many more tensors have it, causes first.
 
     An activation that grows because a tensor's rule is broken says nothing new, so activations are listed only
     when no tensor is at fault.
     """
-    causes = [row for row in rows if row.quantity not in EFFECTS] or list(rows)
-    order = {row.message: row for row in causes}
-    lines = [row.message for row in order.values()]
+    causes = [row for row in rows if row.quantity.split()[0] not in EFFECTS] or list(rows)
+    alike: dict[tuple, dict[str, str]] = {}  # (quantity, what is wrong) → tensor → message
+    for row in causes:
+        alike.setdefault((row.quantity, row.message.rpartition(": ")[2]), {})[row.name] = row.message
+    lines = []
+    for messages in alike.values():
+        first, *others = messages.values()
+        lines.append(first + (f", and so {len(others)} more" if others else ""))
     more = len(lines) - limit
-    return lines[:limit] + ([f"… and {more} more"] if more > 0 else [])
+    return lines[:limit] + ([f"… and {more} more faults"] if more > 0 else [])
 
 
 EFFECTS = ("size", "change", "push")  # what a fault does, rather than where it is
