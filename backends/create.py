@@ -29,6 +29,10 @@ def create(
         from crystal.backends.cpu import CpuBackend
 
         return CpuBackend(model, plan, optimizer, schedule, seed, n_sources, config)
+    if config.name == "cuda":
+        from crystal.backends.cuda import CudaBackend
+
+        return CudaBackend(model, plan, optimizer, schedule, seed, n_sources, config)
     if config.name == "cerebras":
         from crystal.backends.cerebras.bridge import CerebrasBackend
 

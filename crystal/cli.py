@@ -17,7 +17,7 @@ from crystal import __version__
 from crystal.bench import bench
 from crystal.cerebras import cerebras
 from crystal.config import ConfigError
-from crystal.options import Json, Overrides, Run, Step
+from crystal.options import Json, Overrides, Run, Step, is_first
 from crystal.options import console as _console
 from crystal.options import print_result as _print
 
@@ -38,7 +38,7 @@ def main() -> None:
     try:
         code = app(prog_name="crystal", standalone_mode=False)  # a number where typer stopped early
     except ConfigError as error:
-        print(f"crystal: {error}", file=sys.stderr)
+        _complain(str(error))
         sys.exit(2)
     except typer.Abort:
         code = 130
@@ -54,6 +54,15 @@ def main() -> None:
     if code == 130:  # Ctrl-C outside training, which has its own end
         print("crystal: interrupted", file=sys.stderr)
     sys.exit(code or 0)
+
+
+def _complain(message: str) -> None:
+    """Of several processes the first speaks; once they train, any, for then the mistake may be its own."""
+    distributed = sys.modules.get("torch.distributed")
+    if is_first():
+        print(f"crystal: {message}", file=sys.stderr)
+    elif distributed is not None and distributed.is_initialized():
+        print(f"crystal: process {os.environ['RANK']}: {message}", file=sys.stderr)
 
 
 def _version(wanted: bool) -> None:

@@ -15,8 +15,15 @@ Step = Annotated[int, typer.Option(help="a step of the run, from 1, as in metric
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[dotted.key=value]...", help="changes to the run")]
 
 
+def is_first() -> bool:
+    """Whether this is the process that speaks: alone, or the first of those that torchrun started."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def print_result(result: dict, as_json: bool, text: str) -> None:
     """The result as JSON, or the text that says the same."""
+    if not is_first():
+        return
     try:
         print(json.dumps(result) if as_json else text, flush=True)
     except BrokenPipeError:  # `crystal … | head` has read enough; what is left in the buffer goes nowhere
@@ -24,7 +31,7 @@ def print_result(result: dict, as_json: bool, text: str) -> None:
 
 
 def console():
-    """A rich console on stderr, for progress and notes."""
+    """A rich console on stderr, for progress and notes; one process has a voice."""
     from rich.console import Console
 
-    return Console(stderr=True)
+    return Console(stderr=True, quiet=not is_first())

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from pydantic import Field
 
 from crystal.backends.config import BackendConfig, CpuConfig, OptimizerConfig
+from crystal.backends.layout import check_layout
 from crystal.config import Config, ConfigError, Strict, find, load_yaml, override, parse
 from crystal.curriculum import CurriculumConfig, resolve, split_entry
 from crystal.data.prepare import DataConfig, prepare
@@ -90,6 +91,8 @@ def load_run(path: str | Path, overrides: Sequence[str] = ()) -> RunFile:
             f"{run.where('train', 'micro_batch_size')}: expected a divisor of curriculum.global_batch_size "
             f"{curriculum.global_batch_size}, got {train.micro_batch_size}"
         )
+    if run.config.backend.name == "cuda":
+        check_layout(model, run.config.backend, curriculum.global_batch_size, train.micro_batch_size, run.where)
     return run
 
 

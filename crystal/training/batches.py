@@ -27,6 +27,7 @@ class Batches:
     def __init__(self, curriculum: Curriculum, store: TokenStore, seed: int, micro_batch_size: int):
         self.curriculum, self.store, self.seed = curriculum, store, seed
         self.micro_batch_size = micro_batch_size
+        self.part, self.parts = 0, 1  # which part of each step's rows this process takes, of how many
         self.tokenizer = store.tokenizer()
         self.sources = sorted({split_entry(entry)[0] for stage in curriculum.stages for entry in stage.bound})
         self._orders: dict[int, StageOrder] = {}
@@ -39,12 +40,14 @@ class Batches:
         return self._orders[stage.index]
 
     def step(self, step: int) -> list[MicroBatch]:
-        """The micro-batches of global step `step` (from 0)."""
+        """The micro-batches of global step `step` (from 0); of several processes, those of this one's rows."""
         stage = self.curriculum.stage_at(step)
         sequences = self.order(stage).sequences(step - stage.first_step)
-        rows = [self.row(stage, *sequence) for sequence in sequences]
+        share = len(sequences) // self.parts
+        own = sequences[self.part * share : (self.part + 1) * share]
+        rows = [self.row(stage, *sequence) for sequence in own]
         return [
-            self._stack(rows[i : i + self.micro_batch_size], weight=1 / (len(rows) * stage.seq_len))
+            self._stack(rows[i : i + self.micro_batch_size], weight=1 / (len(sequences) * stage.seq_len))
             for i in range(0, len(rows), self.micro_batch_size)
         ]
 
@@ -58,11 +61,18 @@ class Batches:
                 yield batch
 
     def validation(self, rows: int) -> Iterator[MicroBatch]:
-        """`rows` held-out rows of every source, spread over all it has, as they are (no FIM), a source at a time."""
+        """`rows` held-out rows of every source, spread over all it has, as they are (no FIM), a source at a time.
+
+        Each of several processes gets as many: where the rows do not go round, one that counts nothing is added.
+        """
         for source in self.sources:
             have = self.store.rows(source, "val")
             count = min(rows, have)
-            held = [self._plain(source, i * have // count, "val") for i in range(count)]
+            held = []
+            for i in range(self.part, -(-count // self.parts) * self.parts, self.parts):
+                row, mask, number = self._plain(source, min(i, count - 1) * have // count, "val")
+                held.append((row, mask & (i < count), number))
+            count = len(held)
             for i in range(0, count, self.micro_batch_size):
                 yield self._stack(held[i : i + self.micro_batch_size], weight=1.0)
 

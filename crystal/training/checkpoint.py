@@ -4,6 +4,10 @@ Tensors are named `model.NAME`, `optimizer.exp_avg.NAME`, `optimizer.exp_avg_sq.
 one at a time, so that a 7B model passes through a shard's worth of memory. Every backend writes and reads this
 one format; torch.distributed.checkpoint reads it too (HuggingFaceStorageReader), whatever the layout.
 
+Where several processes hold a tensor together, each writes shards of its own with its part, and the seal says which
+rectangle of the whole that is (format 2; without such parts it is format 1). Reading puts them together again, or
+takes no more of them than is asked for, so a checkpoint can be read in any layout.
+
 A checkpoint is written aside, each file fsynced, `checkpoint.json` last, and the directory then renamed into
 place: what carries its final name is whole. Reading checks every shard's size and sha256.
 """
@@ -14,8 +18,9 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -23,12 +28,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from crystal.backends.base import Part
 from crystal.config import ConfigError
 from crystal.files import sha256_of, sync
 
 SEAL = "checkpoint.json"
 SHARD_BYTES = 1 << 30
-FORMAT = 1
+WHOLE, PARTS = 1, 2  # formats: every tensor in one piece, or some in parts
 
 
 @dataclass(frozen=True)
@@ -37,23 +43,68 @@ class Checkpoint:
 
     directory: Path
     state: dict
-    shards: dict[str, dict]  # file → {bytes, sha256, tensors}
+    shards: dict[str, dict]  # file → {bytes, sha256, tensors, parts: {tensor: {offset, size, shape}} where it has any}
+    _checked: set[str] = field(default_factory=set, repr=False, compare=False)
 
-    def tensors(self, prefix: str) -> Iterator[tuple[str, Tensor]]:
+    def tensors(
+        self, prefix: str, wanted: Mapping[str, tuple[slice, ...]] | None = None
+    ) -> Iterator[tuple[str, Tensor]]:
         """(name without the prefix, fp32 tensor) of all tensors under `prefix.`, one at a time.
 
-        Raises ConfigError when a shard's bytes are not those that were saved.
+        wanted: only these names, and of each only what lies in its slices (with numbers for start and stop).
+        Raises ConfigError when a shard's bytes are not those that were saved, or a part is missing.
         """
+        holders: dict[str, list[str]] = {}
         for file, record in self.shards.items():
-            wanted = [name for name in record["tensors"] if name.startswith(prefix + ".")]
-            if not wanted:
+            for key in record["tensors"]:
+                if key.startswith(prefix + ".") and (wanted is None or key.removeprefix(prefix + ".") in wanted):
+                    holders.setdefault(key, []).append(file)
+        with ExitStack() as until_read:
+            opened: dict[str, safe_open] = {}
+            for key, files in holders.items():
+                name = key.removeprefix(prefix + ".")
+                yield name, self._read(key, files, None if wanted is None else wanted[name], opened, until_read)
+
+    def _read(self, key: str, files: list[str], region: tuple[slice, ...] | None, opened: dict, until: ExitStack):
+        """A tensor, or a region of it, from the shards that hold its parts."""
+        parts = [self.shards[file].get("parts", {}).get(key) for file in files]
+        if region is None and parts == [None]:
+            return self._open(files[0], opened, until).get_tensor(key)
+        if region is None:
+            region = tuple(slice(0, size) for size in parts[0]["shape"])
+        whole = torch.empty([s.stop - s.start for s in region])
+        found = 0
+        for file, part in zip(files, parts, strict=True):
+            offset = part["offset"] if part else [0] * len(region)
+            if part and not _overlap(region, offset, part["size"]):
                 continue
-            path = self.directory / file
+            stored = self._open(file, opened, until).get_slice(key)
+            overlap = _overlap(region, offset, stored.get_shape())
+            values = stored[tuple(slice(s.start - o, s.stop - o) for s, o in zip(overlap, offset, strict=True))]
+            whole[tuple(slice(s.start - r.start, s.stop - r.start) for s, r in zip(overlap, region, strict=True))] = (
+                values
+            )
+            found += values.numel()
+        if found != whole.numel():
+            raise ConfigError(f"{self.directory}: {key}: expected {whole.numel()} numbers, its parts have {found}")
+        return whole
+
+    def _open(self, file: str, opened: dict, until: ExitStack):
+        """A shard, once, after its content was compared with its sha256."""
+        path, record = self.directory / file, self.shards[file]
+        if file not in self._checked:
             if sha256_of(path) != record["sha256"]:
                 raise ConfigError(f"{path}: expected sha256 {record['sha256'][:16]}…, the file has changed")
-            with safe_open(path, framework="pt") as shard:
-                for name in wanted:
-                    yield name.removeprefix(prefix + "."), shard.get_tensor(name)
+            self._checked.add(file)
+        if file not in opened:
+            opened[file] = until.enter_context(safe_open(path, framework="pt"))
+        return opened[file]
+
+
+def _overlap(region: tuple[slice, ...], offset: list[int], size: list[int]) -> tuple[slice, ...] | None:
+    """Where a part lies inside a region, in the whole tensor's numbering; None where it does not."""
+    found = tuple(slice(max(s.start, o), min(s.stop, o + n)) for s, o, n in zip(region, offset, size, strict=True))
+    return found if all(s.start < s.stop for s in found) else None
 
 
 def write(directory: Path, tensors: Iterable[tuple[str, Tensor]], state: dict, files: Iterable[Path] = ()) -> Path:
@@ -63,45 +114,83 @@ def write(directory: Path, tensors: Iterable[tuple[str, Tensor]], state: dict, f
     Raises ConfigError when the disk is full or not writable, leaving nothing under the final name; ValueError
     for a tensor that is not fp32 (the published Amber run saved bf16 weights: never again).
     """
-    aside = directory.with_name(f".tmp-{directory.name}")
+    shutil.rmtree(aside_of(directory), ignore_errors=True)
+    return seal(directory, write_shards(directory, tensors), state, files)
+
+
+def aside_of(directory: Path) -> Path:
+    """Where a checkpoint lies while it is written."""
+    return directory.with_name(f".tmp-{directory.name}")
+
+
+def write_shards(directory: Path, tensors: Iterable[tuple[str, Tensor | Part]], process: int | None = None) -> dict:
+    """Write the shards of a checkpoint, or those of one process among several, aside; their records, for `seal`.
+
+    Raises as `write`.
+    """
+    aside = aside_of(directory)
+    start = "shard-" if process is None else f"shard-{process:05d}-"
     try:
+        aside.mkdir(parents=True, exist_ok=True)
+        return dict(_write_shards(aside, start, tensors))
+    except (OSError, SafetensorError) as error:
         shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-        shards = dict(_write_shards(aside, tensors))
+        raise _cannot(directory, error) from None
+
+
+def seal(directory: Path, shards: dict, state: dict, files: Iterable[Path] = ()) -> Path:
+    """Make a checkpoint of all shards that were written aside: copy `files`, write the seal, rename."""
+    aside = aside_of(directory)
+    version = PARTS if any("parts" in record for record in shards.values()) else WHOLE
+    try:
         for file in files:
             shutil.copyfile(file, aside / file.name)
             sync(aside / file.name)
-        seal = {"format": FORMAT, "state": state, "shards": shards}
-        (aside / SEAL).write_text(json.dumps(seal, indent=1), encoding="utf-8")
+        text = json.dumps({"format": version, "state": state, "shards": shards}, indent=1)
+        (aside / SEAL).write_text(text, encoding="utf-8")
         sync(aside / SEAL)
         sync(aside)
         os.rename(aside, directory)
         sync(directory.parent)
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         shutil.rmtree(aside, ignore_errors=True)
-        raise ConfigError(f"{directory}: the checkpoint cannot be written: {error}") from None
+        raise _cannot(directory, error) from None
     return directory
 
 
-def _write_shards(aside: Path, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, dict]]:
+def _cannot(directory: Path, error: Exception) -> ConfigError:
+    return ConfigError(f"{directory}: the checkpoint cannot be written: {error}")
+
+
+def _write_shards(aside: Path, start: str, tensors: Iterable[tuple[str, Tensor | Part]]) -> Iterator[tuple[str, dict]]:
     shard: dict[str, Tensor] = {}
+    parts: dict[str, dict] = {}
     size = 0
     number = 0
 
     def flush() -> tuple[str, dict]:
-        path = aside / f"shard-{number:05d}.safetensors"
-        save_file(shard, path)
+        path = aside / f"{start}{number:05d}.safetensors"
+        # torch.distributed.checkpoint's own note of where parts belong, so that it reads them too
+        offsets = {
+            name: {"saved_offsets": parts[name]["offset"] if name in parts else [0] * shard[name].ndim}
+            for name in shard
+        }
+        save_file(shard, path, {"DCP_SHARDING_INFO": json.dumps(offsets)} if parts else None)
         sync(path)
-        return path.name, {"bytes": path.stat().st_size, "sha256": sha256_of(path), "tensors": list(shard)}
+        record = {"bytes": path.stat().st_size, "sha256": sha256_of(path), "tensors": list(shard)}
+        return path.name, record | ({"parts": dict(parts)} if parts else {})
 
-    for name, tensor in tensors:
+    for name, held in tensors:
+        tensor = held.values if isinstance(held, Part) else held
         if tensor.dtype != torch.float32:
             raise ValueError(f"{name}: a checkpoint holds fp32, got {tensor.dtype}")
         if shard and size + tensor.nbytes > SHARD_BYTES:
             number += 1
             yield flush()
-            shard, size = {}, 0
+            shard, parts, size = {}, {}, 0
         shard[name] = tensor.detach().contiguous()
+        if isinstance(held, Part) and tensor.shape != held.shape:
+            parts[name] = {"offset": list(held.offset), "size": list(tensor.shape), "shape": list(held.shape)}
         size += tensor.nbytes
     if shard:
         number += 1
@@ -121,8 +210,8 @@ def read(directory: Path) -> Checkpoint:
         raise ConfigError(f"{directory}: expected a checkpoint directory, but {SEAL} is not there") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{path}: expected a checkpoint's seal: {error}") from None
-    if version != FORMAT:
-        raise ConfigError(f"{path}: expected format {FORMAT}, got {version}")
+    if version not in (WHOLE, PARTS):
+        raise ConfigError(f"{path}: expected format {WHOLE} or {PARTS}, got {version}")
     for file, record in shards.items():
         size = (path.parent / file).stat().st_size if (path.parent / file).is_file() else None
         if size != record["bytes"]:

@@ -25,10 +25,10 @@ def alone_in(directory: Path) -> Iterator[None]:
 
 
 class Interrupts:
-    """Turns SIGINT and SIGTERM into a flag that the loop reads between steps; a second one acts at once."""
+    """Turns SIGINT and SIGTERM into a number that the loop reads between steps; a second one acts at once."""
 
     def __init__(self) -> None:
-        self.received: str | None = None
+        self.received = 0  # the signal's number
 
     def __enter__(self) -> Interrupts:
         self._before = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
@@ -39,7 +39,7 @@ class Interrupts:
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self.received = signal.Signals(number).name
+        self.received = number
         signal.signal(number, self._before[number])
 
 

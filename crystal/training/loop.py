@@ -1,13 +1,16 @@
 """The training loop: steps through a curriculum on a backend, and writes everything down.
 
-It knows stages, validation, checkpoints and signals; it does not know devices. All it carries from step to step is
+It knows stages, validation, checkpoints and signals; it does not know devices. Of processes it knows that there may
+be others in step with this one, and that one of them writes. All it carries from step to step is
 the step's number: the batch, the learning rate and the stage follow from it, the weights and moments are the
 backend's. So a run that was killed anywhere goes on from its last checkpoint to the same losses, bit for bit.
 """
 
 from __future__ import annotations
 
+import contextlib
 import resource
+import signal
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,8 +24,9 @@ from crystal.run import RunFile
 from crystal.training import checkpoint
 from crystal.training.batches import Batches
 from crystal.training.guards import BadSteps, Interrupts, alone_in, plan_differences
-from crystal.training.metrics import Metrics, event
+from crystal.training.metrics import Metrics, NoMetrics, event
 from crystal.training.record import open_run
+from crystal.training.saving import Saver
 
 
 class Display(Protocol):
@@ -69,14 +73,21 @@ class Trainer:
         )  # fmt: skip
         if problems := plan_differences(self.plan, self.backend.groups()):
             raise RuntimeError(f"the optimizer does not follow the parameter plan: {problems[0]}")
-        self.directory = open_run(run, self.plan, store, self.backend.describe())
+        self.batches.part, self.batches.parts = self.backend.place.part, self.backend.place.parts
+        self.writes = self.backend.place.process == 0  # the run's files; the others only take steps
+        if self.writes:
+            open_run(run, self.plan, store, self.backend.describe())
+        self.directory = config.directory
+        self.saver = Saver(self.backend)
         self.checkpoints = self.directory / "checkpoints"
         self.tokenizer_file = store.directory / store.manifest["tokenizer"]["path"]
         self.position = 0
 
     def resume(self, stage: Stage | None) -> None:
         """Take up the newest checkpoint (of `stage`, or the end of the one before it), or start afresh."""
-        checkpoint.sweep(self.checkpoints)
+        if self.writes:
+            checkpoint.sweep(self.checkpoints)
+        self.saver.meet()
         found = checkpoint.steps(self.checkpoints)
         if stage is not None:
             last = stage.first_step + stage.steps
@@ -99,7 +110,7 @@ class Trainer:
     def train(self, stage: Stage | None = None, until: int | None = None) -> Outcome:
         """Run to the end of the curriculum, of `stage`, or to global step `until`. Raises ConfigError."""
         try:
-            with alone_in(self.directory):
+            with alone_in(self.directory) if self.writes else contextlib.nullcontext():
                 return self._train(stage, until)
         except OSError as error:
             raise ConfigError(f"{self.directory}: the run cannot be recorded: {error}") from None
@@ -110,10 +121,10 @@ class Trainer:
         stop = min(stop, until) if until is not None else stop
         if start >= stop:
             return Outcome(self.directory, start, None, _peak_rss(), 0.0)
-        event(self.directory, "start", step=start, stop=stop, backend=self.backend.describe())
+        self._event("start", step=start, stop=stop, backend=self.backend.describe())
         self.display.begin(self.curriculum, start, stop)
-        metrics = Metrics(self.directory, start or None)
-        bad, busy = BadSteps(self.config.train.max_bad_steps), 0.0
+        metrics = Metrics(self.directory, start or None) if self.writes else NoMetrics()
+        bad, busy, interrupted = BadSteps(self.config.train.max_bad_steps), 0.0, None
         try:
             with Interrupts() as interrupts:
                 if start == 0 and stop > 0:
@@ -131,33 +142,37 @@ class Trainer:
                     metrics.write(record)
                     self.display.step(now, record)
                     if bad.exceeded(record["applied"]):
+                        self.saver.finish()
                         raise ConfigError(
                             f"{self.directory}: {bad.in_a_row} steps in a row up to step {self.position} gave a loss "
                             f"or gradient that is not finite; try a lower lr or backend.dtype=fp32 in another run_dir"
                         )
+                    received = self.saver.meet(interrupts.received)
                     # weights that give no finite loss may be ruined: nothing good is replaced by them
                     sound = record["applied"]
                     cadence = self.config.train.checkpoint_every or now.checkpoint_every
-                    due = sound and (bool(interrupts.received) or self._due(now, cadence))
+                    due = sound and (bool(received) or self._due(now, cadence))
                     if stage_ended or self.position == stop or due:
                         self.save(now, stage_ended, drop_old=sound)
-                    if interrupts.received:
-                        event(self.directory, "interrupted", step=self.position, signal=interrupts.received)
+                    if received:
+                        interrupted = signal.Signals(received).name
+                        self._event("interrupted", step=self.position, signal=interrupted)
                         break
                     since = time.perf_counter()
+                self.saver.finish()
         finally:
             metrics.close()
         tokens = (self.position - start) * self.curriculum.global_batch_size * self.curriculum.seq_len
         peak = _peak_rss()
         rate = tokens / busy if busy else 0.0
-        event(self.directory, "stop", step=self.position, peak_rss_bytes=peak, tokens_per_second=round(rate, 1))
-        return Outcome(self.directory, self.position, interrupts.received, peak, rate)
+        self._event("stop", step=self.position, peak_rss_bytes=peak, tokens_per_second=round(rate, 1))
+        return Outcome(self.directory, self.position, interrupted, peak, rate)
 
     def _enter(self, stage: Stage) -> None:
         """Cross into a stage: its first step is next."""
         if stage.index and not stage.carry_optimizer:
             self.backend.reset_optimizer()
-        event(self.directory, "stage", step=self.position, name=stage.name, optimizer_carried=stage.carry_optimizer)
+        self._event("stage", step=self.position, name=stage.name, optimizer_carried=stage.carry_optimizer)
 
     def _step(self, stage: Stage, micro_batches: list, since: float) -> tuple[dict, float]:
         result = self.backend.train_step(self.position + 1, micro_batches).host()
@@ -165,7 +180,7 @@ class Trainer:
         self.position += 1
         step_tokens = stage.global_batch_size * stage.seq_len
         if not result["applied"]:
-            event(self.directory, "update_left_out", step=self.position, loss=str(result["loss"]))
+            self._event("update_left_out", step=self.position, loss=str(result["loss"]))
         record = {
             "step": self.position,
             "stage": stage.index + 1,
@@ -195,7 +210,7 @@ class Trainer:
         return every is not None and (self.position - stage.first_step) % every == 0
 
     def save(self, stage: Stage, stage_ended: bool, drop_old: bool = True) -> None:
-        """Write the checkpoint of this step, list it, and drop those that are no longer to be kept."""
+        """Write the checkpoint of this step; when it is whole, list it and drop those that need not be kept."""
         directory = checkpoint.step_directory(self.checkpoints, self.position)
         if self.position in checkpoint.steps(self.checkpoints):
             return
@@ -209,13 +224,20 @@ class Trainer:
             "tokenizer": self.tokenizer_file.name,
             "bos": self.config.data.bos,
         }
-        checkpoint.write(directory, self.backend.state(), state, [self.tokenizer_file])
-        event(self.directory, "checkpoint", step=self.position, path=directory.name)
-        keep = self.config.train.keep_checkpoints
-        if keep is not None and drop_old:
-            ends = {s.first_step + s.steps for s in self.curriculum.stages}
-            for old in [s for s in checkpoint.steps(self.checkpoints) if s not in ends][:-keep]:
-                checkpoint.remove(checkpoint.step_directory(self.checkpoints, old))
+
+        def sealed() -> None:
+            event(self.directory, "checkpoint", step=state["step"], path=directory.name)
+            keep = self.config.train.keep_checkpoints
+            if keep is not None and drop_old:
+                ends = {s.first_step + s.steps for s in self.curriculum.stages}
+                for old in [s for s in checkpoint.steps(self.checkpoints) if s not in ends][:-keep]:
+                    checkpoint.remove(checkpoint.step_directory(self.checkpoints, old))
+
+        self.saver.save(directory, state, [self.tokenizer_file], sealed)
+
+    def _event(self, kind: str, **details) -> None:
+        if self.writes:
+            event(self.directory, kind, **details)
 
 
 def _peak_rss() -> int:

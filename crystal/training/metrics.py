@@ -45,6 +45,16 @@ class Metrics:
         self._board.close()
 
 
+class NoMetrics:
+    """What the processes write that do not write."""
+
+    def write(self, record: dict) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
 def _finite(value: object) -> object:
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}

@@ -58,7 +58,8 @@ def start(run: RunFile, stage: int | None, until: int | None, console: Console) 
     chosen = None if stage is None else trainer.curriculum.numbered(stage)
     with bar.progress:
         outcome = trainer.train(chosen, until)
-    from crystal.training.plots import plot_losses
+    if trainer.writes:
+        from crystal.training.plots import plot_losses
 
-    plot_losses(outcome.directory, trainer.curriculum)
+        plot_losses(outcome.directory, trainer.curriculum)
     return outcome

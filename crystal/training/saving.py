@@ -1,0 +1,104 @@
+"""Checkpoints while training goes on, by all processes of a run.
+
+A backend that gives copies of its state lets a thread write them. Each process writes the shards of what it holds and
+a note of them beside; when all have (they meet after every step), process 0 seals the checkpoint. Until then it is
+not there: a run that dies goes on from the one before.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from torch import Tensor
+
+from crystal.backends.base import Backend, Part, Place
+from crystal.config import ConfigError
+from crystal.files import sync
+from crystal.training import checkpoint
+
+
+class Saver:
+    """Writes a run's checkpoints, at once or in the background, whichever its backend is made for."""
+
+    def __init__(self, backend: Backend):
+        self.backend = backend
+        self.writing: _Writing | None = None
+
+    def save(self, directory: Path, state: dict, files: Iterable[Path], sealed: Callable[[], None]) -> None:
+        """Write the backend's state; `sealed` is called, in process 0, when it is on the disk and whole.
+
+        A save that is still being written is waited for. Raises ConfigError when the disk does not take it.
+        """
+        if not self.backend.place.background:
+            checkpoint.write(directory, self.backend.state(), state, files)
+            sealed()
+            return
+        self.finish()
+
+        def seal(shards: dict) -> None:
+            checkpoint.seal(directory, shards, state, files)
+            sealed()
+
+        self.writing = _Writing(directory, list(self.backend.state()), self.backend.place, seal)
+
+    def meet(self, signal: int = 0) -> int:
+        """Meet the other processes, after a step: the signal that any of them was sent, or 0.
+
+        A checkpoint that all have written is sealed. Raises ConfigError, in all, when one of them could not write.
+        """
+        if self.writing is None:
+            return self.backend.agree(signal)[0]
+        unwritten, error = self.writing.thread.is_alive(), self.writing.error
+        signal, unwritten, failed = self.backend.agree(signal, int(unwritten), int(error is not None))
+        if failed:
+            raise error or ConfigError(f"{self.writing.directory}: another process cannot write its part")
+        if not unwritten:
+            self.writing.all_have_written()
+            self.writing = None
+        return signal
+
+    def finish(self) -> None:
+        """Wait until the checkpoint that is being written, if one is, is sealed. All processes must call it."""
+        if self.writing is not None:
+            self.writing.thread.join()
+            self.meet()
+
+
+class _Writing:
+    """One process' part of one checkpoint, on its way to the disk."""
+
+    def __init__(
+        self, directory: Path, tensors: list[tuple[str, Tensor | Part]], place: Place, seal: Callable[[dict], None]
+    ):
+        self.directory, self.place, self.seal = directory, place, seal
+        self.error: ConfigError | None = None
+        self.thread = threading.Thread(target=self._write, args=(tensors,), daemon=True)
+        self.thread.start()
+
+    def _note(self, process: int) -> Path:
+        return checkpoint.aside_of(self.directory) / f"process-{process:05d}.json"
+
+    def _write(self, tensors: list[tuple[str, Tensor | Part]]) -> None:
+        try:
+            shards = checkpoint.write_shards(self.directory, tensors, self.place.process)
+            note = self._note(self.place.process)
+            note.write_text(json.dumps(shards), encoding="utf-8")
+            sync(note)
+        except ConfigError as error:
+            self.error = error
+        except Exception as error:  # whatever it is, the run must hear of it
+            self.error = ConfigError(f"{self.directory}: the checkpoint cannot be written: {error}")
+
+    def all_have_written(self) -> None:
+        """In process 0, gather the notes and seal."""
+        if self.place.process:
+            return
+        shards = {}
+        for process in range(self.place.processes):
+            note = self._note(process)
+            shards |= json.loads(note.read_text(encoding="utf-8"))
+            note.unlink()
+        self.seal(shards)
