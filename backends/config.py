@@ -70,7 +70,12 @@ class WeightStreamingConfig(Strict):
     dtype: Compute = Field("bf16", description="compute; the store's weights are exact fp32")
     moments: Literal["fp32", "bf16", "int8"] = Field("fp32", description="AdamW's moments in the store")
     store: Literal["disk", "memory"] = "disk"
-    path: Path | None = Field(None, description="where the store lies; null: in the run directory")
+    path: Path | None = Field(None, description="directory of the store, the run's own; null: in the run directory")
+    buffers_gb: float | None = Field(
+        None, gt=0, description="memory to read ahead and write behind in; null: a block's whole state"
+    )
+    activations_gb: float = Field(1.0, gt=0, description="micro-batches whose kept activations fit share one pass")
+    full_checkpoints: bool = Field(False, description="write whole checkpoints; false: they refer to the store")
     threads: Count | None = Field(None, description="null: torch's default")
 
 
