@@ -270,9 +270,10 @@ def beta_power(beta: float, updates: int) -> Tensor:
     """beta^(updates + 1) as Cerebras' AdamW holds it: multiplied up in fp32, update by update."""
     power = factor = np.float32(beta)
     for _ in range(updates):
-        if power == 0:
+        smaller = power * factor
+        if smaller == power:  # the least numbers of fp32 round to themselves
             break
-        power = power * factor
+        power = smaller
     return torch.tensor(power)
 
 

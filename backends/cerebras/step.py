@@ -177,7 +177,9 @@ class Session:
             "optimizer": self.adamw.state_dict(),
             "lr_scheduler": {"last_epoch": self.schedule.last_epoch},
             "global_step": step,
-            "crystal": json.dumps({"optimizer_order": self.names, "optimizer_step": updates}),
+            "crystal": json.dumps(
+                {"optimizer_order": self.names, "optimizer_step": updates, "state": {"model": self.job["model"]}}
+            ),
         }
 
     @torch.no_grad()
