@@ -14,6 +14,7 @@ import torch
 
 from crystal.kernels.bench.peers import functions, installed
 from crystal.kernels.catalog import OPERATORS, Operator
+from crystal.kernels.dispatch import MULTIPROCESSORS
 from crystal.kernels.proof.accuracy import outputs_and_gradients
 from crystal.kernels.proof.offline import Launch, TorchCall, offline
 from crystal.kernels.proof.offsets import unsafe_offsets
@@ -59,7 +60,10 @@ def describe(launch: Launch, arch: int, count: bool) -> dict:
     widths = access_widths(launch.compiled.asm["ptx"], [name[1:] for name, _ in parameters], pointers)
     sizes = {name: x.numel() * x.element_size() for name, x in launch.tensors.items()}
     large = [name for name in widths if name in sizes and sizes[name] * 4 >= max(sizes.values())]
-    record = {"kernel": launch.name, "grid": list(launch.grid), **used.record()}
+    programs = launch.grid[0] * launch.grid[1] * launch.grid[2]
+    resident = min(used.blocks_resident, -(-programs // MULTIPROCESSORS[arch])) * used.warps  # of those there are
+    record = {"kernel": launch.name, "grid": list(launch.grid), **used.record(), "warps_resident": resident}
+    record["tensor_bytes"] = sum(sizes.values())
     # the width that moves most of a tensor's bytes, of the large tensors the worst
     record["width"] = min((max(widths[n], key=lambda w, n=n: w * widths[n][w]) for n in large), default=0)
     if count:
@@ -107,6 +111,12 @@ def unsafe(arch: int, operator: Operator, function: Callable, shape: dict, dtype
     }
 
 
+def table_of(arch: int, provider: str) -> dict[str, Callable]:
+    """A provider's operators; flash-attention's import looks for a GPU, so it is given one."""
+    with offline(arch, preference=preference(arch)):
+        return functions(provider)
+
+
 def rows(
     arch: int,
     names: tuple[str, ...] | None = None,
@@ -120,25 +130,29 @@ def rows(
     for provider in providers:
         if provider != "ours" and installed(provider) is None:
             continue
-        with offline(arch, preference=preference(arch)):  # flash-attention's import looks for a GPU
-            table = functions(provider)
+        table = table_of(arch, provider)
         for operator in OPERATORS:
             if operator.name not in table or (names and operator.name not in names):
                 continue
             function = table[operator.name]
             swept, checked = {}, {}
-            for shape_name in filter(shapes, operator.shapes):
-                shape = operator.shapes[shape_name]
+            for name in filter(shapes, operator.shapes):
+                shape = operator.shapes[name]
                 for dtype in dtypes:
                     if sweep and not swept:
                         swept = variants(arch, operator, function, shape, dtype)
                         checked = unsafe(arch, operator, function, shape, dtype)
-                    yield from _rows(arch, operator, provider, function, shape_name, dtype, count, swept, checked)
+                    for row in examine(arch, operator, provider, function, shape, dtype, count):
+                        direction = row["direction"]
+                        found = {"variants": swept.get(direction), "unsafe_offsets": checked.get(direction)}
+                        yield row | {"shape": name} | found
 
 
-def _rows(arch, operator, provider, function, shape_name, dtype, count, swept, checked) -> Iterator[dict]:
-    shape = operator.shapes[shape_name]
-    key = {"op": operator.name, "provider": provider, "shape": shape_name, "dtype": str(dtype).split(".")[1]}
+def examine(
+    arch: int, operator: Operator, provider: str, function: Callable, shape: dict, dtype: torch.dtype, count: bool
+) -> Iterator[dict]:
+    """The records of one call: forward and, where there is one, backward. A peer's refusal is a record too."""
+    key = {"op": operator.name, "provider": provider, "shape": "", "sizes": shape, "dtype": str(dtype).split(".")[1]}
     try:
         found = launches(arch, operator, function, shape, dtype)
     except Exception as refused:  # a peer's own limits, such as Liger's 65,536 columns
@@ -152,10 +166,10 @@ def _rows(arch, operator, provider, function, shape_name, dtype, count, swept, c
         kernels = [describe(x, arch, count) for x in log if isinstance(x, Launch)]
         calls = [x for x in log if isinstance(x, TorchCall)]
         minimum = operator.compulsory_bytes(shape, dtype, direction)
-        bytes_moved = None
+        moved = None
         if count and all(k["bytes"] is not None for k in kernels):
-            bytes_moved = sum(k["bytes"] for k in kernels) + sum(c.read + c.written for c in calls)
-        main = max(kernels, key=lambda k: (k.get("bytes") or 0, k["instructions"]), default={})
+            moved = sum(k["bytes"] for k in kernels) + sum(c.read + c.written for c in calls)
+        main = max(kernels, key=lambda k: k["tensor_bytes"], default={})
         yield key | {
             "direction": direction,
             "launches": len(kernels) + sum(not c.sync for c in calls),
@@ -165,11 +179,9 @@ def _rows(arch, operator, provider, function, shape_name, dtype, count, swept, c
             "spills": sum(k["spills"] for k in kernels),
             "warps_resident": main.get("warps_resident"),
             "width": main.get("width"),
-            "bytes": bytes_moved,
+            "bytes": moved,
             "minimum_bytes": minimum,
-            "bytes_ratio": None if bytes_moved is None else round(bytes_moved / minimum, 4),
-            "variants": swept.get(direction),
-            "unsafe_offsets": checked.get(direction),
+            "bytes_ratio": None if moved is None else round(moved / minimum, 4),
             "kernels": kernels,
             "torch_calls": [c.name for c in calls],
         }
