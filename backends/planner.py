@@ -179,24 +179,30 @@ def candidate(
 
 @dataclass(frozen=True)
 class Elements:
-    """Numbers of weights on a device. blocks and ends (embedding, final norm, head) as tensor parallelism leaves them,
-    block one of the blocks, part what FSDP leaves of all on its fullest device."""
+    """Numbers of weights on a device: of its blocks, of one of them, and of the ends (embedding, final norm, head), as
+    tensor parallelism leaves them; and what FSDP leaves of blocks and ends on its fullest device."""
 
     blocks: int
     block: int
     ends: int
-    part: int
+    blocks_part: int
+    ends_part: int
 
     @property
     def whole(self) -> int:
         return self.blocks + self.ends
+
+    @property
+    def part(self) -> int:
+        return self.blocks_part + self.ends_part
 
 
 @lru_cache(maxsize=4096)
 def held(model: ModelConfig, layout: Layout, process: int = 0) -> Elements:
     """What one of the pp processes of a pipeline holds. With tied embeddings the first and the last hold the matrix.
 
-    FSDP2 divides the first dimension; where that does not go evenly the first devices hold a row more.
+    FSDP2 divides the first dimension; where that does not go evenly the first devices hold a row more, and as much is
+    sent for every device.
     """
     first, last = process == 0, process == layout.pp - 1
     here = {"embed": first or (last and model.tie_embeddings), "norm": last, "head": last}
@@ -211,7 +217,7 @@ def held(model: ModelConfig, layout: Layout, process: int = 0) -> Elements:
         tuple(sum(elements(name, shape, layout.tp, fsdp) for name, shape in of.items()) for fsdp in (1, layout.fsdp))
         for of in (block, ends)
     )
-    return Elements(count * one, one, rest, count * one_part + rest_part)
+    return Elements(count * one, one, rest, count * one_part, rest_part)
 
 
 def blocks_of(model: ModelConfig, layout: Layout) -> int:
@@ -303,11 +309,11 @@ def traffic(
     blocks = blocks_of(model, layout)
     ring("all_reduce", "tp", micro_batches * activation * (blocks * (7 + (recompute == "block")) + first + last))
     if layout.pp == 1:  # blocks once forward and once backward, the ends stay for both
-        ring("all_gather", "fsdp", COPY * micro_batches * (2 * n.blocks + n.ends))
-        ring("reduce_scatter", "fsdp", GRADIENT * micro_batches * n.whole)
+        gathers, scatters = 2 * micro_batches * n.blocks_part + micro_batches * n.ends_part, micro_batches * n.part
     else:  # given back after each forward, kept after a backward; the ends are kept throughout
-        ring("all_gather", "fsdp", COPY * ((micro_batches + 1) * n.blocks + n.ends))
-        ring("reduce_scatter", "fsdp", GRADIENT * n.whole)
+        gathers, scatters = (micro_batches + 1) * n.blocks_part + n.ends_part, n.part
+    ring("all_gather", "fsdp", COPY * layout.fsdp * gathers)
+    ring("reduce_scatter", "fsdp", GRADIENT * layout.fsdp * scatters)
     ring("all_reduce", "dp", GRADIENT * n.part)
     # on to the next stage and back to the one before, but for the ends of the whole
     send("p2p", "pp", (2 * layout.interleave - first - last) * micro_batches * activation, "pp", layout.pp)

@@ -1,0 +1,92 @@
+"""Bytes that `cost` reckons, against what the real decoder and the cpu backend hold."""
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed._tools.mem_tracker import MemTracker
+from torch.utils.checkpoint import checkpoint
+
+from crystal.backends.base import MicroBatch
+from crystal.backends.config import CpuConfig, OptimizerConfig
+from crystal.backends.cost import block_activation_bytes, flops_per_token, head_bytes, memory_bytes, state_bytes
+from crystal.backends.cpu import CpuBackend
+from crystal.zoo.build import build, multipliers_for, parameter_count, plan_for
+from crystal.zoo.config import model_config
+from crystal.zoo.decoder import Decoder
+
+
+def test_flops_of_a_token_by_hand():
+    blocks = 32 * (4 * 4096**2 + 3 * 4096 * 11008 + 2 * 4096)  # of Amber-7B
+    head = 32000 * 4096 + 4096
+    assert flops_per_token(model_config("amber-7b"), 2048) == 6 * (blocks + head) + 6 * 32 * 4096 * 2048
+
+
+@pytest.mark.parametrize(("dtype", "each"), [("fp32", 16), ("bf16", 18)])
+def test_state_is_what_the_cpu_backend_holds(dtype, each):
+    config = model_config("amber-w64-l2").model_copy(update={"vocab_size": 96})
+    plan, cpu = plan_for(config), CpuConfig(dtype=dtype)
+    backend = CpuBackend(config, plan, OptimizerConfig(), lambda step: 0.01, 1, 1, cpu)
+    backend.initialise()
+    gradients = []
+    step = backend.adamw.step
+    backend.adamw.step = lambda: (gradients.extend(w.grad for w in backend.weights.values()), step())
+    ids, weights = torch.randint(0, 96, (2, 16)), torch.full((2, 16), 1 / 32)
+    backend.train_step(1, [MicroBatch(ids, ids, weights, torch.zeros(2, dtype=torch.long), torch.zeros_like(ids))])
+    moments = [m for s in backend.adamw.state.values() for m in (s["exp_avg"], s["exp_avg_sq"])]
+    held = {
+        "weights": sum(w.nbytes for w in backend.weights.values()),
+        "gradients": sum(g.nbytes for g in gradients),
+        "moments": sum(m.nbytes for m in moments),
+        "compute_copy": sum(p.nbytes for p in backend.compute.parameters()) if dtype == "bf16" else 0,
+    }
+    assert state_bytes(config, dtype) == held
+    assert sum(held.values()) == each * parameter_count(config) == memory_bytes(config)[f"cpu {dtype}"]
+
+
+@pytest.mark.parametrize("recompute", ["none", "attention", "block"])
+@pytest.mark.parametrize("name", ["amber-w256-l2", "crystalcoder-w256-l2"])
+def test_activations_are_what_autograd_keeps_of_a_block(name, recompute):
+    config = model_config(name)
+    decoder = build(config, plan_for(config)).to_empty(device="cpu").to(torch.bfloat16)
+    x = torch.randn(2, 64, config.d_model, dtype=torch.bfloat16, requires_grad=True)
+    block, table = decoder.blocks[0], decoder.table(0, 64, x.device)
+    others = {t.untyped_storage().data_ptr() for t in (*decoder.parameters(), *table)}
+    kept = {}
+
+    def pack(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor  # a reference too, so that memory is not used again
+        return tensor
+
+    if recompute != "none":
+        part = block if recompute == "block" else block.attn
+        forward = part.forward
+        part.forward = lambda *args: checkpoint(forward, *args, use_reentrant=False)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        block(x, table)
+    found = sum(tensor.untyped_storage().nbytes() for at, tensor in kept.items() if at not in others)
+    eager = 0 if recompute == "block" else 2 * config.d_ff  # SwiGLU keeps silu(gate) too, its CUDA kernel does not
+    expected = block_activation_bytes(config, 128, recompute) + 128 * eager
+    assert found == pytest.approx(expected, rel=0.01)  # norms keep a number or two a token beside
+
+
+@pytest.mark.parametrize("name", ["amber-7b", "crystalcoder-7b"])
+def test_the_peak_of_four_blocks_and_head_of_the_7b(name):
+    """The real decoder at full width, forward and backward, on tensors without memory."""
+    config = model_config(name).model_copy(update={"n_layers": 4})
+    multipliers = multipliers_for(config, plan_for(config))
+    with FakeTensorMode():
+        torch.set_default_dtype(torch.bfloat16)
+        try:
+            decoder = Decoder(config, multipliers)
+        finally:
+            torch.set_default_dtype(torch.float32)
+        tracker, ids = MemTracker(), torch.zeros(1, 2048, dtype=torch.long)
+        tracker.track_external(decoder)
+        with tracker:
+            decoder.loss(ids, ids, torch.ones(1, 2048))[0].backward()
+        peak = {
+            str(key).split(".")[-1]: n for key, n in next(iter(tracker.get_tracker_snapshot("peak").values())).items()
+        }
+    assert peak["PARAM"] == pytest.approx(2 * parameter_count(config), rel=1e-6)
+    blocks = 4 * (block_activation_bytes(config, 2048) + 2048 * 2 * config.d_ff)  # eager, as above
+    assert peak["Total"] - peak["PARAM"] == pytest.approx(blocks + head_bytes(config, 2048), rel=0.01)

@@ -1,0 +1,97 @@
+"""`crystal plan`, as it is typed: the published run, a run's own layout, mistakes in one line."""
+
+import json
+import sys
+
+import pytest
+
+from crystal.backends.device import load_device
+from crystal.backends.planner import Work
+from crystal.cli import main
+from crystal.plan_command import bookkeeping
+from crystal.zoo.config import model_config
+
+
+@pytest.fixture
+def crystal(capsys, monkeypatch):
+    def run(*words):
+        monkeypatch.setattr(sys, "argv", ["crystal", *words])
+        try:
+            main()
+            code = 0
+        except SystemExit as stop:
+            code = stop.code or 0
+        return code, *capsys.readouterr()
+
+    return run
+
+
+def test_ambers_published_rate_is_33_7_percent_and_25_days(crystal):
+    words = "plan amber-7b --devices 224 --device a100-80gb --with devices_per_node=4 --tokens-per-second 582400 --json"
+    code, out, err = crystal(*words.split())
+    assert (code, err) == (0, "")
+    result = json.loads(out)
+    assert (result["rate"], result["device"]["devices_per_node"]) == ("given", 4)
+    assert result["mfu_6n"] == pytest.approx(0.337, abs=5e-4)  # 6 x 6,738,415,616 x 582,400 / (224 x 312e12)
+    assert result["mfu"] == pytest.approx(0.344, abs=5e-4)  # without the input embedding, with causal attention
+    assert result["step_seconds"] == pytest.approx(7.877, abs=5e-4)  # 2240 x 2048 / 582,400
+    assert result["days"] == pytest.approx(25.0, abs=0.05)  # 1,258,448,486,400 tokens
+    assert result["flops_per_step"] == result["flops_per_token"] * 4_587_520
+    assert len(result["layouts"]) == 10
+
+
+def test_an_mfu_is_turned_into_the_rate_it_means():
+    work = Work(model_config("amber-7b"), 2048, 2240, 274_320)
+    rate = 0.337 * 224 * 312e12 / (6 * 6_738_415_616)
+    assert bookkeeping(work, 224, load_device("a100-80gb"), rate)["mfu_6n"] == pytest.approx(0.337)
+    assert rate == pytest.approx(582_400, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        ("--devices 23", "20 or 28 would do"),
+        ("--devices 1", "124.6 GB of 72.0 usable; 2 of them would do"),
+        ("--device a100-80g", "did you mean 'a100-80gb'?"),
+        ("--with memory=80", "memory: unknown key; did you mean 'memory_gb'?"),
+        ("--mfu 0.4 --tokens-per-second 5", "expected one of them"),
+        ("--mfu 40", "--mfu: expected a share of 1 above 0, got 40"),
+        ("--tokens-per-second 0", "--tokens-per-second: expected a rate above 0, got 0"),
+        ("backend.name=cuda backend.dtype=fp32", "backend.dtype: expected bf16"),
+    ],
+)
+def test_a_mistake_is_one_line(crystal, words, line):
+    code, out, err = crystal("plan", "amber-7b", *words.split())
+    assert (code, out) == (2, "")
+    assert line in err
+    assert err.count("\n") == 1
+
+
+def test_a_runs_own_layout_is_reckoned_too(crystal):
+    words = "plan amber-7b --devices 224 backend.name=cuda backend.parallel.fsdp=224 backend.recompute=block --top 1"
+    code, out, err = crystal(*words.split(), "--json")
+    assert (code, err) == (0, "")
+    own = json.loads(out)["own"]
+    assert (own["fsdp"], own["micro_batch_size"], own["recompute"]) == (224, 10, "block")
+    assert own["memory_bytes"] == sum(own["memory"].values())
+    assert own["step_seconds"] == pytest.approx(sum(own["seconds"].values()))
+    code, out, err = crystal(*words.split())
+    assert "the run file's own layout:" in out
+    assert "TFLOP/s bf16, of which 0.508 reached" in out  # inputs are shown
+
+
+@pytest.mark.parametrize(
+    ("changes", "each"),
+    [
+        ("backend.name=cpu", 18),
+        ("backend.name=cpu backend.dtype=fp32", 16),
+        ("backend.name=cuda", 18),
+        ("backend.name=cerebras backend.device=csx backend.dtype=cbfloat16", 18),
+        ("backend.name=weight_streaming backend.moments=int8", 6),
+    ],
+)
+def test_a_dry_run_tells_the_memory_of_its_own_backend(crystal, changes, each):
+    code, out, err = crystal("train", "demo", *changes.split(), "--dry-run", "--json")
+    assert (code, err) == (0, "")
+    result = json.loads(out)
+    assert result["memory_bytes"] == each * result["parameters"]
