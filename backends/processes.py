@@ -12,6 +12,7 @@ import os
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.rendezvous import rendezvous
 
 from crystal.backends.base import Place
 from crystal.backends.config import CudaConfig
@@ -39,13 +40,26 @@ def join(config: CudaConfig) -> DeviceMesh:
             raise ConfigError("backend.device: expected a CUDA device, this machine has none; set backend.device=cpu")
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     if not dist.is_initialized():
+        store, rank, processes = _meeting_place()
         backend = "cpu:gloo,cuda:nccl" if config.device == "cuda" else "gloo"
-        if "RANK" in os.environ:
-            dist.init_process_group(backend)
-        else:
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=processes)
         atexit.register(_leave)
     return init_device_mesh(config.device, tuple(sizes.values()), mesh_dim_names=DIMENSIONS)
+
+
+def _meeting_place() -> tuple[dist.Store, int, int]:
+    """(store, rank, number of processes).
+
+    torchrun keeps one store over restarts, with the addresses of processes that have died (pytorch issue 135712). On
+    one machine the number of the restart tells them apart; over several, whose numbers may differ, torchrun must be
+    started with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 (docs/clusters.md).
+    """
+    if "RANK" not in os.environ:
+        return dist.HashStore(), 0, 1
+    store, rank, processes = next(rendezvous("env://"))
+    if os.environ.get("GROUP_WORLD_SIZE") == "1":
+        store = dist.PrefixStore(f"restart-{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+    return store, rank, processes
 
 
 def _leave() -> None:

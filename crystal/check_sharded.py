@@ -17,8 +17,8 @@ import torch.multiprocessing as mp
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
+from crystal.backends.parallel import split_blocks
 from crystal.config import ConfigError
 from crystal.coordinates import Asked, check_model
 from crystal.mup.coord_check import CoordCheck
@@ -75,12 +75,9 @@ def _fsdp(mesh) -> Callable[[nn.Module], nn.Module]:
 
 def _tensor_parallel(mesh) -> Callable[[nn.Module], nn.Module]:
     """Heads and d_ff are split; embedding, norms and head are whole in each process."""
-    columns = ("attn.q", "attn.k", "attn.v", "mlp.gate", "mlp.up")
-    plan = dict.fromkeys(columns, ColwiseParallel()) | dict.fromkeys(("attn.out", "mlp.down"), RowwiseParallel())
 
     def wrap(model: nn.Module) -> nn.Module:
-        for block in model.blocks:
-            parallelize_module(block, mesh, plan)
+        split_blocks(model.blocks, mesh)
         return model
 
     return wrap
