@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from pathlib import Path
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -139,3 +140,17 @@ class Backend(Protocol):
 
     def describe(self) -> dict:
         """What it runs on and can do: dtypes, exact clipping, accumulation, layouts."""
+
+
+@runtime_checkable
+class Durable(Protocol):
+    """A backend whose weights and moments lie on disk anyway: its store is the checkpoint."""
+
+    def position(self) -> int | None:
+        """The step that its store stands at, to go on from without loading; None for a store that holds nothing."""
+
+    def result(self) -> dict | None:
+        """`StepResult.host` of the step at `position`, None when that was made elsewhere."""
+
+    def seal(self) -> Path | None:
+        """Bring the store to the last step, whole, and name its directory; None where a checkpoint is to be a copy."""

@@ -21,8 +21,10 @@ def create(
     n_sources: int,
     config: BackendConfig,
     directory: Path,
+    micro_batch_size: int = 1,
 ) -> Backend:
-    """Build a backend. curriculum: for its learning rates; directory: the run's, for what a backend keeps on disk.
+    """Build a backend. curriculum: for its learning rates; directory: the run's, for what a backend keeps on disk;
+    micro_batch_size: rows.
     Raises ConfigError, before training starts, for what the backend cannot do."""
     schedule = curriculum.base_lr
     if config.name == "cpu":
@@ -37,4 +39,11 @@ def create(
         from crystal.backends.cerebras.bridge import CerebrasBackend
 
         return CerebrasBackend(model, plan, optimizer, curriculum, seed, n_sources, config, directory)
+    if config.name == "weight_streaming":
+        from crystal.backends.weight_streaming.backend import WeightStreamingBackend
+
+        micro_batches = -(-curriculum.global_batch_size // micro_batch_size)
+        return WeightStreamingBackend(
+            model, plan, optimizer, schedule, seed, n_sources, config, directory, micro_batches
+        )
     raise ConfigError(f"backend.name: {config.name} is not built yet")

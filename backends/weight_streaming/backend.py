@@ -14,12 +14,18 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from crystal.backends.base import MicroBatch, Schedule, StepResult
+from crystal.backends.base import MicroBatch, Place, Schedule, StepResult
 from crystal.backends.config import OptimizerConfig, WeightStreamingConfig
 from crystal.backends.weight_streaming.executor import Executor
 from crystal.backends.weight_streaming.gradients import Gradients
 from crystal.backends.weight_streaming.layout import Piece
-from crystal.backends.weight_streaming.reduce import executors, rank, sum_over_executors_
+from crystal.backends.weight_streaming.reduce import (
+    executors,
+    join_executors,
+    largest_over_executors,
+    rank,
+    sum_over_executors_,
+)
 from crystal.backends.weight_streaming.store import Store, Update
 from crystal.backends.weight_streaming.stream import Stream
 from crystal.backends.weight_streaming.transfer import keep_heap
@@ -53,6 +59,8 @@ class WeightStreamingBackend:
         if config.threads:
             torch.set_num_threads(config.threads)
         keep_heap()
+        join_executors()
+        self.place = Place(process=rank(), processes=executors(), part=rank(), parts=executors())
         self.model_config, self.plan, self.optimizer_config, self.config = model, plan, optimizer, config
         self.schedule, self.seed, self.n_sources = schedule, seed, n_sources
         dtype = torch.bfloat16 if config.dtype == "bf16" else torch.float32
@@ -68,7 +76,11 @@ class WeightStreamingBackend:
         self.executor = Executor(build(model, plan), self.stream, Gradients(self.store, self.stream))
         record = self.store.record
         self.step, self.optimizer_step, self.sealed = record.step, record.optimizer_step, True
+        self._result = record.result
         self.update = record.update if record.due else None  # due, not made yet
+
+    def agree(self, *numbers: int) -> tuple[int, ...]:
+        return largest_over_executors(*numbers)
 
     # --- training
 
@@ -96,8 +108,9 @@ class WeightStreamingBackend:
             scale = clip / norm.item() if clip is not None and norm > clip else None
             self.optimizer_step += 1
             self.update = Update(self._updates() + 1, self.optimizer_step, self.schedule(step), scale)
-        self.step, self.sealed = step, False
-        return StepResult(loss, norm, applied, nll_S, tokens_S)
+        result = StepResult(loss, norm, applied, nll_S, tokens_S)
+        self.step, self.sealed, self._result = step, False, result.host()
+        return result
 
     @torch.no_grad()
     def eval_step(self, batch: MicroBatch) -> tuple[Tensor, Tensor]:
@@ -140,7 +153,7 @@ class WeightStreamingBackend:
     def _seal(self) -> None:
         """Have the store stand at the last step, its update due: from here on, that step is not lost."""
         if not self.sealed and self.step is not None:
-            self.store.seal(self.step, self.optimizer_step, self.update)
+            self.store.seal(self.step, self.optimizer_step, self.update, self._result)
             self.sealed = True
 
     def _settle(self) -> None:
@@ -151,6 +164,9 @@ class WeightStreamingBackend:
 
     def position(self) -> int | None:
         return self.step
+
+    def result(self) -> dict | None:
+        return self._result
 
     def seal(self) -> Path | None:
         if self.store.directory is None or self.config.full_checkpoints:
@@ -170,9 +186,9 @@ class WeightStreamingBackend:
         self._seal()
 
     @torch.no_grad()
-    def load(self, tensors: Callable[[str], Iterable[tuple[str, Tensor]]], scalars: dict | None) -> None:
+    def load(self, tensors: Callable[..., Iterable[tuple[str, Tensor]]], scalars: dict | None) -> None:
         self.store.unseal()
-        self.step, self.update, self.sealed = None, None, False
+        self.step, self.update, self._result, self.sealed = None, None, None, False
         self.store.put("model", tensors("model"))
         self.optimizer_step = 0 if scalars is None else scalars["optimizer_step"]
         if self.optimizer_step:

@@ -2,8 +2,17 @@
 
 from __future__ import annotations
 
+import os
+
+import torch
 import torch.distributed as dist
 from torch import Tensor
+
+
+def join_executors() -> None:
+    """Meet the other processes that torchrun started, if it did."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
+        dist.init_process_group("gloo")
 
 
 def executors() -> int:
@@ -13,6 +22,15 @@ def executors() -> int:
 
 def rank() -> int:
     return dist.get_rank() if executors() > 1 else 0
+
+
+def largest_over_executors(*numbers: int) -> tuple[int, ...]:
+    """Each number's largest; all meet here."""
+    if executors() == 1:
+        return numbers
+    largest = torch.tensor(numbers)
+    dist.all_reduce(largest, dist.ReduceOp.MAX)
+    return tuple(largest.tolist())
 
 
 def sum_over_executors_(tensor: Tensor) -> Tensor:

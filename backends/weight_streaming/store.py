@@ -43,7 +43,7 @@ class Update:
 
 @dataclass
 class Record:
-    """What store.json holds. updates: how many each piece has had; slots: where each lies."""
+    """What store.json holds. result: of the step; slots, updates: where each piece lies, how many it has had."""
 
     owner: str
     moments: str
@@ -51,6 +51,7 @@ class Record:
     step: int | None = None
     optimizer_step: int = 0
     update: Update | None = None
+    result: dict | None = None
     slots: dict[str, int] = field(default_factory=dict)
     updates: dict[str, int] = field(default_factory=dict)
 
@@ -146,9 +147,10 @@ class Store:
             (self.directory / RECORD).unlink(missing_ok=True)
             sync(self.directory)
 
-    def seal(self, step: int, optimizer_step: int, update: Update | None) -> None:
+    def seal(self, step: int, optimizer_step: int, update: Update | None, result: dict | None) -> None:
         """The store stands at `step`; with `update`, once that is made. Returns when this will last."""
-        self.record.step, self.record.optimizer_step, self.record.update = step, optimizer_step, update
+        self.record.step, self.record.optimizer_step = step, optimizer_step
+        self.record.update, self.record.result = update, result
         text = self._text()
         self.writer.submit(lambda: self._put(text, "store", "gradients")).wait()
 

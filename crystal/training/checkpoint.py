@@ -8,6 +8,9 @@ Where several processes hold a tensor together, each writes shards of its own wi
 rectangle of the whole that is (format 2; without such parts it is format 1). Reading puts them together again, or
 takes no more of them than is asked for, so a checkpoint can be read in any layout.
 
+Where the backend's weights lie on disk anyway, a checkpoint may refer to its store instead of having shards (format 3).
+It is good until the store moves on, and is taken away then.
+
 A checkpoint is written aside, each file fsynced, `checkpoint.json` last, and the directory then renamed into
 place: what carries its final name is whole. Reading checks every shard's size and sha256.
 """
@@ -29,12 +32,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from crystal.backends.base import Part
-from crystal.config import ConfigError
+from crystal.config import ConfigError, parse
 from crystal.files import sha256_of, sync
+from crystal.zoo.build import plan_for
+from crystal.zoo.config import ModelConfig
 
 SEAL = "checkpoint.json"
 SHARD_BYTES = 1 << 30
-WHOLE, PARTS = 1, 2  # formats: every tensor in one piece, or some in parts
+WHOLE, PARTS, STORE = 1, 2, 3  # formats: every tensor in one piece, some in parts, all in a backend's store
 
 
 @dataclass(frozen=True)
@@ -44,6 +49,7 @@ class Checkpoint:
     directory: Path
     state: dict
     shards: dict[str, dict]  # file → {bytes, sha256, tensors, parts: {tensor: {offset, size, shape}} where it has any}
+    store: Path | None = None  # where the tensors are if there are no shards
     _checked: set[str] = field(default_factory=set, repr=False, compare=False)
 
     def tensors(
@@ -54,6 +60,11 @@ class Checkpoint:
         wanted: only these names, and of each only what lies in its slices (with numbers for start and stop).
         Raises ConfigError when a shard's bytes are not those that were saved, or a part is missing.
         """
+        if self.store is not None:
+            for name, tensor in _in_store(self, prefix):
+                if wanted is None or name in wanted:
+                    yield name, tensor if wanted is None else tensor[wanted[name]]
+            return
         holders: dict[str, list[str]] = {}
         for file, record in self.shards.items():
             for key in record["tensors"]:
@@ -101,6 +112,13 @@ class Checkpoint:
         return opened[file]
 
 
+def _in_store(saved: Checkpoint, prefix: str) -> Iterator[tuple[str, Tensor]]:
+    from crystal.backends.weight_streaming.store import sealed_tensors
+
+    model = parse(ModelConfig, saved.state.get("model"), str(saved.directory), ("model",))
+    return sealed_tensors(saved.store, plan_for(model), saved.state["step"], prefix)
+
+
 def _overlap(region: tuple[slice, ...], offset: list[int], size: list[int]) -> tuple[slice, ...] | None:
     """Where a part lies inside a region, in the whole tensor's numbering; None where it does not."""
     found = tuple(slice(max(s.start, o), min(s.stop, o + n)) for s, o, n in zip(region, offset, size, strict=True))
@@ -116,6 +134,27 @@ def write(directory: Path, tensors: Iterable[tuple[str, Tensor]], state: dict, f
     """
     shutil.rmtree(aside_of(directory), ignore_errors=True)
     return seal(directory, write_shards(directory, tensors), state, files)
+
+
+def refer(directory: Path, store: Path, state: dict, files: Iterable[Path] = ()) -> Path:
+    """A checkpoint at `directory` whose tensors stay in a backend's store. Raises ConfigError as `write`."""
+    aside, run = aside_of(directory), directory.absolute().parent.parent
+    shutil.rmtree(aside, ignore_errors=True)
+    # by a relative path inside the run directory, which may be moved as a whole
+    path = os.path.relpath(store, directory.absolute()) if store.is_relative_to(run) else str(store)
+    try:
+        aside.mkdir(parents=True)
+    except OSError as error:
+        raise _cannot(directory, error) from None
+    return seal(directory, {}, state, files, path)
+
+
+def remove_references(checkpoints: Path) -> None:
+    """Take away all checkpoints that refer to a store."""
+    for step in steps(checkpoints):
+        directory = step_directory(checkpoints, step)
+        if read(directory).store is not None:
+            remove(directory)
 
 
 def aside_of(directory: Path) -> Path:
@@ -138,15 +177,16 @@ def write_shards(directory: Path, tensors: Iterable[tuple[str, Tensor | Part]], 
         raise _cannot(directory, error) from None
 
 
-def seal(directory: Path, shards: dict, state: dict, files: Iterable[Path] = ()) -> Path:
+def seal(directory: Path, shards: dict, state: dict, files: Iterable[Path] = (), store: str | None = None) -> Path:
     """Make a checkpoint of all shards that were written aside: copy `files`, write the seal, rename."""
     aside = aside_of(directory)
-    version = PARTS if any("parts" in record for record in shards.values()) else WHOLE
+    version = STORE if store else PARTS if any("parts" in record for record in shards.values()) else WHOLE
     try:
         for file in files:
             shutil.copyfile(file, aside / file.name)
             sync(aside / file.name)
-        text = json.dumps({"format": version, "state": state, "shards": shards}, indent=1)
+        content = {"format": version, "state": state, "shards": shards} | ({"store": store} if store else {})
+        text = json.dumps(content, indent=1)
         (aside / SEAL).write_text(text, encoding="utf-8")
         sync(aside / SEAL)
         sync(aside)
@@ -205,18 +245,18 @@ def read(directory: Path) -> Checkpoint:
     path = Path(directory) / SEAL
     try:
         seal = json.loads(path.read_text(encoding="utf-8"))
-        state, shards, version = seal["state"], seal["shards"], seal["format"]
+        state, shards, version, store = seal["state"], seal["shards"], seal["format"], seal.get("store")
     except FileNotFoundError:
         raise ConfigError(f"{directory}: expected a checkpoint directory, but {SEAL} is not there") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{path}: expected a checkpoint's seal: {error}") from None
-    if version not in (WHOLE, PARTS):
-        raise ConfigError(f"{path}: expected format {WHOLE} or {PARTS}, got {version}")
+    if version not in (WHOLE, PARTS, STORE):
+        raise ConfigError(f"{path}: expected format {WHOLE} to {STORE}, got {version}")
     for file, record in shards.items():
         size = (path.parent / file).stat().st_size if (path.parent / file).is_file() else None
         if size != record["bytes"]:
             raise ConfigError(f"{path.parent / file}: expected {record['bytes']} bytes, got {size or 'no file'}")
-    return Checkpoint(Path(directory), state, shards)
+    return Checkpoint(Path(directory), state, shards, Path(directory, store).resolve() if store else None)
 
 
 def step_directory(checkpoints: Path, step: int) -> Path:

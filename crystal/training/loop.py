@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from crystal.backends.base import Durable
 from crystal.backends.create import create
 from crystal.config import ConfigError
 from crystal.curriculum import Curriculum, Stage, resolve
@@ -24,7 +25,7 @@ from crystal.run import RunFile
 from crystal.training import checkpoint
 from crystal.training.batches import Batches
 from crystal.training.guards import BadSteps, Interrupts, alone_in, plan_differences
-from crystal.training.metrics import Metrics, NoMetrics, event
+from crystal.training.metrics import Metrics, NoMetrics, event, read_metrics
 from crystal.training.record import open_run
 from crystal.training.saving import Saver
 
@@ -69,7 +70,7 @@ class Trainer:
         self.plan = config.plan()
         self.backend = create(
             config.model, self.plan, config.optimizer, self.curriculum, config.train.seed, len(self.batches.sources),
-            config.backend, config.directory,
+            config.backend, config.directory, config.train.micro_batch_size,
         )  # fmt: skip
         if problems := plan_differences(self.plan, self.backend.groups()):
             raise RuntimeError(f"the optimizer does not follow the parameter plan: {problems[0]}")
@@ -82,6 +83,7 @@ class Trainer:
         self.checkpoints = self.directory / "checkpoints"
         self.tokenizer_file = store.directory / store.manifest["tokenizer"]["path"]
         self.position = 0
+        self.held = False  # the backend's store stood there already
 
     def resume(self, stage: Stage | None) -> None:
         """Take up the newest checkpoint (of `stage`, or the end of the one before it), or start afresh."""
@@ -89,6 +91,8 @@ class Trainer:
             checkpoint.sweep(self.checkpoints)
         self.saver.meet()
         found = checkpoint.steps(self.checkpoints)
+        held = self.backend.position() if isinstance(self.backend, Durable) else None
+        found = sorted({*found, *([] if held is None else [held])})
         if stage is not None:
             last = stage.first_step + stage.steps
             found = [s for s in found if stage.first_step <= s <= last]
@@ -101,11 +105,14 @@ class Trainer:
             self.backend.initialise()
             return
         self.position = found[-1]
+        self.display.note(f"continuing from step {self.position}")
+        if self.position == held:
+            self.held = True
+            return
         saved = checkpoint.read(checkpoint.step_directory(self.checkpoints, self.position))
         if "backend" not in saved.state:
             raise ConfigError(f"{saved.directory}: expected a checkpoint of this run, it has no optimizer state")
         self.backend.load(saved.tensors, saved.state["backend"])
-        self.display.note(f"continuing from step {self.position}")
 
     def train(self, stage: Stage | None = None, until: int | None = None) -> Outcome:
         """Run to the end of the curriculum, of `stage`, or to global step `until`. Raises ConfigError."""
@@ -119,7 +126,7 @@ class Trainer:
         self.resume(stage)
         start, stop = self.position, self.curriculum.steps if stage is None else stage.first_step + stage.steps
         stop = min(stop, until) if until is not None else stop
-        if start >= stop:
+        if start >= stop and not self.held:
             return Outcome(self.directory, start, None, _peak_rss(), 0.0)
         self._event("start", step=start, stop=stop, backend=self.backend.describe())
         self.display.begin(self.curriculum, start, stop)
@@ -129,6 +136,8 @@ class Trainer:
             with Interrupts() as interrupts:
                 if start == 0 and stop > 0:
                     metrics.write({"step": 0, "stage": 1, "val_loss": self.validate()})
+                if self.held and start:
+                    self._catch_up(metrics)
                 since = time.perf_counter()
                 for micro_batches in self.batches.ahead(start, stop - 1):
                     now = self.curriculum.stage_at(self.position)
@@ -168,6 +177,19 @@ class Trainer:
         self._event("stop", step=self.position, peak_rss_bytes=peak, tokens_per_second=round(rate, 1))
         return Outcome(self.directory, self.position, interrupted, peak, rate)
 
+    def _catch_up(self, metrics: Metrics | NoMetrics) -> None:
+        """Record and save the step that the store stands at, where the process before ended in between."""
+        stage, result = self.curriculum.stage_at(self.position - 1), self.backend.result()
+        ended = self.position == stage.first_step + stage.steps
+        recorded = max((record["step"] for record in read_metrics(self.directory)), default=0)
+        if recorded < self.position and result is not None:
+            record = self._record(stage, result)
+            if ended or self._due(stage, self.config.train.eval_every):
+                record["val_loss"] = self.validate()
+            metrics.write(record)
+        if ended:
+            self.save(stage, ended)
+
     def _enter(self, stage: Stage) -> None:
         """Cross into a stage: its first step is next."""
         if stage.index and not stage.carry_optimizer:
@@ -175,13 +197,18 @@ class Trainer:
         self._event("stage", step=self.position, name=stage.name, optimizer_carried=stage.carry_optimizer)
 
     def _step(self, stage: Stage, micro_batches: list, since: float) -> tuple[dict, float]:
+        self.saver.move_on(self.checkpoints)
         result = self.backend.train_step(self.position + 1, micro_batches).host()
         seconds = time.perf_counter() - since  # waiting for the batch counts
         self.position += 1
-        step_tokens = stage.global_batch_size * stage.seq_len
         if not result["applied"]:
             self._event("update_left_out", step=self.position, loss=str(result["loss"]))
-        record = {
+        return self._record(stage, result, seconds), seconds
+
+    def _record(self, stage: Stage, result: dict, seconds: float | None = None) -> dict:
+        """The line of metrics.jsonl of the step just made."""
+        step_tokens = stage.global_batch_size * stage.seq_len
+        return {
             "step": self.position,
             "stage": stage.index + 1,
             "loss": result["loss"],
@@ -189,10 +216,9 @@ class Trainer:
             "grad_norm": result["grad_norm"],
             "applied": result["applied"],
             "tokens": self.position * step_tokens,
-            "tokens_per_second": round(step_tokens / seconds, 1),
+            "tokens_per_second": round(step_tokens / seconds, 1) if seconds else None,
             "source_loss": self._by_source(result["source_nll"], result["source_tokens"]),
         }
-        return record, seconds
 
     def validate(self) -> dict[str, float]:
         """Mean loss per held-out token of every source, in nats."""

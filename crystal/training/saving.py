@@ -14,7 +14,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from crystal.backends.base import Backend, Part, Place
+from crystal.backends.base import Backend, Durable, Part, Place
 from crystal.config import ConfigError
 from crystal.files import sync
 from crystal.training import checkpoint
@@ -26,15 +26,22 @@ class Saver:
     def __init__(self, backend: Backend):
         self.backend = backend
         self.writing: _Writing | None = None
+        self.referred = isinstance(backend, Durable)  # there may be checkpoints that refer to the backend's store
 
     def save(self, directory: Path, state: dict, files: Iterable[Path], sealed: Callable[[], None]) -> None:
         """Write the backend's state; `sealed` is called, in process 0, when it is on the disk and whole.
 
         A save that is still being written is waited for. Raises ConfigError when the disk does not take it.
         """
+        store = self.backend.seal() if isinstance(self.backend, Durable) else None
         if not self.backend.place.background:
-            checkpoint.write(directory, self.backend.state(), state, files)
-            sealed()
+            self.referred = store is not None
+            if self.backend.place.process == 0:
+                if store is None:
+                    checkpoint.write(directory, self.backend.state(), state, files)
+                else:
+                    checkpoint.refer(directory, store, state, files)
+                sealed()
             return
         self.finish()
 
@@ -43,6 +50,12 @@ class Saver:
             sealed()
 
         self.writing = _Writing(directory, list(self.backend.state()), self.backend.place, seal)
+
+    def move_on(self, checkpoints: Path) -> None:
+        """Take away what refers to the backend's store, which is about to change."""
+        if self.referred and self.backend.place.process == 0:
+            checkpoint.remove_references(checkpoints)
+        self.referred = False
 
     def meet(self, signal: int = 0) -> int:
         """Meet the other processes, after a step: the signal that any of them was sent, or 0.

@@ -1,0 +1,51 @@
+"""A training process that kills itself at a chosen write of its weight-streaming store, or is killed from outside."""
+
+import os
+import signal
+from multiprocessing import get_context
+
+from rich.console import Console
+
+CONTEXT = get_context("forkserver")  # one process imports torch, the others are forked from it
+CONTEXT.set_forkserver_preload(["torch", "torch.utils.tensorboard", "crystal.training.start", "dying"])
+
+
+def start_training(path, where=None, count=0):
+    """A process that trains the run file; it kills itself at the count-th write (from 0) of `where`.
+
+    where: gradients or state, half-way through the write; record, just before it; None for no such end.
+    """
+    process = CONTEXT.Process(target=_train, args=(path, where, count), daemon=True)
+    process.start()
+    return process
+
+
+def _train(path, where, count):
+    import torch
+
+    from crystal.backends.weight_streaming import store, transfer
+    from crystal.run import load_run
+    from crystal.training.start import start
+
+    torch.set_num_threads(1)
+    left = count
+
+    def dying(original, counts, half):
+        def call(self, *args):
+            nonlocal left
+            if counts(self):
+                left -= 1
+                if left < 0:
+                    if half:
+                        original(self, args[0], args[1][: len(args[1]) // 2 // 4096 * 4096])
+                    os.kill(os.getpid(), signal.SIGKILL)
+            return original(self, *args)
+
+        return call
+
+    if where == "record":
+        store.Store._put = dying(store.Store._put, lambda self: True, half=False)
+    elif where is not None:
+        name = {"state": "store.bin", "gradients": "gradients.bin"}[where]
+        transfer.DiskFile.pwrite = dying(transfer.DiskFile.pwrite, lambda self: self.path.name == name, half=True)
+    start(load_run(path), None, None, Console(quiet=True, stderr=True))
