@@ -17,6 +17,7 @@ from crystal import __version__
 from crystal.bench import bench
 from crystal.cerebras import cerebras
 from crystal.config import ConfigError
+from crystal.exchange import export, import_
 from crystal.options import Json, Overrides, Run, Step, is_first
 from crystal.options import console as _console
 from crystal.options import print_result as _print
@@ -266,7 +267,7 @@ Parametrization = Annotated[
 @app.command()
 def audit(
     model: Annotated[str, typer.Argument(metavar="MODEL|RUN.yaml", help="a preset, rung, family or run file")],
-    base: Annotated[int | None, typer.Option(help="base width; default: the config's")] = None,
+    base: Annotated[int | None, typer.Option(min=1, help="base width; default: the config's")] = None,
     parametrization: Parametrization = None,
     as_json: Json = False,
 ) -> None:
@@ -333,30 +334,8 @@ def transfer(
         raise typer.Exit(1)
 
 
-@app.command("import")
-def import_(
-    directory: Annotated[Path, typer.Argument(metavar="DIR", help="config.json and safetensors, as published")],
-    to: Annotated[Path, typer.Option(help="checkpoint directory to write")],
-    as_json: Json = False,
-) -> None:
-    """Read a Hugging Face directory (LLaMA form, or LLM360's CrystalCoder form) into a checkpoint."""
-    from crystal.interchange import import_published
-
-    result = import_published(directory, to)
-    _print(result, as_json, f"{result['parameters']:,} parameters from {directory} to {to}")
-
-
-@app.command()
-def export(
-    checkpoint: Annotated[Path, typer.Argument(metavar="CKPT", help="a checkpoint or run directory")],
-    out: Annotated[Path, typer.Option(help="directory to write")],
-    to: Annotated[Literal["hf", "safetensors"], typer.Option(help="published names, or ours")] = "hf",
-    as_json: Json = False,
-) -> None:
-    """Write a checkpoint's weights: in the published form (LLaMA's, or LLM360's CrystalCoder form), or as they are."""
-    from crystal.interchange import export_published
-
-    _print({"out": str(export_published(checkpoint, out, to)), "to": to}, as_json, f"{out}: written from {checkpoint}")
+app.command("import")(import_)
+app.command()(export)
 
 
 @app.command()
