@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,7 +28,14 @@ def run_check(
     out: Path | None,
     console: Console,
 ) -> tuple[dict, str]:
-    """(JSON object, text). under: compile, or fsdp or tp on two gloo processes."""
+    """(JSON object, text). under: compile, or fsdp or tp on two gloo processes. Raises ConfigError for a bad flag."""
+    if lr is not None and not 0 < lr < math.inf:
+        raise ConfigError(f"--lr: expected a positive number, got {lr:g}")
+    if out is not None:
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"--out: {out} cannot be written: {error.strerror}") from None
     asked = Asked(
         widths=_sizes(widths, "--widths") or WIDTHS,
         depths=_sizes(depths, "--depths") or (DEPTH,),

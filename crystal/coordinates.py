@@ -180,7 +180,6 @@ def write(checks: Sequence[CoordCheck], beside: Sequence[CoordCheck], out: Path,
 
     from crystal.mup.coord_plots import draw, page
 
-    out.mkdir(parents=True, exist_ok=True)
     written = [out / "coord-check.json"]
     written[0].write_text(json.dumps(as_dict(checks), indent=1))
     for check in checks:

@@ -191,13 +191,20 @@ def _row(key, values: dict, runs: int, expected: _Expected, groups: dict[str, in
     message = ""
     if verdict != "PASS":
         why = explain(quantity, expected.roles.get(name), slope.value, high, groups.get(name))
-        if expected.along == "depth" and quantity in ("size", "change"):
-            why = "the residual stream grows with depth: branches want x m_L^-alpha" if slope.value > 0 else why
+        if expected.along == "depth":
+            why = _DEPTH.get(quantity, "the residual stream grows with depth: branches want x m_L^-alpha")
+            why = why if quantity in _DEPTH or slope.value > 0 else "the residual stream dies out with depth"
         wanted = f"{expected.along}^{high:g}"
         why = why if verdict == "FAIL" else "more seeds or widths would tell"
         what = {"init": "init", "update": "first update", "push": "effect of the first update"}.get(quantity, label)
         message = f"{name}: {what} ∝ {expected.along}^{slope.value:z.2f}, expected {wanted}: {why}"
     return Row(name, label, slope.value, (slope.low, slope.high), high, verdict, expected.source, message)
+
+
+_DEPTH = {
+    "init": "its init sigma depends on depth, and so counts it twice where branches have x m_L^-alpha",
+    "update": "its LR is not multiplied by m_L^(alpha-1)",
+}
 
 
 def _inner(name: str, blocks: str) -> str:

@@ -14,8 +14,10 @@ from torch import nn
 
 from crystal.coordinates import Asked, check_model
 from crystal.mup import assert_coordinate_check
+from crystal.mup.coord_plots import _lines, _quantities
 from crystal.mup.measure import Task, clean, measure
 from crystal.mup.slopes import Slope, decide, fit_slope, student
+from crystal.mup.verdict import summary
 from tests.mup.faults import Net, batch, loss, optimizer
 
 
@@ -160,6 +162,20 @@ def test_depth_is_judged(parametrization, verdict):
         assert any("residual stream grows with depth" in row.message for row in check.failures)
 
 
+def test_a_fault_of_many_tensors_is_said_once():
+    (check,) = check_model("amber", Asked(), "sp")
+    lines = summary(check.failures)
+    assert len(lines) == 2
+    assert lines[0].endswith("square root of the width multiplier, and so 13 more")
+    assert "first update ∝ width^0.00, expected width^-1: its LR is not divided" in lines[1]
+
+
+def test_the_picture_over_depth_has_the_residual_stream():
+    (check,) = check_model("amber", Asked(depths=(2, 4, 8), seeds=1), "completep")
+    assert len(_lines(check, "size", 4)["blocks.last"]) == 3
+    assert ("push", 0) not in _quantities(check)
+
+
 def test_a_compiled_model_gives_the_same_verdict():
     asked = Asked(widths=(64, 96, 128), seeds=2, wrap=lambda m: torch.compile(m, backend="eager"))
     compiled = check_model("amber", asked, "mup")[0]
@@ -210,6 +226,9 @@ def test_the_command_writes_json_picture_and_page(tmp_path):
         (("coord-check", "amber", "--widths", "64,128"), "--widths: expected at least three"),
         (("coord-check", "amber", "--widths", "64,x,128"), "--widths: expected positive whole numbers"),
         (("coord-check", "amber", "--widths", "65,128,256"), "width 65: expected a multiple of the head size"),
+        (("coord-check", "amber", "--lr", "-1"), "--lr: expected a positive number"),
+        (("coord-check", "amber", "--out", "/dev/null/x"), "--out: /dev/null/x cannot be written"),
+        (("audit", "amber", "--base", "0"), "--base"),
         (("coord-check", "amber", "--depths", "2,4"), "--depths: expected one depth"),
         (("audit", "nothing.yaml"), "nothing.yaml"),
         (("audit", "amber-7b", "--base", "100"), "width 100: expected a multiple of the head size"),
