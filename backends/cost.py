@@ -1,7 +1,7 @@
 """What a decoder costs on paper: FLOPs, bytes of weights and optimizer state by backend, bytes of activations.
 
 State, in bytes a parameter: fp32 weights 4, fp32 gradients 4, AdamW's two fp32 moments 8, and with bf16 compute a
-rounded copy of the weights 2. The weight-streaming store holds fp32 weights as two 16-bit planes, 4, and the moments.
+rounded copy of the weights 2. What the weight-streaming store and its buffers take, its own layout says.
 
 Activations, by the method of Korthikanti et al. 2022, "Reducing Activation Recomputation in Large Transformer Models",
 section 4: what autograd keeps of a block from forward to backward, an element of the compute dtype each, a token:
@@ -17,12 +17,13 @@ from __future__ import annotations
 
 from typing import Literal
 
-from crystal.backends.config import BackendConfig
-from crystal.zoo.build import parameter_count
+import torch
+
+from crystal.backends.config import BackendConfig, WeightStreamingConfig
+from crystal.zoo.build import parameter_count, plan_for
 from crystal.zoo.config import ModelConfig
 
 WEIGHT, GRADIENT, MOMENTS, COPY = 4, 4, 8, 2  # bytes a parameter
-STORED_MOMENTS = {"fp32": 8, "bf16": 4, "int8": 2}
 HEAD_CHUNK = 4096  # tokens whose logits the loss head holds at a time on CUDA
 
 Recompute = Literal["none", "attention", "block"]
@@ -46,22 +47,43 @@ def state_bytes(config: ModelConfig, dtype: str) -> dict[str, int]:
 
 
 def memory_bytes(config: ModelConfig) -> dict[str, int]:
-    """What a process holds by backend, activations apart; of weight streaming, what its store holds."""
+    """What a process holds by backend, activations apart; of weight streaming its buffers, and what its store takes."""
     whole = {dtype: sum(state_bytes(config, dtype).values()) for dtype in ("fp32", "bf16")}
-    stores = {f"weight_streaming store, {m} moments": store_bytes(config, m) for m in STORED_MOMENTS}
-    return {f"{backend} {dtype}": n for backend in ("cpu", "cuda", "cerebras") for dtype, n in whole.items()} | stores
+    found = {f"{backend} {dtype}": n for backend in ("cpu", "cuda", "cerebras") for dtype, n in whole.items()}
+    for moments in ("fp32", "bf16", "int8"):
+        streaming = WeightStreamingConfig(name="weight_streaming", moments=moments)
+        for part, n in streaming_bytes(config, streaming).items():
+            found[f"weight_streaming, {moments} moments, {part}"] = n
+    return found
 
 
-def store_bytes(config: ModelConfig, moments: str) -> int:
-    """Bytes of a weight-streaming store, in memory or on disk: exact fp32 weights in two planes, and the moments."""
-    return (WEIGHT + STORED_MOMENTS[moments]) * parameter_count(config)
+def streaming_bytes(config: ModelConfig, backend: WeightStreamingConfig, micro_batches: int = 1) -> dict[str, int]:
+    """`buffers`, which are always in memory, and `store`, which is on disk or in memory as the backend says.
+
+    The store has fp32 weights in two 16-bit planes, moments and gradients; micro_batches: of a step, for the sums of
+    several are kept in fp32.
+    """
+    from crystal.backends.weight_streaming.store import Store
+    from crystal.backends.weight_streaming.stream import Stream
+
+    dtype = torch.bfloat16 if backend.dtype == "bf16" else torch.float32
+    gradients = dtype if micro_batches == 1 else torch.float32
+    store = Store(plan_for(config), None, backend.moments, gradients)
+    ring = None if backend.buffers_gb is None else int(backend.buffers_gb * 1e9)
+    return {
+        "buffers": Stream(store, None, dtype, ring).bytes,
+        "store": store.layout.store_bytes + store.layout.gradient_bytes,
+    }
 
 
-def backend_bytes(config: ModelConfig, backend: BackendConfig) -> int:
-    """What a run holds in all, activations apart: its backend's line of `memory_bytes`."""
+def run_bytes(config: ModelConfig, backend: BackendConfig, micro_batches: int = 1) -> dict[str, int]:
+    """`memory` and `disk` of a run, activations and checkpoints apart."""
     if backend.name == "weight_streaming":
-        return store_bytes(config, backend.moments)
-    return sum(state_bytes(config, backend.dtype).values())
+        n = streaming_bytes(config, backend, micro_batches)
+        on_disk = n["store"] if backend.store == "disk" else 0
+        return {"memory": n["buffers"] + n["store"] - on_disk, "disk": on_disk}
+    dtype = backend.compute_dtype if backend.name == "cerebras" else backend.dtype
+    return {"memory": sum(state_bytes(config, dtype).values()), "disk": 0}
 
 
 def block_activation_bytes(config: ModelConfig, tokens: int, recompute: Recompute = "none", tp: int = 1) -> int:

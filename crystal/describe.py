@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from crystal.backends.config import OptimizerConfig
-from crystal.backends.cost import backend_bytes, flops_per_token, memory_bytes
+from crystal.backends.cost import flops_per_token, memory_bytes, run_bytes
 from crystal.config import ConfigError, parse
 from crystal.curriculum import Stage, resolve
 from crystal.mup.plan import Plan
@@ -103,7 +103,10 @@ def dry_run(run: RunFile) -> dict:
     curriculum = resolve(run.config.curriculum, run.source)
     plan = run.config.plan()
     flops = flops_per_token(run.config.model, curriculum.seq_len) * curriculum.tokens
-    rate = matmul_rate(run.config.backend.dtype)
+    backend = run.config.backend
+    micro_batches = curriculum.global_batch_size // run.config.train.micro_batch_size
+    held = run_bytes(run.config.model, backend, micro_batches)
+    rate = matmul_rate(backend.dtype or "bf16")
     return {
         "name": run.config.name,
         "parameters": parameter_count(run.config.model),
@@ -111,7 +114,8 @@ def dry_run(run: RunFile) -> dict:
         "tokens": curriculum.tokens,
         "stages": [_stage(s) for s in curriculum.stages],
         "groups": _groups(plan),
-        "memory_bytes": backend_bytes(run.config.model, run.config.backend),
+        "memory_bytes": held["memory"],
+        "disk_bytes": held["disk"],
         "flops": flops,
         "matmul_flops_per_second": rate,
         "seconds_atmatmul_rate": flops / rate,
@@ -183,7 +187,9 @@ def dry_run_text(result: dict) -> str:
         )
     least, rate = _duration(result["seconds_atmatmul_rate"]), result["matmul_flops_per_second"] / 1e9
     lines.append(
-        f"memory {result['memory_bytes'] / 1e9:.2f} GB without activations; {result['flops']:.3g} FLOPs, "
+        f"memory {result['memory_bytes'] / 1e9:.2f} GB without activations"
+        + (f", store {result['disk_bytes'] / 1e9:.2f} GB on disk" if result["disk_bytes"] else "")
+        + f"; {result['flops']:.3g} FLOPs, "
         f"{least} at the {rate:,.0f} GFLOP/s that a matmul has on this machine now"
     )
     return "\n".join(lines)

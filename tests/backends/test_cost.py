@@ -7,9 +7,18 @@ from torch.distributed._tools.mem_tracker import MemTracker
 from torch.utils.checkpoint import checkpoint
 
 from crystal.backends.base import MicroBatch
-from crystal.backends.config import CpuConfig, OptimizerConfig
-from crystal.backends.cost import block_activation_bytes, flops_per_token, head_bytes, memory_bytes, state_bytes
+from crystal.backends.config import CpuConfig, OptimizerConfig, WeightStreamingConfig
+from crystal.backends.cost import (
+    block_activation_bytes,
+    flops_per_token,
+    head_bytes,
+    memory_bytes,
+    run_bytes,
+    state_bytes,
+    streaming_bytes,
+)
 from crystal.backends.cpu import CpuBackend
+from crystal.backends.weight_streaming.backend import WeightStreamingBackend
 from crystal.zoo.build import build, multipliers_for, parameter_count, plan_for
 from crystal.zoo.config import model_config
 from crystal.zoo.decoder import Decoder
@@ -90,3 +99,30 @@ def test_the_peak_of_four_blocks_and_head_of_the_7b(name):
     assert peak["PARAM"] == pytest.approx(2 * parameter_count(config), rel=1e-6)
     blocks = 4 * (block_activation_bytes(config, 2048) + 2048 * 2 * config.d_ff)  # eager, as above
     assert peak["Total"] - peak["PARAM"] == pytest.approx(blocks + head_bytes(config, 2048), rel=0.01)
+
+
+@pytest.mark.parametrize(("dtype", "micro_batches"), [("bf16", 1), ("bf16", 2), ("fp32", 1)])
+@pytest.mark.parametrize("moments", ["fp32", "bf16", "int8"])
+def test_streaming_takes_the_disk_and_the_buffers_that_it_is_said_to(tmp_path, moments, dtype, micro_batches):
+    config = model_config("crystalcoder-w64-l4").model_copy(update={"vocab_size": 96})
+    section = WeightStreamingConfig(name="weight_streaming", moments=moments, dtype=dtype)
+    options = OptimizerConfig(), lambda step: 0.01, 1, 1, section, tmp_path, micro_batches
+    backend = WeightStreamingBackend(config, plan_for(config), *options)
+    backend.stream.open()
+    said = streaming_bytes(config, section, micro_batches)
+    assert said["store"] == sum(file.stat().st_size for file in tmp_path.rglob("*.bin"))
+    assert said["buffers"] == backend.stream.buffer.size
+    assert run_bytes(config, section, micro_batches) == {"memory": said["buffers"], "disk": said["store"]}
+    resident = section.model_copy(update={"store": "memory"})
+    assert run_bytes(config, resident, micro_batches) == {"memory": said["buffers"] + said["store"], "disk": 0}
+
+
+@pytest.mark.parametrize(("moments", "each"), [("fp32", 14), ("bf16", 10), ("int8", 8)])
+def test_a_stores_bytes_of_the_7b_by_hand(moments, each):
+    """4 of weights, 2 of bf16 gradients and the moments, a parameter; beside them a spare slot for block and embedding,
+    and with int8 two scales for every 256."""
+    n = parameter_count(model_config("crystalcoder-7b"))
+    found = memory_bytes(model_config("crystalcoder-7b"))[f"weight_streaming, {moments} moments, store"]
+    scales = 2 * 4 / 256 if moments == "int8" else 0
+    spare = (201_377_108 + 131_203_072) * (each - 2 + scales)
+    assert found == pytest.approx((each + scales) * n + spare, rel=1e-3)
