@@ -13,7 +13,7 @@ in flight in a pipeline. Time of a step, every input shown with the result:
 
 A ring moves (n - 1) / n of a tensor through every device for an all-gather or a reduce-scatter, twice that for an
 all-reduce. Between nodes it goes at the rate of as many network cards as the group has members in a node.
-Not modelled: matmuls that shrink with tensor parallelism and small micro-batches, stragglers, checkpoints, restarts.
+Not modelled: matmuls that shrink with tensor parallelism and small micro-batches, launches, stragglers, restarts.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from crystal.backends.cost import (
     block_activation_bytes,
     head_bytes,
     recomputed_flops_per_token,
-)  # fmt: skip
+)
 from crystal.backends.device import Device
 from crystal.zoo.build import meta_decoder
 from crystal.zoo.config import ModelConfig
@@ -156,9 +156,7 @@ def smallest(work: Work, devices: int, device: Device) -> Candidate | None:
     return min(every, key=lambda c: c.memory_bytes, default=None)
 
 
-def candidate(
-    work: Work, layout: Layout, device: Device, micro_batch_size: int, recompute: Recompute
-) -> Candidate:  # fmt: skip
+def candidate(work: Work, layout: Layout, device: Device, micro_batch_size: int, recompute: Recompute) -> Candidate:
     """Memory, traffic and time of one choice."""
     micro_batches = work.global_batch_size // (layout.dp * layout.fsdp * micro_batch_size)
     tokens = micro_batch_size * work.seq_len
