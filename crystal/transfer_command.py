@@ -119,8 +119,9 @@ def transfer(path: str, overrides: list[str], workers: int, out: Path | None, co
 
     sweep = load_sweep(path, tuple(overrides), out)
     progress = Progress(
-        TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:.0f}/{task.total:.0f} trials"),
-        TextColumn("{task.fields[left]}"), TimeElapsedColumn(), console=console, disable=not console.is_terminal,
+        TextColumn("{task.description}"), BarColumn(),
+        TextColumn("{task.completed:.0f}/{task.total:.0f} trials{task.fields[left]}"), TimeElapsedColumn(),
+        console=console, disable=not console.is_terminal,
     )  # fmt: skip
     with progress:
         task = progress.add_task(sweep.config.name, total=None, left="")
@@ -128,11 +129,11 @@ def transfer(path: str, overrides: list[str], workers: int, out: Path | None, co
 
         def show(done: int, total: int, seconds: float) -> None:
             nonlocal said
-            left = "" if math.isinf(seconds) else f"{seconds / 60:.0f} min left"
+            left = "" if math.isinf(seconds) or done == total else f", {seconds / 60:.0f} min left"
             progress.update(task, total=total, completed=done, left=left)
             if not console.is_terminal and done * 20 // total > said:
                 said = done * 20 // total
-                console.print(f"{sweep.config.name}: {done}/{total} trials, {left}", highlight=False)
+                console.print(f"{sweep.config.name}: {done}/{total} trials{left}", highlight=False)
 
         run_sweep(sweep, workers, show)
     return report(sweep)
@@ -234,7 +235,7 @@ def write_target(sweep: Sweep, result: dict, best: dict[str, float]) -> Path:
             "sweep": f"{sweep.config.name} {result['fingerprint'][:16]}",
             "trials": result["trials"],
             "verdict": f"{result['verdict']}: {result['message']}",
-            "corpus": json.dumps(result["corpus"]),
+            "corpus": f"{result['corpus']['name']} {result['corpus']['fingerprint'][:16]}",
             "base_lr": best["lr"],
         },
     }
