@@ -6,7 +6,6 @@ from pathlib import Path
 
 from crystal.backends.base import Backend
 from crystal.backends.config import BackendConfig, OptimizerConfig
-from crystal.config import ConfigError
 from crystal.curriculum import Curriculum
 from crystal.mup.plan import Plan
 from crystal.zoo.config import ModelConfig
@@ -39,11 +38,7 @@ def create(
         from crystal.backends.cerebras.bridge import CerebrasBackend
 
         return CerebrasBackend(model, plan, optimizer, curriculum, seed, n_sources, config, directory)
-    if config.name == "weight_streaming":
-        from crystal.backends.weight_streaming.backend import WeightStreamingBackend
+    from crystal.backends.weight_streaming.backend import WeightStreamingBackend
 
-        micro_batches = -(-curriculum.global_batch_size // micro_batch_size)
-        return WeightStreamingBackend(
-            model, plan, optimizer, schedule, seed, n_sources, config, directory, micro_batches
-        )
-    raise ConfigError(f"backend.name: {config.name} is not built yet")
+    micro_batches = -(-curriculum.global_batch_size // micro_batch_size)
+    return WeightStreamingBackend(model, plan, optimizer, schedule, seed, n_sources, config, directory, micro_batches)
