@@ -71,7 +71,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx, dloss, _):
         dx_ND, dw_VD = ctx.saved_tensors
         dx = None if dx_ND is None else dx_ND * dloss.to(dx_ND.dtype)
-        dw = None if dw_VD is None else (dw_VD * dloss).to(ctx.weight_dtype)
+        # rounded as it is written: a scaled fp32 copy would be the largest tensor of the step
+        dw = None
+        if dw_VD is not None:
+            dw = torch.mul(dw_VD, dloss, out=torch.empty_like(dw_VD, dtype=ctx.weight_dtype))
         return dx, dw, None, None, None
 
 

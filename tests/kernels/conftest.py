@@ -1,0 +1,39 @@
+"""Compiled objects lie in one cache outside the checkout; large tensors come from the heap, whose pages are kept."""
+
+import ctypes
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _keep_pages():
+    """Half the time of a proof at [4096, 4096] is the kernel's zeroing of pages that were given back a moment ago."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(M_MMAP_MAX, 0)
+        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+@pytest.fixture(scope="session")
+def interpreted():
+    """interpreted(what) → the JSON lines of tests/kernels/interpreted.py, run in a process with the interpreter."""
+    import json
+
+    def run(*arguments: str) -> list[dict]:
+        done = subprocess.run(
+            [sys.executable, Path(__file__).parent / "interpreted.py", *arguments],
+            env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+        return [json.loads(line) for line in done.stdout.splitlines()]
+
+    return run
