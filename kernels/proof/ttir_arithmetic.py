@@ -1,4 +1,4 @@
-"""The arithmetic of TTIR in C: constants, elementwise operations, reductions, and the frame around a program."""
+"""The arithmetic of TTIR in C: constants, elementwise operations, and the frame around a program."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from crystal.kernels.proof.ttir import Block, Op, Type, Unsupported, parse_type
+from crystal.kernels.proof.ttir import Op, Type, Unsupported, parse_type
 
 PRELUDE = r"""
 #include <stdint.h>
@@ -107,6 +107,14 @@ class Value:
     root: int = 0  # which parameter a pointer points into
     cost: int = 0  # operations behind `at`
     array: str = ""  # the C array that holds it, if one does
+
+
+def flat(shape: tuple[int, ...], index: Index) -> str:
+    """Row-major position of an element."""
+    text = "0"
+    for size, i in zip(shape, index, strict=True):
+        text = i if text == "0" else f"({text}*{size}+{i})"
+    return text
 
 
 def program(typed: list[str], plain: list[str], lines: list[str], counting: bool) -> str:
@@ -243,15 +251,3 @@ def _arithmetic(name: str, element: str) -> Callable[..., str] | None:
     if name in UNARY and element != "f64":
         return in_float(element, lambda a: f"({UNARY[name]}({a}))")
     return None
-
-
-def simple_reduction(block: Block, element: str) -> tuple[str, Callable[[str, str], str]] | None:
-    """(neutral element, formula) if the block is one known operation on float or int."""
-    known = {
-        "arith.addf": ("0", "{0} + {1}"), "arith.addi": ("0", "{0} + {1}"),
-        "arith.maxnumf": ("-INFINITY", "{0} > {1} ? {0} : {1}"), "arith.minnumf": ("INFINITY", "{0} < {1} ? {0} : {1}"),
-    }  # fmt: skip
-    if len(block.ops) != 2 or block.ops[0].name not in known or element in ("bf16", "f16"):
-        return None
-    neutral, formula = known[block.ops[0].name]
-    return neutral, formula.format

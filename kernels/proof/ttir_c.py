@@ -29,18 +29,10 @@ from crystal.kernels.proof.ttir import (
     parse_type,
     split_types,
 )
-from crystal.kernels.proof.ttir_arithmetic import C_TYPES, Index, Value
+from crystal.kernels.proof.ttir_arithmetic import C_TYPES, Index, Value, flat
+from crystal.kernels.proof.ttir_reduce import reduce
 
-LANES = 128  # of a sum over a row: a block of threads
 STORED = 24  # operations in one expression; beyond, an intermediate tile is stored
-
-
-def flat(shape: tuple[int, ...], index: Index) -> str:
-    """Row-major position of an element."""
-    text = "0"
-    for size, i in zip(shape, index, strict=True):
-        text = i if text == "0" else f"({text}*{size}+{i})"
-    return text
 
 
 class Emitter:
@@ -158,7 +150,9 @@ class Emitter:
         if self.unneeded(op.results) and not op.name.startswith(("tt.load", "scf.")):
             return
         handler = getattr(self, "_" + op.name.replace(".", "_"), None)
-        if handler is not None:
+        if op.name == "tt.reduce":
+            reduce(self, op)
+        elif handler is not None:
             handler(op, *(self.values.get(n) for n in op.operands if not op.regions))
         elif not arithmetic.elementwise(self, op):
             raise Unsupported(f"{op.name} {op.text}")
@@ -256,70 +250,6 @@ class Emitter:
         self.loop(p.type.shape or (), body)
 
     # Control
-
-    def _tt_reduce(self, op: Op) -> None:
-        if len(op.operands) != 1:
-            raise Unsupported("a reduction of several tiles at once")
-        a, axis, kind = self.values[op.operands[0]], op.attribute("axis"), parse_type(op.types.split(" -> ")[1])
-        shape, size = kind.shape or (), a.type.shape[axis]
-        (block,) = op.regions[0]
-        if axis < len(a.type.shape) - 1 and a.cost > 2:
-            a = self.stored(a)
-        name, element = self.declare(Type(shape or (1,), kind.element), "r"), C_TYPES[kind.element]
-        simple = arithmetic.simple_reduction(block, kind.element)
-        step = self.fresh("k")
-
-        def one(index: Index, target: str) -> None:
-            inner = a.at([*index[:axis], step, *index[axis:]])
-            if simple is not None:
-                self.write(f"{target} = {simple[1](target, inner)};")
-                return
-            (left, _), (right, _) = block.arguments
-            scalar = Type(None, kind.element)
-            self.values[left], self.values[right] = Value(scalar, lambda _: target), Value(scalar, lambda _: inner)
-            (result,) = self.block(block)
-            self.write(f"{target} = {self.values[result].at([])};")
-
-        if axis == len(a.type.shape) - 1:
-            index = [self.fresh("i") if d > 1 else "0" for d in shape]
-            for i, d in zip(index, shape, strict=True):
-                if d > 1:
-                    self.write(f"for (int {i} = 0; {i} < {d}; {i}++) {{")
-            if simple is not None and size > LANES:
-                total = self._by_lanes(simple, element, size, step, lambda target: one(index, target))
-                self.write(f"{name}[{flat(shape, index)}] = {total};" + " }" * sum(d > 1 for d in shape))
-            else:
-                total = self.fresh("acc")
-                first = simple[0] if simple else a.at([*index, "0"])
-                self.write(f"{element} {total} = {first};")
-                self.write(f"for (int {step} = {0 if simple else 1}; {step} < {size}; {step}++) {{")
-                one(index, total)
-                self.write(f"}} {name}[{flat(shape, index)}] = {total};" + " }" * sum(d > 1 for d in shape))
-        else:
-            first = simple[0] if simple else None
-            self.loop(shape, lambda ix: f"{name}[{flat(shape, ix)}] = {first or a.at([*ix[:axis], '0', *ix[axis:]])};")
-            self.write(f"for (int {step} = {0 if simple else 1}; {step} < {size}; {step}++) {{")
-            index = [self.fresh("i") for _ in shape]
-            for number, (i, d) in enumerate(zip(index, shape, strict=True)):
-                if number == len(shape) - 1:
-                    self.write("#pragma GCC ivdep")
-                self.write(f"for (int {i} = 0; {i} < {d}; {i}++) {{")
-            one(index, f"{name}[{flat(shape, index)}]")
-            self.write(" }" * (len(shape) + 1))
-        self.values[op.results[0]] = Value(kind, lambda ix: f"{name}[{flat(shape, ix) if ix else 0}]", array=name)
-
-    def _by_lanes(self, simple, element: str, size: int, step: str, one: Callable[[str], None]) -> str:
-        """Reduce as a block of threads does: each lane a part, then the lanes by halves. Returns the C result."""
-        lanes, i, k = self.fresh("lanes"), self.fresh("i"), self.fresh("k")
-        self.write(f"{element} {lanes}[{LANES}];")
-        self.write(f"for (int {i} = 0; {i} < {LANES}; {i}++) {lanes}[{i}] = {simple[0]};")
-        self.write(f"for (int {k} = 0; {k} < {size}; {k} += {LANES})")
-        self.write("#pragma GCC ivdep")
-        self.write(f"for (int {i} = 0; {i} < {LANES}; {i}++) {{ int {step} = {k} + {i};")
-        one(f"{lanes}[{i}]")
-        self.write(f"}} for (int {k} = {LANES // 2}; {k}; {k} /= 2) for (int {i} = 0; {i} < {k}; {i}++)")
-        self.write(f"{lanes}[{i}] = {simple[1](f'{lanes}[{i}]', f'{lanes}[{i} + {k}]')};")
-        return f"{lanes}[0]"
 
     def _carry(self, value: Value) -> Value:
         """A copy that a loop may overwrite."""
