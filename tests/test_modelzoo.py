@@ -1,0 +1,265 @@
+"""Model Zoo parameter files: the published ones field by field, both forms there and back, and what is refused."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from crystal.config import Config, ConfigError, parse
+from crystal.modelzoo import STYLES, export_parameters, stage_files
+from crystal.modelzoo_read import import_parameters, run_of
+from crystal.run import RunConfig, RunFile, load_run
+
+PHASES = json.loads((Path(__file__).parent / "crystalcoder-phases.json").read_text())
+
+# The published phase files (LLM360/crystalcoder-train, pretrain/params), the fields that say what is trained; the
+# model's are the same in all three. Machinery (mounts, workers, logging, kernels) is below.
+MODEL = {
+    "attention_dropout_rate": 0.0, "attention_type": "scaled_dot_product", "dropout_rate": 0.0,
+    "embedding_initializer": {"a": -0.146, "b": 0.146, "mean": 0.0, "name": "truncated_normal", "std": 0.073},
+    "embeddings_scale": 14.6, "filter_size": 10922, "hidden_size": 4096,
+    "initializer": {"a": -0.0365, "b": 0.0365, "mean": 0.0, "name": "truncated_normal", "std": 0.01825},
+    "layer_norm_epsilon": 1e-5, "loss_scaling": "batch_size", "loss_weight": 0.00048828125,
+    "max_position_embeddings": 2048, "mixed_precision": True, "nonlinearity": "swiglu", "num_heads": 32,
+    "num_hidden_layers": 32,
+    "output_layer_initializer": {
+        "a": -0.0045625, "b": 0.0045625, "mean": 0.0, "name": "truncated_normal", "std": 0.00228125,
+    },
+    "output_logits_scale": 0.13875, "position_embedding_type": "rotary", "rotary_dim": 32,
+    "scale_glu_initialization": True, "scale_qk_dot_by_d": True, "share_embedding_weights": True,
+    "use_bfloat16": True, "use_bias_in_output": False, "use_ffn_bias": True, "use_ffn_bias_in_attention": True,
+    "use_position_embedding": True, "use_projection_bias_in_attention": True, "vocab_size": 32032,
+    "weight_initialization_seed": 1,
+}  # fmt: skip
+OPTIMIZER = {
+    "adjust_learning_rate": {"decoder_kernel": 0.0625}, "beta1": 0.9, "beta2": 0.95, "correct_bias": True,
+    "eps": 1e-9, "max_gradient_norm": 1.0, "optimizer_type": "AdamW", "weight_decay_rate": 0.1,
+}  # fmt: skip
+MACHINERY = {"boundary_casting": False, "attention_kernel": "optimized_beta", "attention_softmax_fp32": True}
+
+
+def published(phase: str) -> dict:
+    """A phase file with all its fields that say what is trained."""
+    given = PHASES[phase]
+    mixture = [
+        {"data_dir": f"/path/to/{entry['source']}", "weight": entry["weight"]}
+        | ({"data_subset": entry["subset"]} if "subset" in entry else {})
+        for entry in given["mixture"]
+    ]
+    lr = [{"scheduler": "Linear", **segment} for segment in given["learning_rate"]]
+    return {
+        "cerebras": {"save_iter_state_path": "/path/to/save/dir"},
+        "train_input": {
+            "data_processor": "GptHDF5MapDataProcessor", "batch_size": given["batch_size"], "vocab_size": 32032,
+            "mixture": mixture, "shuffle": False, "shuffle_seed": 1, "repeat": True, "prefetch_factor": 10,
+        },
+        "model": MODEL | MACHINERY,
+        "optimizer": OPTIMIZER | {"learning_rate": lr, "log_summaries": True},
+        "runconfig": {
+            "max_steps": given["max_steps"], "checkpoint_steps": given["checkpoint_steps"], "seed": 1,
+            "is_pretrained_checkpoint": phase == "phase3", "use_cs_grad_accum": True, "log_steps": 1,
+            "save_initial_checkpoint": False,
+        },
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_what_we_write_is_the_published_file_in_every_field_that_says_what_is_trained(number):
+    ours = stage_files(load_run("crystalcoder-7b"), "1.9.1")[f"stage{number}"]
+    theirs = published(f"phase{number}")
+    assert {key: ours["model"].get(key) for key in MODEL} == MODEL
+    assert {key: ours["optimizer"].get(key) for key in OPTIMIZER} == OPTIMIZER
+    for mine, segment in zip(ours["optimizer"]["learning_rate"], theirs["optimizer"]["learning_rate"], strict=True):
+        assert {key: mine[key] for key in segment} == segment
+    assert ours["train_input"]["mixture"] == theirs["train_input"]["mixture"]
+    for section, keys in (
+        ("train_input", ("batch_size", "vocab_size", "data_processor", "shuffle", "shuffle_seed", "repeat")),
+        ("runconfig", ("max_steps", "checkpoint_steps", "seed", "is_pretrained_checkpoint")),
+    ):
+        assert {k: ours[section][k] for k in keys} == {k: theirs[section][k] for k in keys}
+
+
+def test_the_published_phases_are_read_into_the_published_run(tmp_path):
+    for phase in PHASES:
+        (tmp_path / "in").mkdir(exist_ok=True)
+        (tmp_path / "in" / f"{phase}.yaml").write_text(yaml.safe_dump(published(phase)))
+    result = import_parameters(tmp_path / "in", tmp_path / "crystal.yaml")
+    assert result["stages"] == ["phase1", "phase2", "phase3"]
+    ours, theirs = load_run("crystalcoder-7b").config, load_run(tmp_path / "crystal.yaml").config
+    assert theirs.model == ours.model
+    assert theirs.plan() == ours.plan()
+    assert theirs.optimizer == ours.optimizer.model_copy(update={"name": "adamw_cerebras"})
+    for mine, other in zip(ours.curriculum.stages, theirs.curriculum.stages, strict=True):
+        assert (mine.steps, mine.checkpoint_every, mine.lr) == (other.steps, other.checkpoint_every, other.lr)
+        assert {n: (s.weight, s.subset) for n, s in mine.sources.items()} == {
+            n: (s.weight, s.subset) for n, s in other.sources.items()
+        }
+    assert [set(stage.carry) for stage in theirs.curriculum.stages] == [set(), {"weights", "optimizer"}, {"weights"}]
+
+
+@st.composite
+def runs(draw):
+    """A run that Model Zoo has words for, as its mapping."""
+    d_head, heads = draw(st.sampled_from([4, 8, 16])), draw(st.sampled_from([2, 4, 6]))
+    scaled, half = draw(st.booleans()), draw(st.booleans())
+    model = {
+        "d_model": d_head * heads, "n_heads": heads, "n_layers": draw(st.integers(1, 5)),
+        "d_ff": draw(st.integers(1, 300)), "vocab_size": draw(st.integers(1, 500)), "max_seq_len": 64,
+        "norm": draw(st.sampled_from(["layernorm", "rmsnorm"])), "norm_eps": draw(st.sampled_from([1e-5, 1e-6])),
+        "bias": draw(st.booleans()), "rotary_fraction": draw(st.sampled_from([0.5, 1.0])),
+        "rotary_base": draw(st.sampled_from([10000.0, 500000.0])), "rotary_style": "half" if half else "interleaved",
+        "tie_embeddings": draw(st.booleans()),
+        "mup": {
+            "parametrization": "crystalcoder" if scaled else "sp", "init_std": draw(st.floats(0.001, 0.2)),
+            "init_truncate": draw(st.sampled_from([None, 2.0, 3.0])), "residual_init_2l": draw(st.booleans()),
+            "embedding_multiplier": draw(st.floats(0.5, 20)),
+            "attention_scale": draw(st.sampled_from(["1/d", "1/sqrt_d"])),
+        },
+    }  # fmt: skip
+    if scaled:
+        model["mup"] |= {"base_d_model": draw(st.integers(1, 40)) * 2, "output_alpha": draw(st.floats(0.1, 5))}
+    if heads > 2 and draw(st.booleans()) and not scaled:
+        model["n_kv_heads"] = 2
+    stages = []
+    for i in range(draw(st.integers(1, 3))):
+        rates = draw(st.lists(st.floats(1e-5, 0.1), min_size=3, max_size=3))
+        warm, steps = draw(st.integers(1, 20)), draw(st.integers(1, 200))
+        shape = draw(st.sampled_from(["linear", "cosine"]))
+        stages.append(
+            {
+                "name": f"stage{i}", "steps": warm + steps, "checkpoint_every": draw(st.integers(1, 50)),
+                "carry": [] if i == 0 else draw(st.sampled_from([["weights"], ["weights", "optimizer"]])),
+                "lr": [
+                    {"from": rates[0], "to": rates[1], "steps": warm},
+                    {"from": rates[1], "to": rates[2], "steps": steps + draw(st.integers(0, 50)), "shape": shape},
+                ],
+                "sources": {"x/a": {"weight": 0.25, "subset": "0.0-0.5"}, "x/b": {"weight": 0.75}},
+            }
+        )  # fmt: skip
+    return {
+        "name": "drawn", "model": model,
+        "optimizer": {
+            "name": "adamw_cerebras", "eps": draw(st.sampled_from([1e-8, 1e-9])),
+            "betas": [0.9, draw(st.sampled_from([0.95, 0.999]))], "weight_decay": draw(st.floats(0, 0.5)),
+            "grad_clip": draw(st.sampled_from([None, 1.0, 0.5])),
+        },
+        "curriculum": {
+            "name": "drawn", "seq_len": draw(st.sampled_from([16, 48, 64])), "lr_counts_from": 0,
+            "global_batch_size": draw(st.integers(1, 64)), "stages": stages,
+        },
+        "data": {"corpus": "corpus.yaml", "tokenizer": {"path": "tokenizer.json"}},
+        "train": {"seed": draw(st.integers(0, 9)), "micro_batch_size": 1},
+    }  # fmt: skip
+
+
+def as_run(mapping) -> RunFile:
+    return RunFile(parse(RunConfig, mapping, "drawn"), Config(mapping, {(): "drawn"}), "drawn")
+
+
+def close(a, b) -> bool:
+    """Equal, numbers to rounding."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(close(a[k], b[k]) for k in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(close, a, b))
+    return a == pytest.approx(b, rel=1e-9) if isinstance(a, float) else a == b
+
+
+@settings(max_examples=40)
+@given(runs(), st.sampled_from(STYLES))
+def test_a_run_comes_back_from_both_forms(tmp_path_factory, mapping, style):
+    if style == "1.9.1":
+        mapping["model"] |= {"norm": "layernorm", "rotary_style": "interleaved", "rotary_base": 10000.0}
+    run = as_run(mapping)
+    directory, files = tmp_path_factory.mktemp("zoo"), []
+    for name, parameters in stage_files(run, style).items():
+        files.append(directory / f"{name}.yaml")
+        files[-1].write_text(yaml.safe_dump(parameters))
+    back = as_run(run_of(files, "drawn")).config
+    if len(files) == 1:  # a single file does not know its stage's name
+        (stage,) = back.curriculum.stages
+        renamed = stage.model_copy(update={"name": "stage0"})
+        back = back.model_copy(update={"curriculum": back.curriculum.model_copy(update={"stages": (renamed,)})})
+    base = {} if mapping["model"]["mup"]["parametrization"] == "crystalcoder" else {"base_d_model": 256}
+    for section in ("model", "optimizer", "curriculum"):
+        ours, theirs = getattr(run.config, section).model_dump(), getattr(back, section).model_dump()
+        if section == "model":
+            ours["mup"] |= base
+            ours["n_kv_heads"] = theirs["n_kv_heads"] = run.config.model.kv_heads
+        assert close(ours, theirs), section
+    assert back.train.seed == run.config.train.seed
+
+
+def test_a_scaled_down_run_keeps_its_learning_rates(tmp_path):
+    """The demo's lines are cut at other places than the published ones; their values are its own."""
+    from crystal.curriculum import resolve
+
+    demo = load_run("demo")
+    export_parameters("demo", tmp_path / "zoo")
+    for style in STYLES:
+        import_parameters(tmp_path / "zoo" / style, tmp_path / f"run-{style}.yaml")
+        back = load_run(tmp_path / f"run-{style}.yaml")
+        ours, theirs = (resolve(run.config.curriculum, run.source) for run in (demo, back))
+        assert ours.steps == theirs.steps
+        for mine, other in zip(ours.stages, theirs.stages, strict=True):
+            for t in range(0, mine.steps + 1, 7):
+                assert other.lr_at(t) == pytest.approx(mine.lr_at(t), rel=1e-9)
+
+
+def test_a_run_without_words_is_refused_whole_and_nothing_is_left(tmp_path):
+    with pytest.raises(ConfigError, match=r"amber-7b\.yaml: optimizer\.decay_norms_and_biases: expected false"):
+        export_parameters("amber-7b", tmp_path / "zoo")
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "zoo").mkdir()
+    with pytest.raises(ConfigError, match="expected a new directory"):
+        export_parameters("crystalcoder-7b", tmp_path / "zoo")
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value", "message"),
+    [
+        (
+            "model",
+            "nonlinearity",
+            "gelu",
+            "model.nonlinearity: expected swiglu, which is what this decoder does, got gelu",
+        ),
+        (
+            "model",
+            "alibi_trainable_slopes",
+            True,
+            "model.alibi_trainable_slopes: not a key that crystal has a word for",
+        ),
+        ("model", "hidden_size", "4096", "model.hidden_size: expected int, got '4096'"),
+        ("model", "use_ffn_bias", False, "model.use_ffn_bias: expected all of the biases or none"),
+        ("model", "initializer", {"name": "truncated_normal", "std": 0.02, "b": 0.04}, "std: expected 0.01825"),
+        ("optimizer", "optimizer_type", "SGD", "optimizer.optimizer_type: expected AdamW, got SGD"),
+        ("optimizer", "adjust_learning_rate", {"embedding": 2.0}, "expected decoder_kernel alone, got embedding"),
+        ("runconfig", "max_steps", None, "runconfig.max_steps: expected int, got None"),
+    ],
+)
+def test_what_is_not_understood_names_file_and_key(tmp_path, section, key, value, message):
+    mapping = published("phase1")
+    mapping[section] = mapping[section] | {key: value}
+    (tmp_path / "phase.yaml").write_text(yaml.safe_dump(mapping))
+    with pytest.raises(ConfigError) as error:
+        import_parameters(tmp_path / "phase.yaml", tmp_path / "run.yaml")
+    assert str(error.value).startswith(f"{tmp_path / 'phase.yaml'}: ")
+    assert message in str(error.value)
+    assert not (tmp_path / "run.yaml").exists()
+
+
+def test_files_that_do_not_belong_together_are_refused(tmp_path):
+    (tmp_path / "in").mkdir()
+    for phase in ("phase1", "phase2"):
+        mapping = published(phase)
+        if phase == "phase2":
+            mapping["train_input"]["batch_size"] = 100
+        (tmp_path / "in" / f"{phase}.yaml").write_text(yaml.safe_dump(mapping))
+    with pytest.raises(
+        ConfigError, match=r"phase2\.yaml: global_batch_size: expected 2112 as in phase1\.yaml, got 100"
+    ):
+        import_parameters(tmp_path / "in", tmp_path / "run.yaml")
