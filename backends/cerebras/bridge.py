@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 import crystal
-from crystal.backends.base import MicroBatch, StepResult
+from crystal.backends.base import MicroBatch, OneProcess, StepResult
 from crystal.backends.cerebras import environment, mdl, spool
 from crystal.backends.cerebras.learning_rate import pieces
 from crystal.backends.config import CerebrasConfig, OptimizerConfig
@@ -151,7 +151,7 @@ def _end(child: subprocess.Popen, directory: Path) -> None:
     shutil.rmtree(directory, ignore_errors=True)
 
 
-class CerebrasBackend:
+class CerebrasBackend(OneProcess):
     """See `Backend` for the methods."""
 
     def __init__(
