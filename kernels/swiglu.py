@@ -4,7 +4,8 @@ One pass each way, every element read and written once: backward recomputes the 
 beside the memory, instead of reading a saved silu(gate), and gives both gradients from one reading.
     dup = dy silu(gate),   dgate = dy up s (1 + gate (1 - s)),   s = sigmoid(gate).
 Contiguous gate and up are one run of numbers whatever the width, so that 16-byte accesses stay possible at
-CrystalCoder's odd 10,922; only its last block is masked. A packed projection [..., 2 f] is walked by rows.
+CrystalCoder's odd 10,922; only its last block is masked. A packed projection [..., 2 f] is walked by rows, its halves
+one pointer and a constant, so that the compiler knows how far both are aligned (at 10,922, to 4 bytes).
 """
 
 from __future__ import annotations
@@ -64,28 +65,30 @@ def swiglu_run_backward(DY, G, U, DG, DU, N, EVEN: tl.constexpr, BLOCK: tl.const
 
 @kernel("M")
 def swiglu_rows(
-    G, U, Y, M, g_step, u_step, N: tl.constexpr, UNIT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    G, U, Y, M, g_step, u_step,
+    N: tl.constexpr, UP: tl.constexpr, UNIT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """y = silu(g) * u of rows *_step * UNIT apart, ROWS x BLOCK elements a program."""
+    """y = silu(g) * u of rows *_step * UNIT apart, ROWS x BLOCK elements a program. A row of u starts at its UP."""
     rows = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
     columns = (tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK))[None, :]
     mask = (rows < M) & (columns < N)
-    gate_block(G, U, Y, rows * (g_step * UNIT) + columns, rows * (u_step * UNIT) + columns, rows * N + columns, mask)
+    at_u = rows * (u_step * UNIT) + UP + columns
+    gate_block(G, U, Y, rows * (g_step * UNIT) + columns, at_u, rows * N + columns, mask)
 
 
 @kernel("M")
 def swiglu_rows_backward(
     DY, G, U, DG, DU, M, dy_step, g_step, u_step, d_step,
-    N: tl.constexpr, UNIT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    N: tl.constexpr, UP: tl.constexpr, UNIT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Both gradients, d_step * UNIT from row to row."""
+    """Both gradients, d_step * UNIT from row to row; rows of u and du start at UP."""
     rows = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
     columns = (tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK))[None, :]
     mask = (rows < M) & (columns < N)
     at_d = rows * (d_step * UNIT) + columns
     gate_block_backward(
         DY, G, U, DG, DU, rows * (dy_step * UNIT) + columns,
-        rows * (g_step * UNIT) + columns, rows * (u_step * UNIT) + columns, at_d, at_d, mask,
+        rows * (g_step * UNIT) + columns, rows * (u_step * UNIT) + UP + columns, at_d, at_d + UP, mask,
     )  # fmt: skip
 
 
@@ -100,61 +103,58 @@ def _rows_tile(width: int) -> tuple[int, int]:
     return 2048 // block, block
 
 
-def _halves(gate: Tensor, up: Tensor | None) -> tuple[Tensor, Tensor]:
-    """gate and up, or the two halves of the packed projection."""
-    return tuple(gate.chunk(2, -1)) if up is None else (gate, up)
-
-
 def _forward(gate: Tensor, up: Tensor | None) -> Tensor:
     """silu(gate) * up; without up, gate is the packed projection [..., 2 f]."""
-    gate, up = _halves(gate, up)
+    packed = up is None
     if not use_triton(gate):
+        gate, up = gate.chunk(2, -1) if packed else (gate, up)
         return F.silu(gate) * up
-    y = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
-    if gate.is_contiguous() and up.is_contiguous():
+    y = gate.new_empty(*gate.shape[:-1], gate.shape[-1] // (1 + packed))
+    if not packed and gate.is_contiguous() and up.is_contiguous():
         count = y.numel()
         swiglu_run[(-(-count // RUN),)](gate, up, y, count, EVEN=count % RUN == 0, BLOCK=RUN, num_warps=4)
         return y
-    gate, up = rows_of(gate), rows_of(up)
-    count, width = gate.shape
+    gate = rows_of(gate)
+    up = gate if packed else rows_of(up)  # the same pointer, aligned, and a constant to add to it
+    count, width = gate.shape[0], y.shape[-1]
     by = unit(gate.stride(0), up.stride(0))
     rows, block = _rows_tile(width)
     swiglu_rows[(-(-count // rows), -(-width // block))](
         gate, up, y, count, gate.stride(0) // by, up.stride(0) // by,
-        N=width, UNIT=by, ROWS=rows, BLOCK=block, num_warps=8,
+        N=width, UP=width if packed else 0, UNIT=by, ROWS=rows, BLOCK=block, num_warps=8,
     )  # fmt: skip
     return y
 
 
 def _backward(dy: Tensor, gate: Tensor, up: Tensor | None) -> tuple[Tensor, Tensor]:
     """(dgate, dup), or (the packed projection's gradient, [0])."""
-    packed = torch.empty(gate.shape if up is None else 0, dtype=gate.dtype, device=gate.device)
-    gate, up = _halves(gate, up)
-    if packed.numel():
-        dgate, dup = packed.chunk(2, -1)
-        result = packed, gate.new_empty(0)
-    else:
-        result = dgate, dup = tuple(torch.empty(gate.shape, dtype=gate.dtype, device=gate.device) for _ in range(2))
+    packed = up is None
+    dgate = gate.new_empty(gate.shape)
+    dup = gate.new_empty(0 if packed else gate.shape)
     if not use_triton(gate):
-        torch.mul(F.silu(gate), dy, out=dup)
-        dgate.copy_(torch.ops.aten.silu_backward(dy * up, gate))
-        return result
-    if not packed.numel() and dy.is_contiguous() and gate.is_contiguous() and up.is_contiguous():
+        gate, up = gate.chunk(2, -1) if packed else (gate, up)
+        to_gate, to_up = dgate.chunk(2, -1) if packed else (dgate, dup)
+        torch.mul(F.silu(gate), dy, out=to_up)
+        to_gate.copy_(torch.ops.aten.silu_backward(dy * up, gate))
+        return dgate, dup
+    if not packed and dy.is_contiguous() and gate.is_contiguous() and up.is_contiguous():
         count = dy.numel()
         swiglu_run_backward[(-(-count // RUN),)](
             dy, gate, up, dgate, dup, count, EVEN=count % RUN == 0, BLOCK=RUN, num_warps=4
         )
-        return result
-    dy, gate, up = rows_of(dy), rows_of(gate), rows_of(up)
-    count, width = gate.shape
-    step = 2 * width if packed.numel() else width
+        return dgate, dup
+    dy, gate = rows_of(dy), rows_of(gate)
+    up = gate if packed else rows_of(up)
+    count, width = dy.shape
+    step = dgate.shape[-1]
     by = unit(dy.stride(0), gate.stride(0), up.stride(0), step)
     rows, block = _rows_tile(width)
     swiglu_rows_backward[(-(-count // rows), -(-width // block))](
-        dy, gate, up, dgate, dup, count, dy.stride(0) // by, gate.stride(0) // by, up.stride(0) // by, step // by,
-        N=width, UNIT=by, ROWS=rows, BLOCK=block, num_warps=8,
+        dy, gate, up, dgate, dgate if packed else dup, count,
+        dy.stride(0) // by, gate.stride(0) // by, up.stride(0) // by, step // by,
+        N=width, UP=width if packed else 0, UNIT=by, ROWS=rows, BLOCK=block, num_warps=8,
     )  # fmt: skip
-    return result
+    return dgate, dup
 
 
 def _forward_shapes(gate, up):
@@ -190,5 +190,5 @@ def swiglu(gate: Tensor, up: Tensor | None = None) -> Tensor:
         raise ValueError(f"up {up.dtype} {list(up.shape)}: expected {gate.dtype} {list(gate.shape)} as gate")
     if use_triton(gate):
         return _swiglu(gate, up)
-    gate, up = _halves(gate, up)
+    gate, up = gate.chunk(2, -1) if up is None else (gate, up)
     return F.silu(gate) * up
