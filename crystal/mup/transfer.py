@@ -23,7 +23,7 @@ import numpy as np
 Verdict = Literal["PASS", "FAIL", "INCONCLUSIVE"]
 MAX_SHIFT, MAX_REGRET = 0.5, 0.01  # octaves; share of the loss
 RESAMPLES, SEED = 500, 0
-WINDOW = 2.0  # octaves either side of the best point that the parabola is fitted on
+WINDOW = 1.0  # octaves either side of the best point that the parabola is fitted on, or two steps of a coarser grid
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,11 @@ def _means(curve: dict[float, dict[int, float]]) -> dict[float, float]:
 
 def _parabola(mean: dict[float, float], best: float) -> tuple[float, float, float, float]:
     """(vertex, loss there, curvature, r2) of a parabola through the points around the best one."""
-    near = {x: y for x, y in mean.items() if abs(x - best) <= WINDOW}
+    if len(mean) < 3:
+        return best, mean[best], 0.0, 0.0
+    # a valley is steep on one side, so points further off would pull the vertex to the other
+    reach = max(WINDOW, 2 * float(np.median(np.diff(sorted(mean)))))
+    near = {x: y for x, y in mean.items() if abs(x - best) <= reach + 1e-6}
     if len(near) < 3:
         return best, mean[best], 0.0, 0.0
     x, y = np.array(list(near)), np.array(list(near.values()))
