@@ -34,3 +34,26 @@ def kernels(
     print_result(result, as_json, text)
     if result.get("verdict") == "FAIL":
         raise typer.Exit(1)
+
+
+@bench.command()
+def stream(
+    model: Annotated[str, typer.Option(help="a preset or rung")] = "crystalcoder-w2048-l24",
+    tokens: Annotated[int, typer.Option(min=1, help="of a micro-batch")] = 2048,
+    micro_batches: Annotated[int, typer.Option(min=1, help="of a step")] = 1,
+    steps: Annotated[int, typer.Option(min=1, help="rounds to measure; the median counts")] = 3,
+    moments: Annotated[Literal["fp32", "bf16", "int8"], typer.Option(help="AdamW's, in the store")] = "fp32",
+    dtype: Annotated[Literal["bf16", "fp32"], typer.Option(help="compute")] = "bf16",
+    buffers_gb: Annotated[float | None, typer.Option(help="to read ahead in; default: a block's state")] = None,
+    path: Annotated[Path | None, typer.Option(help="directory for the scratch store")] = None,
+    as_json: Json = False,
+) -> None:
+    """A weight-streaming step beside pure compute and pure I/O, measured in one run."""
+    from crystal.backends.config import WeightStreamingConfig
+    from crystal.bench_stream import bench_stream
+
+    config = WeightStreamingConfig(
+        name="weight_streaming", moments=moments, dtype=dtype, buffers_gb=buffers_gb, path=path
+    )
+    result, text = bench_stream(model, tokens, micro_batches, steps, config, console())
+    print_result(result, as_json, text)
