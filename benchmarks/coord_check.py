@@ -1,9 +1,11 @@
-"""crystal's coordinate check beside the mup package's own, in one process, on identical work.
+"""The coordinate check's cost beside the mup package's own, in one run.
 
 Both train the same two-layer decoder (RMSNorm, SwiGLU, d_ff 2 d_model, untied readout; batch 4 x 64, 256 words)
 at the same widths, seeds and steps with AdamW and the same learning rate; mup's get_coord_data and plot_coord_data
-as they come, ours with its verdict and picture. CPU-seconds of this process (user + system), so that other load on
-the machine matters little. Run: python benchmarks/coord_check.py [--widths 64,128,256,512,1024] [--rounds 3]
+as they come, ours with its verdict and picture, once in fp32 throughout as theirs is, and once as
+`crystal coord-check` does it from width 512 on: products in bf16, weights, moments and statistics in fp32.
+CPU-seconds of this process (user + system), so that other load on the machine matters little. Run:
+python benchmarks/coord_check.py [--widths 64,128,256,512,1024] [--rounds 3]
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import os
 import statistics
 import tempfile
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -142,7 +145,7 @@ def theirs(widths: list[int], seeds: int, steps: int, out: Path):
     return frame, data, time.process_time() - begin - data
 
 
-def ours(widths: list[int], seeds: int, steps: int, out: Path, loss_function=loss):
+def ours(widths: list[int], seeds: int, steps: int, out: Path, loss_function):
     begin = time.process_time()
     check = coord_check(Task(our_model, our_optimizer, loss_function, batch), widths, seeds=seeds, steps=steps)
     data = time.process_time() - begin
@@ -182,42 +185,50 @@ def main() -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         out = Path(folder)
-        ours(widths[:3], 1, 2, out), theirs(widths[:3], 1, 2, out)  # imports and first calls
-        times: dict[str, list[float]] = {"theirs": [], "ours": [], "default": []}
-        parts = []
+        for warm in (loss, loss_bf16):  # imports and first calls
+            ours(widths[:3], 1, 2, out, warm)
+        theirs(widths[:3], 1, 2, out)
+        spent: dict[str, list[tuple[float, float]]] = {"theirs": [], "fp32": [], "ours": [], "default": []}
         for _ in range(given.rounds):  # alternating
-            frame, data, plot = theirs(widths, given.seeds, given.steps, out)
-            check, our_data, our_plot = ours(widths, given.seeds, given.steps, out)
+            frame, *times = theirs(widths, given.seeds, given.steps, out)
+            spent["theirs"].append(tuple(times))
+            exact, *times = ours(widths, given.seeds, given.steps, out, loss)
+            spent["fp32"].append(tuple(times))
+            check, *times = ours(widths, given.seeds, given.steps, out, loss_bf16)
+            spent["ours"].append(tuple(times))
             begin = time.process_time()
             default = coord_check(Task(our_model, our_optimizer, loss, batch), (64, 128, 256))
-            times["default"].append(time.process_time() - begin)
-            times["theirs"].append(data + plot)
-            times["ours"].append(our_data + our_plot)
-            parts.append({"theirs": (data, plot), "ours": (our_data, our_plot)})
-    median = {k: statistics.median(v) for k, v in times.items()}
+            spent["default"].append((time.process_time() - begin, 0.0))
+    median = {k: statistics.median(map(sum, v)) for k, v in spent.items()}
     result = {
         "machine": f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, 1 thread",
-        "versions": {"torch": torch.__version__, "mup": "1.0.0"},
+        "versions": {"torch": torch.__version__, "mup": version("mup")},
         "work": {"widths": widths, "seeds": given.seeds, "steps": given.steps},
-        "cpu_seconds": {k: [round(x, 2) for x in v] for k, v in times.items()},
-        "of_which": {k: [tuple(round(x, 2) for x in p[k]) for p in parts] for k in ("theirs", "ours")},
-        "ratio_identical_work": round(median["theirs"] / median["ours"], 2),
-        "ratio_default_to_verdict": round(median["theirs"] / median["default"], 2),
-        "verdict": check.verdict,
-        "verdict_default": default.verdict,
-        "slopes_differ_by_at_most": round(max(agreement(frame, check)), 3),
-    }
+        "cpu_seconds": {k: [[round(x, 2) for x in pair] for pair in v] for k, v in spent.items()},
+        "ratio": {k: round(median["theirs"] / median[k], 2) for k in ("fp32", "ours", "default")},
+        "verdicts": {"fp32": exact.verdict, "ours": check.verdict, "default": default.verdict},
+        "slopes_differ_by_at_most": {
+            "fp32": round(max(agreement(frame, exact)), 3), "ours": round(max(agreement(frame, check)), 3)
+        },
+    }  # fmt: skip
     if given.json:
         print(json.dumps(result))
         return
-    print(f"{result['machine']}; torch {torch.__version__}")
-    print(f"{len(widths)} widths x {given.seeds} seeds x {given.steps} steps")
-    print(f"{'':34} {'CPU-seconds (median, all)':>34}   of which training, plot")
-    for key, text in (("theirs", "mup: get_coord_data + plot"), ("ours", "crystal: verdict + plot")):
-        print(f"{text:34} {median[key]:>10.2f}  {times[key]!s:>22}   {result['of_which'][key][-1]}")
-    print(f"{'crystal: default, to its verdict':34} {median['default']:>10.2f}")
-    print(f"identical work: {result['ratio_identical_work']}x; default: {result['ratio_default_to_verdict']}x")
-    print(f"verdicts {check.verdict}, {default.verdict}; slopes differ by at most {result['slopes_differ_by_at_most']}")
+    print(f"{result['machine']}; torch {torch.__version__}, mup {version('mup')}")
+    print(f"{len(widths)} widths x {given.seeds} seeds x {given.steps} steps, CPU-seconds, median of {given.rounds}")
+    print(f"{'':42} {'all':>6} {'training':>9} {'plot':>5} {'faster':>7}  verdict")
+    names = {
+        "theirs": "mup: get_coord_data + plot_coord_data",
+        "fp32": "crystal: verdict + plot, fp32",
+        "ours": "crystal: verdict + plot, bf16 products",
+        "default": "crystal: default check, to its verdict",
+    }
+    for key, text in names.items():
+        training, plot = (statistics.median(pair[i] for pair in spent[key]) for i in (0, 1))
+        last = f"{result['ratio'][key]:>6}x  {result['verdicts'][key]}" if key != "theirs" else "      -  none"
+        print(f"{text:42} {median[key]:>6.2f} {training:>9.2f} {plot:>5.2f} {last}")
+    differ = result["slopes_differ_by_at_most"]
+    print(f"slopes differ from mup's by at most {differ['fp32']} (fp32), {differ['ours']} (bf16 products)")
 
 
 if __name__ == "__main__":

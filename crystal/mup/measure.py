@@ -12,7 +12,8 @@ Nothing is read back inside the run: hooks keep tensors, and all numbers come to
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -78,9 +79,10 @@ def measure(task: Task, size: int, seed: int, steps: int, keep: Callable[[nn.Mod
             run.before_update(step)
             optimizer.step()
             run.after_update(step)
-            for p in named.values():
-                if p.grad is not None:
-                    p.grad.zero_()  # and keep: fresh memory costs more than zeros
+            if step + 1 < steps:  # the last forward pass has no backward
+                for p in named.values():
+                    if p.grad is not None:
+                        p.grad.zero_()  # and keep: fresh memory costs more than zeros
     return Measured(size, seed, run.values(), {clean(n): g.number for n, g in groups.items()}, frozenset(run.waiting))
 
 
@@ -133,8 +135,12 @@ class _Run:
 
         return hook
 
-    def watch(self, step: int) -> _Watch:
-        return _Watch(self, step)
+    @contextmanager
+    def watch(self, step: int) -> Iterator[None]:
+        """The forward pass of one step."""
+        self.outputs, self.inputs = {}, {}
+        yield
+        self.after_forward(step)
 
     @torch.no_grad()
     def after_forward(self, step: int) -> None:
@@ -207,20 +213,6 @@ class _Before:
     sample: Tensor
     moving: Tensor
     output: Tensor | None
-
-
-class _Watch:
-    """The forward pass of one step."""
-
-    def __init__(self, run: _Run, step: int):
-        self.run, self.step = run, step
-
-    def __enter__(self) -> None:
-        self.run.outputs, self.run.inputs = {}, {}
-
-    def __exit__(self, kind, *error) -> None:
-        if kind is None:
-            self.run.after_forward(self.step)
 
 
 def _rms(tensors: list[Tensor]) -> list[Tensor]:
