@@ -141,7 +141,7 @@ def _launch_counts(arch: int, providers: tuple[str, ...]) -> Bar:
 def _widths(arch: int, providers: tuple[str, ...]) -> Bar:
     def seen(p: str) -> list[int]:
         rows = [
-            _look(arch, p, name, direction, rows=512, width=n)
+            _look(arch, p, name, direction, rows=8192, width=n)
             for name in (*NORMS, "add_layer_norm", "swiglu") for n in ALIGNED for direction in ("forward", "backward")
         ]  # fmt: skip
         rows += [
