@@ -69,6 +69,9 @@ class WeightStreamingConfig(Strict):
     device: Literal["cpu", "cuda"] = "cpu"
     dtype: Compute = Field("bf16", description="compute; the store's weights are exact fp32")
     moments: Literal["fp32", "bf16", "int8"] = Field("fp32", description="AdamW's moments in the store")
+    gradients: Literal["spilled", "recomputed"] = Field(
+        "spilled", description="until the update: written to the store, or made again from what a block took and gave"
+    )
     store: Literal["disk", "memory"] = "disk"
     path: Path | None = Field(None, description="directory of the store, the run's own; null: in the run directory")
     buffers_gb: float | None = Field(

@@ -68,7 +68,7 @@ def streaming_bytes(config: ModelConfig, backend: WeightStreamingConfig, micro_b
 
     dtype = torch.bfloat16 if backend.dtype == "bf16" else torch.float32
     gradients = dtype if micro_batches == 1 else torch.float32
-    store = Store(plan_for(config), None, backend.moments, gradients)
+    store = Store(plan_for(config), None, backend.moments, gradients, spilled=backend.gradients == "spilled")
     ring = None if backend.buffers_gb is None else int(backend.buffers_gb * 1e9)
     return {
         "buffers": Stream(store, None, dtype, ring).bytes,

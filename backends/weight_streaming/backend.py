@@ -7,6 +7,7 @@ then it is due; whatever needs the weights first (a checkpoint, validation, a ch
 
 from __future__ import annotations
 
+import os
 import platform
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from crystal.backends.base import MicroBatch, Place, Schedule, StepResult
 from crystal.backends.config import OptimizerConfig, WeightStreamingConfig
+from crystal.backends.weight_streaming.boundaries import Boundaries, load_boundaries
 from crystal.backends.weight_streaming.executor import Executor
 from crystal.backends.weight_streaming.gradients import Gradients
 from crystal.backends.weight_streaming.layout import Piece
@@ -56,6 +58,8 @@ class WeightStreamingBackend:
         a device that it has not, a store that is another run's, or a disk that is too small."""
         if config.device != "cpu":
             raise ConfigError("backend.device: weight_streaming computes on the cpu, expected cpu, got cuda")
+        if config.gradients == "recomputed" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise ConfigError("backend.gradients: several executors sum them, expected spilled, got recomputed")
         if config.threads:
             torch.set_num_threads(config.threads)
         keep_heap()
@@ -67,7 +71,7 @@ class WeightStreamingBackend:
         sums = dtype == torch.float32 or micro_batches > 1 or executors() > 1
         self.store = Store(
             plan, _store_directory(config, directory), config.moments, torch.float32 if sums else torch.bfloat16,
-            owner=str(directory.absolute()) if config.path else "",
+            owner=str(directory.absolute()) if config.path else "", spilled=config.gradients == "spilled",
         )  # fmt: skip
         self.store.check_room()
         self.updater = Updater(plan, optimizer)
@@ -78,6 +82,7 @@ class WeightStreamingBackend:
         self.step, self.optimizer_step, self.sealed = record.step, record.optimizer_step, True
         self._result = record.result
         self.update = record.update if record.due else None  # due, not made yet
+        self.boundaries: Boundaries | None = None  # of the step whose update is due, where gradients are recomputed
 
     def agree(self, *numbers: int) -> tuple[int, ...]:
         return largest_over_executors(*numbers)
@@ -92,9 +97,11 @@ class WeightStreamingBackend:
         self._seal()
         loss = torch.zeros(())
         nll_S, tokens_S = torch.zeros(self.n_sources), torch.zeros(self.n_sources)
-        groups = self._that_fit(batches)
+        spilled = self.store.layout.spilled
+        groups = self._that_fit(batches) if spilled else [batches]
+        coming = None if spilled else Boundaries(batches)
         for i, group in enumerate(groups):
-            results = self.executor.train(group, self._weights(), first=i == 0, last=i == len(groups) - 1)
+            results = self.executor.train(group, self._weights(), i == 0, i == len(groups) - 1, coming)
             for batch, (part, nll_BT) in zip(group, results, strict=True):
                 loss += part
                 _add_sources(batch, nll_BT, nll_S, tokens_S)
@@ -109,6 +116,7 @@ class WeightStreamingBackend:
             self.optimizer_step += 1
             self.update = Update(self._updates() + 1, self.optimizer_step, self.schedule(step), scale)
         result = StepResult(loss, norm, applied, nll_S, tokens_S)
+        self.boundaries = coming
         self.step, self.sealed, self._result = step, False, result.host()
         return result
 
@@ -125,8 +133,13 @@ class WeightStreamingBackend:
         if self.update is None:
             yield from self.stream.weights(self.store.layout.pieces)
         else:
-            yield from self.stream.updated(self.update)
+            yield from self.stream.updated(self.update, None if self.store.layout.spilled else self._gradient)
             self.update = None
+
+    def _gradient(self, piece: Piece, weights: Tensor, into: Tensor) -> None:
+        if self.boundaries is None:  # another process took the step
+            self.boundaries = load_boundaries(self.store.directory)
+        self.executor.gradient(piece, weights, into, self.boundaries)
 
     def _that_fit(self, batches: list[MicroBatch]) -> list[list[MicroBatch]]:
         """Micro-batches in groups whose kept activations (each block's input) fit into the budget."""
@@ -153,6 +166,8 @@ class WeightStreamingBackend:
     def _seal(self) -> None:
         """Have the store stand at the last step, its update due: from here on, that step is not lost."""
         if not self.sealed and self.step is not None:
+            if self.boundaries is not None and self.update is not None and self.store.directory is not None:
+                self.boundaries.save(self.store.directory)
             self.store.seal(self.step, self.optimizer_step, self.update, self._result)
             self.sealed = True
 

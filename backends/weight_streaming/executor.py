@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.func import functional_call
 
 from crystal.backends.base import MicroBatch
+from crystal.backends.weight_streaming.boundaries import Boundaries
 from crystal.backends.weight_streaming.gradients import Gradients, Sums
 from crystal.backends.weight_streaming.layout import Piece
 from crystal.backends.weight_streaming.stream import Stream
@@ -33,36 +34,60 @@ class Executor:
         self.tied = self.head is self.embedding
 
     def train(
-        self, batches: Sequence[MicroBatch], weights: Iterable[tuple[Piece, Tensor]], first: bool, last: bool
+        self,
+        batches: Sequence[MicroBatch],
+        weights: Iterable[tuple[Piece, Tensor]],
+        first: bool,
+        last: bool,
+        boundaries: Boundaries | None = None,
     ) -> list[tuple[Tensor, Tensor]]:
         """Spill the gradients of `batches`, which pass through the device together; (loss, nll_BT) of each.
 
         weights: all pieces in forward order. first, last: whether batches of this step came before, or will come.
+        boundaries: where gradients are not spilled, filled with what `gradient` makes them of; first and last then.
         """
         rows_R, local = _rows(batches)
         saved, x, rows_RD = self._forward(batches, weights, rows_R, local, keep=True)
-        results, dx = [], []
+        touched, dx = None, []
         for piece, flat in self.stream.weights([self.head, *reversed(self.blocks)]):
             sums = self.gradients.begin(piece, add=not first)
             if piece is self.head:
                 touched = _Touched(sums.views[EMBEDDING], rows_R, first) if self.tied else None
-                leaves = self._head_leaves(piece, flat, sums, touched)
-                for batch, x_BTD in zip(batches, x, strict=True):
-                    leaf_BTD = x_BTD.requires_grad_()
-                    results.append(self._score(batch, leaf_BTD, leaves))
-                    results[-1][0].backward()
-                    dx.append(leaf_BTD.grad)
-                x, results = None, [(loss.detach(), nll_BT) for loss, nll_BT in results]
+                _note(boundaries, piece, inputs=x)
+                results, dx = self._head_backward(batches, piece, flat, sums, x, touched)
+                x = None
             else:
-                leaves = sums.leaves(piece.views(flat), piece.name + ".")
-                for i, x_BTD in enumerate(saved.pop()):
-                    leaf_BTD = x_BTD.requires_grad_()
-                    self._block(leaves, leaf_BTD, batches[i]).backward(dx[i])
-                    dx[i] = leaf_BTD.grad
+                _note(boundaries, piece, inputs=saved[-1], gradients=dx)
+                dx = self._block_backward(batches, piece, flat, sums, saved.pop(), dx)
             self.gradients.end(piece, sums, whole=last and not (self.tied and piece is self.head))
-        self._embedding_gradient(rows_RD, rows_R, local, dx, touched, first, last)
+        _note(boundaries, self.embedding, gradients=dx)
+        if boundaries is not None and self.tied:  # the head's part was not kept
+            for piece, flat in self.stream.weights([self.embedding]):
+                sums = self.gradients.begin(piece, add=False)
+                self.gradient(piece, flat, sums.flat, boundaries)
+        else:
+            sums = self.gradients.begin(self.embedding, add=self.tied or not first)
+            self._embedding_gradient(sums, rows_RD, rows_R, local, dx, touched, first)
+        self.gradients.end(self.embedding, sums, whole=last)
         self.gradients.flush()
         return results
+
+    def gradient(self, piece: Piece, flat: Tensor, into: Tensor, boundaries: Boundaries) -> None:
+        """Fill `into` [numel] with the gradient that a step had for `piece`, whose weights are still `flat`."""
+        sums, batches = Sums(into, piece.views(into), set()), boundaries.batches
+        with torch.enable_grad():
+            if piece is not self.head and piece is not self.embedding:
+                inputs, gradients = boundaries.inputs[piece.name], boundaries.gradients[piece.name]
+                self._block_backward(batches, piece, flat, sums, inputs, gradients)
+                return
+            rows_R, local = _rows(batches)
+            touched = _Touched(sums.views[EMBEDDING], rows_R, True) if self.tied else None
+            if piece is self.head:
+                self._head_backward(batches, piece, flat, sums, boundaries.inputs[piece.name], touched)
+            if piece is self.embedding:
+                rows_RD = piece.views(flat)[EMBEDDING][rows_R]
+                dx = boundaries.gradients[piece.name]
+                self._embedding_gradient(sums, rows_RD, rows_R, local, dx, touched, first=True)
 
     @torch.no_grad()
     def evaluate(self, batch: MicroBatch, weights: Iterable[tuple[Piece, Tensor]]) -> Tensor:
@@ -98,6 +123,26 @@ class Executor:
         x_BTD = functional_call(self.decoder.norm, norm, (x_BTD,))
         return self.decoder.score(x_BTD, weights[EMBEDDING if self.tied else HEAD], batch.labels_BT, batch.weights_BT)
 
+    def _block_backward(self, batches, piece: Piece, flat: Tensor, sums: Sums, inputs: list, dy: list) -> list[Tensor]:
+        """Add a block's gradients to `sums`; the gradients of its inputs."""
+        leaves, dx = sums.leaves(piece.views(flat), piece.name + "."), []
+        for batch, x_BTD, dy_BTD in zip(batches, inputs, dy, strict=True):
+            leaf_BTD = x_BTD.detach().requires_grad_()
+            self._block(leaves, leaf_BTD, batch).backward(dy_BTD)
+            dx.append(leaf_BTD.grad)
+        return dx
+
+    def _head_backward(self, batches, piece: Piece, flat: Tensor, sums: Sums, inputs: list, touched: _Touched | None):
+        """The same for the head: ((loss, nll_BT) of each micro-batch, the gradients of its inputs)."""
+        leaves, results, dx = self._head_leaves(piece, flat, sums, touched), [], []
+        for batch, x_BTD in zip(batches, inputs, strict=True):
+            leaf_BTD = x_BTD.detach().requires_grad_()
+            loss, nll_BT = self._score(batch, leaf_BTD, leaves)
+            loss.backward()
+            results.append((loss.detach(), nll_BT))
+            dx.append(leaf_BTD.grad)
+        return results, dx
+
     def _head_leaves(self, piece: Piece, flat: Tensor, sums: Sums, touched: _Touched | None) -> dict[str, Tensor]:
         leaves = sums.leaves(piece.views(flat))
         if touched is not None:
@@ -113,9 +158,8 @@ class Executor:
             leaves[EMBEDDING] = leaf
         return leaves
 
-    def _embedding_gradient(self, rows_RD, rows_R, local, dx, touched: _Touched | None, first: bool, last: bool):
+    def _embedding_gradient(self, sums: Sums, rows_RD, rows_R, local, dx, touched: _Touched | None, first: bool):
         """The lookup's gradient, in the rows looked up; tied, it joins the head's within each micro-batch."""
-        sums = self.gradients.begin(self.embedding, add=self.tied or not first)
         gradient_VD = sums.views[EMBEDDING]
         if self.tied:
             total_RD, parts = touched.before_RD, touched.parts
@@ -129,7 +173,6 @@ class Executor:
             added_RD = leaf_RD.grad if part_RD is None else part_RD + leaf_RD.grad
             total_RD = added_RD.to(gradient_VD.dtype) if total_RD is None else total_RD + added_RD
         gradient_VD[rows_R] = total_RD
-        self.gradients.end(self.embedding, sums, whole=last)
 
 
 class _Touched:
@@ -141,6 +184,12 @@ class _Touched:
 
     def note(self, gradient_VD: Tensor) -> None:
         self.parts.append(gradient_VD[self.rows_R])
+
+
+def _note(boundaries: Boundaries | None, piece: Piece, **kept: list[Tensor]) -> None:
+    """Keep a piece's inputs or the gradients of its outputs, where they are kept."""
+    for kind, tensors in kept.items() if boundaries is not None else ():
+        getattr(boundaries, kind)[piece.name] = tensors
 
 
 def _rows(batches: Sequence[MicroBatch]) -> tuple[Tensor, list[Tensor]]:

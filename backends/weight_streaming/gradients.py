@@ -45,7 +45,9 @@ class Gradients:
         self.spill(piece)
 
     def spill(self, piece: Piece) -> None:
-        """Queue the current buffer's way to the store."""
+        """Queue the current buffer's way to the store, where gradients are kept there."""
+        if not self.store.layout.spilled:
+            return
         self._written[self._side] = self.store.write(piece, self.store.layout.gradient, 0, self._bytes(piece))
 
     def flush(self) -> None:

@@ -79,11 +79,12 @@ class Piece:
 
 @dataclass(frozen=True)
 class Layout:
-    """All pieces in forward order, the planes of a slot, and the gradients' plane."""
+    """All pieces in forward order, the planes of a slot, and the gradients' plane, which has room if spilled."""
 
     pieces: tuple[Piece, ...]
     planes: tuple[Plane, ...]
     gradient: Plane
+    spilled: bool = True
 
     def __getitem__(self, name: str) -> Piece:
         return next(piece for piece in self.pieces if piece.name == name)
@@ -102,10 +103,10 @@ class Layout:
 
     @property
     def gradient_bytes(self) -> int:
-        return sum(self.gradient.bytes(piece.numel) for piece in self.pieces)
+        return sum(self.gradient.bytes(piece.numel) for piece in self.pieces) if self.spilled else 0
 
 
-def layout(plan: Plan, moments: str, gradients: torch.dtype) -> Layout:
+def layout(plan: Plan, moments: str, gradients: torch.dtype, spilled: bool = True) -> Layout:
     """The layout of a model's store. moments: fp32, bf16 or int8; gradients: bfloat16 or float32."""
     tied = all(row.tensor != "head.weight" for row in plan.tensors)
     rows: dict[str, list[TensorPlan]] = {}
@@ -114,7 +115,7 @@ def layout(plan: Plan, moments: str, gradients: torch.dtype) -> Layout:
         piece = ".".join(parts[:2]) if parts[0] == "blocks" else "embed" if tied or parts[0] == "embed" else "head"
         rows.setdefault(piece, []).append(row)
     pieces = tuple(_piece(name, sorted(found, key=lambda r: -len(r.shape))) for name, found in rows.items())
-    return Layout(pieces, (HIGH, LOW, *MOMENTS[moments]), Plane("gradient", gradients))
+    return Layout(pieces, (HIGH, LOW, *MOMENTS[moments]), Plane("gradient", gradients), spilled)
 
 
 def _piece(name: str, rows: list[TensorPlan]) -> Piece:

@@ -1,9 +1,9 @@
 """The parameter store (MemoryX's role): weights, moments and gradients in files, and one small record that seals them.
 
 `store.json` says which step the store stands at, which slot holds each piece's current numbers and, after a backward
-pass, that the gradient file is whole: with it, the update of that step can be made or finished at any later time, so
-the gradients are a redo log. An updated piece is written to a free slot; then the record, replaced by a rename,
-says so.
+pass, that the gradient file (or what gradients are made of, `boundaries.py`) is whole: with it, the update of that step
+can be made or finished at any later time: it is a redo log. An updated piece is written to a free slot; then the
+record, replaced by a rename, says so.
 A process killed at any point leaves a store that stands at one step, or at one step and part of the next update with
 all that the rest of it needs.
 """
@@ -54,6 +54,7 @@ class Record:
     result: dict | None = None
     slots: dict[str, int] = field(default_factory=dict)
     updates: dict[str, int] = field(default_factory=dict)
+    spilled: bool = True
 
     @property
     def due(self) -> bool:
@@ -64,14 +65,19 @@ class Record:
 class Store:
     """A model's planes on disk, or in memory (directory None). Transfers are queued on two threads."""
 
-    def __init__(self, plan: Plan, directory: Path | None, moments: str, gradients: torch.dtype, owner: str = ""):
+    def __init__(
+        self, plan: Plan, directory: Path | None, moments: str, gradients: torch.dtype, owner: str = "",
+        spilled: bool = True,
+    ):  # fmt: skip
         self.directory = directory
-        self.layout = layout(plan, moments, gradients)
+        self.layout = layout(plan, moments, gradients, spilled)
         dtype = str(gradients).removeprefix("torch.")
-        self.record = Record(owner, moments, dtype)
+        self.record = Record(owner, moments, dtype, spilled=spilled)
         found = None if directory is None else read_record(directory)
         if found is not None:
-            for key, wanted in (("owner", owner), ("moments", moments), ("gradients", dtype)):
+            for key, wanted in (
+                ("owner", owner), ("moments", moments), ("gradients", dtype), ("spilled", spilled)
+            ):  # fmt: skip
                 if getattr(found, key) != wanted:
                     raise ConfigError(
                         f"{directory}: the store there was made with {key} {getattr(found, key)}, the run now says "
@@ -114,14 +120,17 @@ class Store:
             raise ConfigError(
                 f"{self.directory}: the store needs {needed:,} bytes on disk (weights and {self.record.moments} "
                 f"moments {self.layout.store_bytes:,}, gradients {self.layout.gradient_bytes:,}), {free:,} are free; "
-                f"set backend.moments to bf16 or int8, or backend.path to a larger disk"
+                f"set backend.moments to bf16 or int8, or backend.gradients to recomputed, or backend.path to a larger "
+                f"disk"
             )
 
     def open(self) -> None:
         """Open the files, making them (and reserving their room) where they are not there."""
         if self.files:
             return
-        sizes = {"store": self.layout.store_bytes, "gradients": self.layout.gradient_bytes}
+        sizes = {"store": self.layout.store_bytes}
+        if self.layout.spilled:
+            sizes["gradients"] = self.layout.gradient_bytes
         if self.directory is None:
             self.files = {name: MemoryFile(size) for name, size in sizes.items()}
         else:
@@ -152,7 +161,7 @@ class Store:
         self.record.step, self.record.optimizer_step = step, optimizer_step
         self.record.update, self.record.result = update, result
         text = self._text()
-        self.writer.submit(lambda: self._put(text, "store", "gradients")).wait()
+        self.writer.submit(lambda: self._put(text, *self.files)).wait()
 
     def commit(self, piece: Piece, slot: int, number: int) -> Ticket:
         """Behind the writes queued so far: `piece` has had update `number` and lies in `slot`, its old one is free."""
@@ -288,7 +297,7 @@ def sealed_tensors(directory: Path, plan: Plan, step: int, kind: str) -> Iterato
             f"{directory}: expected the store at step {step}, it is {'in the update of' if record.due else 'at'} step "
             f"{record.step}; `crystal train` goes on from there"
         )
-    store = Store(plan, directory, record.moments, getattr(torch, record.gradients), record.owner)
+    store = Store(plan, directory, record.moments, getattr(torch, record.gradients), record.owner, record.spilled)
     store.open()
     try:
         yield from store.tensors(kind, record.optimizer_step == 0)

@@ -9,7 +9,7 @@ The ring and the buffers of the backward pass are never in use at once and share
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -33,14 +33,17 @@ class Stream:
         pieces, gradient = store.layout.pieces, store.layout.gradient
         largest = max(piece.numel for piece in pieces)
         self.chunk = min(CHUNK, -(-largest // GRAIN) * GRAIN)
-        self.planes = (*store.layout.planes, gradient)
+        self.planes = (*store.layout.planes, *([gradient] if store.layout.spilled else []))
         cell = sum(plane.bytes(self.chunk) for plane in self.planes)
-        wanted = ring_bytes if ring_bytes is not None else -(-largest // self.chunk) * cell
+        whole = -(-largest // self.chunk)  # cells
+        wanted = ring_bytes if ring_bytes is not None else whole * cell
         weights = largest * dtype.itemsize
         halves = largest * (HIGH.dtype.itemsize + LOW.dtype.itemsize) if dtype == torch.float32 else 0
         backward = weights + 2 * halves + 2 * gradient.bytes(largest)
-        self.cells = max(2, max(wanted, backward) // cell)
+        self.cells = max(2 if store.layout.spilled else whole, max(wanted, backward) // cell)
         self.bytes = weights + max(self.cells * cell, backward)
+        self.made_at = self.bytes  # a piece's gradient that is recomputed, while its cells are full
+        self.bytes += 0 if store.layout.spilled else gradient.bytes(largest)
         self.cell, self.largest = cell, largest
         self.buffer: Buffer | None = None
 
@@ -85,9 +88,12 @@ class Stream:
     def _halves(self, piece: Piece, side: int) -> tuple[int, int]:
         return self._halves_at[side], self._halves_at[side] + HIGH.bytes(piece.numel)
 
-    def updated(self, update: Update, compute: bool = True) -> Iterator[tuple[Piece, Tensor]]:
+    def updated(
+        self, update: Update, gradient: Callable[[Piece, Tensor, Tensor], None] | None = None, compute: bool = True
+    ) -> Iterator[tuple[Piece, Tensor]]:
         """(piece, its weights after `update`) of all pieces, forward, each good until the next is asked for.
 
+        gradient: where gradients are not in the store, fills one piece's [numel], given its old weights.
         Pieces that have had the update already (it was cut short) are only read. compute: False moves the same bytes
         and does no arithmetic, for a benchmark.
         """
@@ -97,7 +103,11 @@ class Stream:
         last: Ticket | None = None
         for number in range(min(self.cells, len(items))):
             reads[number] = self._read_cell(number, *items[number], due)
+        made = self.buffer.tensor(self.store.layout.gradient.dtype, self.made_at, self.largest) if gradient else None
         for number, (piece, begin) in enumerate(items):
+            if made is not None and begin == 0 and due[piece.name]:
+                self._old_weights(number, piece, reads)
+                gradient(piece, self._compute[0][: piece.numel], made[: piece.numel])
             for ticket in reads.pop(number):
                 ticket.wait()
             count = min(self.chunk, piece.numel - begin)
@@ -105,15 +115,15 @@ class Stream:
             planes = {p.name: self._tensor(cell, p, count) for p in self.planes}
             flat = self._compute[0][begin : begin + count]
             if due[piece.name]:
+                if made is not None:
+                    planes["gradient"] = made[begin : begin + count]
                 if compute:
                     self.updater(piece, begin, planes, flat, update)
                 slot = self.store.free[piece.numel]
                 for plane in self.store.layout.planes:
                     last = self.store.write(piece, plane, begin, self._bytes(cell, plane, count), slot)
-            elif self.dtype == torch.float32:
-                join(planes["high"], planes["low"], flat)
             else:
-                flat.view(torch.int16).copy_(planes["high"])
+                self._fill(flat, planes)
             if begin + count == piece.numel and due[piece.name]:
                 last = self.store.commit(piece, slot, update.number)
             ahead = number + self.cells
@@ -123,6 +133,22 @@ class Stream:
                 yield piece, self._compute[0][: piece.numel]
         if last is not None:
             last.wait()
+
+    def _old_weights(self, number: int, piece: Piece, reads: dict[int, list[Ticket]]) -> None:
+        """A whole piece's weights before the update, from its cells, of which `number` is the first."""
+        for begin in range(0, piece.numel, self.chunk):
+            count = min(self.chunk, piece.numel - begin)
+            for ticket in reads[number]:
+                ticket.wait()
+            planes = {p.name: self._tensor(number % self.cells, p, count) for p in (HIGH, LOW)}
+            self._fill(self._compute[0][begin : begin + count], planes)
+            number += 1
+
+    def _fill(self, flat: Tensor, planes: dict[str, Tensor]) -> None:
+        if self.dtype == torch.float32:
+            join(planes["high"], planes["low"], flat)
+        else:
+            flat.view(torch.int16).copy_(planes["high"])
 
     def _read_cell(self, cell: int, piece: Piece, begin: int, due: dict, after: Ticket | None = None) -> list[Ticket]:
         count = min(self.chunk, piece.numel - begin)

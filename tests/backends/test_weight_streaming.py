@@ -71,6 +71,19 @@ def test_accumulation_equals_the_cpu_backends_to_the_last_bit(tmp_path, name, dt
         assert_equal(*made, steps=5, parts=4)
 
 
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("name", ["amber", "crystalcoder"])
+def test_recomputed_gradients_are_the_spilled_ones_to_the_last_bit(tmp_path, monkeypatch, name, dtype):
+    """Tied and not, one micro-batch and three, chunks smaller than a piece; and no room for gradients on disk."""
+    monkeypatch.setattr(stream, "CHUNK", 4096)
+    monkeypatch.setattr(stream, "GRAIN", 4096)
+    for parts in (1, 4):
+        made = pair(tmp_path / str(parts), config(name), dtype, micro_batches=parts, gradients="recomputed")
+        assert_equal(*made, steps=8, parts=parts)
+        held = sum(f.stat().st_size for f in (tmp_path / str(parts) / "run" / "store").glob("*.bin"))
+        assert held == made[1].store.layout.store_bytes
+
+
 @pytest.mark.parametrize(
     "optimizer",
     [{"name": "adamw_cerebras"}, {"grad_clip": None}, {"decay_norms_and_biases": True, "betas": (0.8, 0.99)}],

@@ -1,0 +1,64 @@
+"""A step's gradients as what they are made of: what went into each piece, and the gradient of what came out.
+
+A block's gradient depends on its own weights, its inputs and the gradients of its outputs, and on nothing else. Kept
+are the latter two, tokens x d_model numbers each; the block's gradient is made again, bit for bit, when the block is
+updated. So a step of few tokens needs no room for gradients on disk, at the price of one more pass forward and back.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from crystal.backends.base import MicroBatch
+from crystal.config import ConfigError
+from crystal.files import sync
+
+FILE = "boundaries.safetensors"
+
+
+@dataclass
+class Boundaries:
+    """inputs: by block and for the head, of each micro-batch [B, T, D]; gradients: of each block's outputs and of the
+    embedding's, likewise."""
+
+    batches: list[MicroBatch]
+    inputs: dict[str, list[Tensor]] = field(default_factory=dict)
+    gradients: dict[str, list[Tensor]] = field(default_factory=dict)
+
+    def save(self, directory: Path) -> None:
+        """Replace the directory's file; returns when this will last."""
+        tensors = {
+            f"{kind}/{name}/{i}": tensor.detach().contiguous()
+            for kind, named in (("inputs", self.inputs), ("gradients", self.gradients))
+            for name, found in named.items()
+            for i, tensor in enumerate(found)
+        }
+        for i, batch in enumerate(self.batches):
+            for key in fields(MicroBatch):
+                tensors[f"batches/{key.name}/{i}"] = getattr(batch, key.name).contiguous().clone()
+        aside = directory / f".{FILE}"
+        save_file(tensors, aside)
+        with aside.open("rb") as file:
+            os.fsync(file.fileno())
+        aside.replace(directory / FILE)
+        sync(directory)
+
+
+def load_boundaries(directory: Path) -> Boundaries:
+    """What `save` wrote. Raises ConfigError when it cannot be read."""
+    try:
+        tensors = load_file(directory / FILE)
+    except (OSError, SafetensorError) as error:
+        raise ConfigError(f"{directory / FILE}: expected what a due update is made of: {error}") from None
+    found: dict[str, dict[str, list[Tensor]]] = {"inputs": {}, "gradients": {}, "batches": {}}
+    for key in sorted(tensors, key=lambda key: int(key.rpartition("/")[2])):
+        kind, name, _ = key.split("/")
+        found[kind].setdefault(name, []).append(tensors[key])
+    columns = [found["batches"][key.name] for key in fields(MicroBatch)]
+    return Boundaries([MicroBatch(*row) for row in zip(*columns, strict=True)], found["inputs"], found["gradients"])
