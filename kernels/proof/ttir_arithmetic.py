@@ -224,11 +224,13 @@ def elementwise(emitter, op: Op) -> bool:
         if symbol is None or symbol[1] not in LIBRARY:
             raise Unsupported(f"{op.name} {op.text}")
         formula = in_float(kind.element, lambda x: f"({LIBRARY[symbol[1]]}({x}))")
-    else:
-        formula = None if not op.types else _arithmetic(op.name, parse_type(op.types.split(" fastmath")[0]).element)
-        if formula is None:
-            return False
+    elif op.types and op.name.startswith(("arith.", "math.", "tt.precise_")):
         kind = parse_type(op.types)
+        formula = _arithmetic(op.name, kind.element)
+    else:
+        return False
+    if formula is None:
+        return False
     cost = sum(0 if v.array else v.cost for v in values) + (1 if short not in ("extsi", "extui") else 0)
     if op.name.startswith("math.") or op.name == "tt.extern_elementwise":
         cost += 8  # stored if used twice

@@ -48,3 +48,16 @@ def offset_in_32_bits(X, Y, step, BLOCK: tl.constexpr):
 def offset_in_64_bits(X, Y, step, BLOCK: tl.constexpr):
     row, i = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     tl.store(Y + row * step + i, tl.load(X + row * step + i))
+
+
+@triton.jit
+def reads_undefined_lanes(X, Y, N: tl.constexpr, BLOCK: tl.constexpr):
+    i = tl.arange(0, BLOCK)
+    tl.store(Y + tl.program_id(0), tl.sum(tl.load(X + i, mask=i < N), axis=0))
+
+
+@triton.jit
+def in_bf16(A, B, Y, N: tl.constexpr):
+    i = tl.arange(0, N)
+    a, b = tl.load(A + i), tl.load(B + i)
+    tl.store(Y + i, (a + b) * b)
