@@ -19,18 +19,21 @@ def _root() -> None:
 
 @bench.command()
 def kernels(
-    offline: Annotated[bool, typer.Option("--offline", help="compile only; the default where there is no GPU")] = False,
-    arch: Annotated[Literal["sm_80", "sm_90"], typer.Option(help="offline: the GPU to compile for")] = "sm_80",
-    verify: Annotated[bool, typer.Option("--verify", help="check against fp64 only")] = False,
-    bars: Annotated[bool, typer.Option("--bars", help="the ten bars beside the peers; exit 1 if one fails")] = False,
+    offline: Annotated[bool, typer.Option("--offline", help="without a GPU: compile, and count")] = False,
+    verify: Annotated[bool, typer.Option("--verify", help="errors against fp64 only; --offline: on the CPU")] = False,
+    bars: Annotated[bool, typer.Option("--bars", help="the ten bars beside the peers; needs no GPU")] = False,
+    arch: Annotated[
+        Literal["sm_80", "sm_90"], typer.Option(help="the GPU that --offline, --bars compile for")
+    ] = "sm_80",
     ops: Annotated[str | None, typer.Option(help="comma-separated operators; default: all")] = None,
-    out: Annotated[Path | None, typer.Option(metavar="FILE", help="write the JSON here as well")] = None,
+    shapes: Annotated[str | None, typer.Option(help="comma-separated; default: crystalcoder-7b,amber-7b,…")] = None,
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="write JSON, table and, measured, picture")] = None,
     as_json: Json = False,
 ) -> None:
-    """Fused kernels beside torch, torch.compile, Liger and flash-attn: measured on a GPU, else compiled only."""
-    from crystal.kernels.report import bench_kernels
+    """Fused kernels beside torch, torch.compile, Liger and flash-attn: measured on a GPU, or compiled --offline."""
+    from crystal.bench_kernels import Asked, bench_kernels
 
-    result, text = bench_kernels(offline, arch, verify, bars, ops, out, console())
+    result, text = bench_kernels(Asked(offline, verify, bars, arch, ops, shapes, out), console())
     print_result(result, as_json, text)
     if result.get("verdict") == "FAIL":
         raise typer.Exit(1)

@@ -14,22 +14,15 @@ from dataclasses import asdict, dataclass, field
 import torch
 
 from crystal.kernels.bench.compiled import examine, table_of, unsafe, variants
-from crystal.kernels.bench.peers import installed, torch_functions
+from crystal.kernels.bench.peers import installed
+from crystal.kernels.bench.verified import errors_on_cpu
 from crystal.kernels.catalog import OPERATORS
-from crystal.kernels.proof.accuracy import Error, errors
 from crystal.kernels.proof.behaviour import bits_fixed, gradients_repeat, inputs_kept, rest_untouched, right_beyond_2_31
-from crystal.kernels.proof.cpu import on_cpu
 
 NAMED = {operator.name: operator for operator in OPERATORS}
 NORMS = ("layer_norm", "rms_norm")
 WIDTHS = (1024, 2048, 4096, 8192)
 ALIGNED = (1000, 1024, 2008, 4096, 11008)  # whole numbers of 16 bytes in bf16, not all of 32
-SQUARE = {
-    "norm": {"rows": 4096, "width": 4096},
-    "swiglu": {"rows": 4096, "width": 4096},
-    "rope": {"batch": 1, "seq": 4096, "heads": 10, "kv_heads": 3, "head_dim": 256, "rotary_dim": 64},
-    "cross_entropy": {"rows": 4096, "vocab": 4096},
-}
 HALF = {"batch": 2, "seq": 2048, "heads": 32, "kv_heads": 8, "head_dim": 128, "rotary_dim": 64}
 
 
@@ -46,11 +39,6 @@ class Bar:
 
     def record(self) -> dict:
         return asdict(self) | {"verdict": "PASS" if self.passed else "FAIL"}
-
-
-def square(name: str) -> dict[str, int]:
-    """A shape whose largest tensor is [4096, 4096] (rope's [4096, 16 heads of 256])."""
-    return next(shape for key, shape in SQUARE.items() if key in name)
 
 
 @functools.cache
@@ -119,7 +107,7 @@ def _launch_counts(arch: int, providers: tuple[str, ...]) -> Bar:
         rows = [
             (name, direction, row)
             for name in NAMED for direction in ("forward", "backward")
-            if (row := _look(arch, p, name, direction, **next(iter(NAMED[name].shapes.values()))))
+            if (row := _look(arch, p, name, direction, **NAMED[name].shapes["amber-7b"]))
         ]  # fmt: skip
         backwards = [row["launches"] for name, d, row in rows if "norm" in name and d == "backward"]
         forwards = [row["launches"] for name, d, row in rows if d == "forward" and name != "cross_entropy_full"]
@@ -181,8 +169,7 @@ def _recompiles(arch: int, providers: tuple[str, ...]) -> Bar:
         table = _table(arch, p)
         found = [0]
         for name in (n for n in NAMED if n in table):
-            shape = next(iter(NAMED[name].shapes.values()))
-            found += variants(arch, NAMED[name], table[name], shape, torch.bfloat16).values()
+            found += variants(arch, NAMED[name], table[name], NAMED[name].shapes["amber-7b"], torch.bfloat16).values()
         return max(found)
 
     ours = worst("ours")
@@ -194,7 +181,7 @@ def _offsets(arch: int, providers: tuple[str, ...]) -> Bar:
     def total(p: str) -> int:
         table = _table(arch, p)
         return sum(
-            sum(unsafe(arch, NAMED[n], table[n], next(iter(NAMED[n].shapes.values())), torch.bfloat16).values())
+            sum(unsafe(arch, NAMED[n], table[n], NAMED[n].shapes["amber-7b"], torch.bfloat16).values())
             for n in NAMED if n in table
         )  # fmt: skip
 
@@ -231,16 +218,8 @@ def _fused_add(arch: int, providers: tuple[str, ...]) -> Bar:
                text("ours"), _each(providers, text))  # fmt: skip
 
 
-def worst_errors(dtypes: tuple[torch.dtype, ...] = (torch.bfloat16,)) -> Iterator[tuple[str, torch.dtype, list[Error]]]:
-    """(operator, dtype, errors) at the square shapes, the kernels themselves run on the CPU."""
-    baselines = torch_functions()
-    for operator in OPERATORS:
-        for dtype in dtypes:
-            yield operator.name, dtype, errors(operator, square(operator.name), dtype, baselines[operator.name], on_cpu)
-
-
 def _accuracy(arch: int, providers: tuple[str, ...]) -> Bar:
-    ratios = {f"{name} {error.output}": error.ratio for name, _, found in worst_errors() for error in found}
+    ratios = {f"{name} {error.output}": error.ratio for name, *_, found in errors_on_cpu() for error in found}
     name = max(ratios, key=ratios.get)
     # two roundings of the same exact value differ in a few of 16 million elements
     text = f"{ratios[name]:.5f} x ({name})"

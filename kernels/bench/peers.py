@@ -145,3 +145,12 @@ def functions(provider: str) -> dict[str, Callable]:
     if provider == "ours":
         return {operator.name: operator.run for operator in OPERATORS}
     return {"torch": torch_functions, "liger": liger_functions, "flash-attn": flash_functions}[provider]()
+
+
+def in_our_form(provider: str, operator: str, results, arguments: tuple):
+    """A peer's results as ours come: its rope hands back q and k alone where ours has the packed q/k/v."""
+    if operator != "rope_half_packed_inplace" or provider not in PEERS:
+        return results
+    qkv, heads = arguments[0], arguments[-1]
+    turned = torch.cat([x.transpose(1, 2) for x in results], 2) if provider == "liger" else results
+    return torch.cat((turned, qkv[:, :, heads:]), 2)
