@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import os
 import platform
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -30,11 +32,10 @@ from crystal.backends.weight_streaming.reduce import (
 )
 from crystal.backends.weight_streaming.store import Store, Update
 from crystal.backends.weight_streaming.stream import Stream
-from crystal.backends.weight_streaming.transfer import keep_heap
 from crystal.backends.weight_streaming.update import Updater
 from crystal.config import ConfigError
 from crystal.mup.plan import Plan
-from crystal.zoo.build import build, initial_weights
+from crystal.zoo.build import build, initial_tensor
 from crystal.zoo.config import ModelConfig
 from crystal.zoo.decoder import Decoder
 
@@ -62,7 +63,6 @@ class WeightStreamingBackend:
             raise ConfigError("backend.gradients: several executors sum them, expected spilled, got recomputed")
         if config.threads:
             torch.set_num_threads(config.threads)
-        keep_heap()
         join_executors()
         self.place = Place(process=rank(), processes=executors(), part=rank(), parts=executors())
         self.model_config, self.plan, self.optimizer_config, self.config = model, plan, optimizer, config
@@ -192,7 +192,7 @@ class WeightStreamingBackend:
     # --- coming and going
 
     def initialise(self) -> None:
-        self.load(lambda kind: initial_weights(self.plan, self.seed), None)
+        self.load(lambda kind: _initial_weights(self.plan, self.seed), None)
         self.step = 0
 
     def reset_optimizer(self) -> None:
@@ -244,6 +244,18 @@ class WeightStreamingBackend:
             "executors": executors(),
             "layouts": ["data parallel, a store each"],
         }
+
+
+def _initial_weights(plan: Plan, seed: int, workers: int = 2) -> Iterator[tuple[str, Tensor]]:
+    """As `crystal.zoo.build.initial_weights`; a generator is serial, so several tensors are drawn at a time."""
+    rows = deque(plan.tensors)
+    coming: deque[tuple[str, Future[Tensor]]] = deque()
+    with ThreadPoolExecutor(workers) as pool:
+        while rows or coming:
+            while rows and len(coming) < 2 * workers:
+                coming.append((rows[0].tensor, pool.submit(initial_tensor, rows.popleft(), seed)))
+            name, tensor = coming.popleft()
+            yield name, tensor.result()
 
 
 def _store_directory(config: WeightStreamingConfig, directory: Path) -> Path | None:

@@ -29,6 +29,7 @@ from crystal.mup.plan import Plan
 
 RECORD = "store.json"
 FORMAT = 1
+PART = 1 << 22  # elements of a whole tensor that pass at a time; the scales of a part begin at a page
 
 
 @dataclass(frozen=True)
@@ -233,32 +234,38 @@ class Store:
 
     def _put_piece(self, piece: Piece, kind: str, flat: Tensor) -> None:
         planes = self._planes(kind)
-        memory = {p.name: Buffer(p.bytes(piece.numel)) for p in planes}
-        views = {p.name: memory[p.name].tensor(p.dtype, 0, piece.numel // p.per) for p in planes}
-        if kind == "model":
-            split(flat, views["high"], views["low"], torch.empty(piece.numel, dtype=torch.int32))
-        else:
-            chance = torch.zeros(piece.numel, dtype=torch.int16)  # 0: the middle, plain rounding
-            (encode_m if kind == "optimizer.exp_avg" else encode_v)(flat, views, chance)
-        for plane in planes:
-            name, offset = self._at(piece, plane, 0, self.record.slots[piece.name])
-            self.files[name].pwrite(offset, memory[plane.name].bytes[: memory[plane.name].size])
+        memory = {p.name: Buffer(p.bytes(PART)) for p in planes}
+        scratch = torch.empty(PART, dtype=torch.int32)
+        chance = torch.zeros(PART, dtype=torch.int16)  # 0: the middle, plain rounding
+        for begin in range(0, piece.numel, PART):
+            part = flat[begin : begin + PART]
+            n = part.numel()
+            views = {p.name: memory[p.name].tensor(p.dtype, 0, n // p.per) for p in planes}
+            if kind == "model":
+                split(part, views["high"], views["low"], scratch[:n])
+            else:
+                (encode_m if kind == "optimizer.exp_avg" else encode_v)(part, views, chance[:n])
+            for plane in planes:
+                name, offset = self._at(piece, plane, begin, self.record.slots[piece.name])
+                self.files[name].pwrite(offset, memory[plane.name].bytes[: plane.bytes(n)])
 
     def tensors(self, kind: str, fresh: bool) -> Iterator[tuple[str, Tensor]]:
         """All tensors of a kind, fp32, a piece's at a time; fresh: the moments are zeros, whatever the planes say."""
         planes = self._planes(kind)
+        memory = {p.name: Buffer(p.bytes(PART)) for p in planes}
         for piece in self.layout.pieces:
             flat = torch.zeros(piece.numel)
-            if kind == "model" or not fresh:
-                memory = {p.name: Buffer(p.bytes(piece.numel)) for p in planes}
+            for begin in range(0, piece.numel, PART) if kind == "model" or not fresh else ():
+                part = flat[begin : begin + PART]
+                n = part.numel()
                 for plane in planes:
-                    name, offset = self._at(piece, plane, 0, self.record.slots[piece.name])
-                    self.files[name].pread(offset, memory[plane.name].bytes[: memory[plane.name].size])
-                views = {p.name: memory[p.name].tensor(p.dtype, 0, piece.numel // p.per) for p in planes}
+                    name, offset = self._at(piece, plane, begin, self.record.slots[piece.name])
+                    self.files[name].pread(offset, memory[plane.name].bytes[: plane.bytes(n)])
+                views = {p.name: memory[p.name].tensor(p.dtype, 0, n // p.per) for p in planes}
                 if kind == "model":
-                    join(views["high"], views["low"], flat)
+                    join(views["high"], views["low"], part)
                 else:
-                    (decode_m if kind == "optimizer.exp_avg" else decode_v)(views, flat)
+                    (decode_m if kind == "optimizer.exp_avg" else decode_v)(views, part)
             yield from piece.views(flat).items()
 
     def _planes(self, kind: str) -> list[Plane]:
