@@ -63,8 +63,20 @@ def _split_vocabulary(stage: Stage, mesh: DeviceMesh) -> None:
 
 
 def _recompute(module: nn.Module) -> None:
-    """Keep only the module's input, and compute the rest again in backward. Nothing in it is random."""
-    module.forward = functools.partial(checkpoint, module.forward, use_reentrant=False, preserve_rng_state=False)
+    """Keep only the module's input, and compute the rest again in backward. Nothing in it is random.
+
+    It gets another class, not a forward of its own: blocks stay alike, and torch.compile makes one graph for all.
+    """
+    module.__class__ = _recomputed(type(module))
+
+
+@functools.cache
+def _recomputed(kind: type[nn.Module]) -> type[nn.Module]:
+    def forward(self, *inputs):
+        whole = functools.partial(kind.forward, self)
+        return checkpoint(whole, *inputs, use_reentrant=False, preserve_rng_state=False)
+
+    return type(f"Recomputed{kind.__name__}", (kind,), {"forward": forward})
 
 
 def shard(
