@@ -13,7 +13,7 @@ CONTEXT.set_forkserver_preload(["torch", "torch.utils.tensorboard", "crystal.tra
 def start_training(path, where=None, count=0):
     """A process that trains the run file; it kills itself at the count-th write (from 0) of `where`.
 
-    where: gradients or state, half-way through the write; record, just before it; None for no such end.
+    where: gradients or state, half-way through the write; record or boundaries, just before it; None for no such end.
     """
     process = CONTEXT.Process(target=_train, args=(path, where, count), daemon=True)
     process.start()
@@ -23,7 +23,7 @@ def start_training(path, where=None, count=0):
 def _train(path, where, count):
     import torch
 
-    from crystal.backends.weight_streaming import store, transfer
+    from crystal.backends.weight_streaming import boundaries, store, transfer
     from crystal.run import load_run
     from crystal.training.start import start
 
@@ -45,6 +45,8 @@ def _train(path, where, count):
 
     if where == "record":
         store.Store._put = dying(store.Store._put, lambda self: True, half=False)
+    elif where == "boundaries":
+        boundaries.Boundaries.save = dying(boundaries.Boundaries.save, lambda self: True, half=False)
     elif where is not None:
         name = {"state": "store.bin", "gradients": "gradients.bin"}[where]
         transfer.DiskFile.pwrite = dying(transfer.DiskFile.pwrite, lambda self: self.path.name == name, half=True)

@@ -20,13 +20,21 @@ def config(name="crystalcoder", **changes):
     return model_config(f"{name}-w64-l3").model_copy(update=small)
 
 
-def pair(tmp_path, model, dtype="fp32", optimizer=None, micro_batches=1, **settings):
+def common(model, optimizer=None):
+    """What every backend is built from."""
     optimizer = optimizer or OptimizerConfig(eps=1e-9)
     plan = plan_for(model, weight_decay=optimizer.weight_decay, eps=optimizer.eps)
-    common = (model, plan, optimizer, lambda step: 0.01 / step, 1, 2)
-    cpu = CpuBackend(*common, CpuConfig(dtype=dtype))
-    streaming = WeightStreamingConfig(name="weight_streaming", dtype=dtype, **settings)
-    made = WeightStreamingBackend(*common, streaming, tmp_path / "run", micro_batches)
+    return model, plan, optimizer, lambda step: 0.01 / step, 1, 2
+
+
+def streaming(tmp_path, model, dtype="fp32", optimizer=None, micro_batches=1, **settings):
+    section = WeightStreamingConfig(name="weight_streaming", dtype=dtype, **settings)
+    return WeightStreamingBackend(*common(model, optimizer), section, tmp_path / "run", micro_batches)
+
+
+def pair(tmp_path, model, dtype="fp32", optimizer=None, micro_batches=1, **settings):
+    cpu = CpuBackend(*common(model, optimizer), CpuConfig(dtype=dtype))
+    made = streaming(tmp_path, model, dtype, optimizer, micro_batches, **settings)
     cpu.initialise()
     made.initialise()
     return cpu, made

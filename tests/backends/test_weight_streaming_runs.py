@@ -84,13 +84,25 @@ def test_a_reference_to_a_store_that_moved_on_is_refused(make_run, train):
         list(checkpoint.read(checkpoint.locate(run_dir)).tensors("model"))
 
 
-@pytest.mark.parametrize("where", ["gradients", "state", "record"])
-def test_killed_while_the_store_is_written_it_goes_on_to_the_same_run(make_run, on_cpu, where):
+LAST = {"gradients": 20, "state": 90, "record": 25, "boundaries": 4}  # the write to be killed at, at most
+
+
+@pytest.mark.parametrize(
+    ("gradients", "wheres"),
+    [
+        ("spilled", ["gradients"] * 3),
+        ("spilled", ["state"] * 3),
+        ("spilled", ["record"] * 3),
+        ("recomputed", ["state", "boundaries", "record", "state"]),
+    ],
+    ids=["gradients", "state", "record", "recomputed"],
+)
+def test_killed_while_the_store_is_written_it_goes_on_to_the_same_run(make_run, on_cpu, gradients, wheres):
     """kill -9 half-way through spilled gradients, through updated weights, and before each record that seals them."""
-    path = make_run(**STREAMING)
-    rng = random.Random(where)
-    for _ in range(4):
-        process = start_training(path, where, rng.randint(3, {"gradients": 20, "state": 90, "record": 25}[where]))
+    path = make_run(backend=STREAMING["backend"] | {"gradients": gradients})
+    rng = random.Random(gradients + wheres[0])
+    for where in wheres:
+        process = start_training(path, where, rng.randint(3, LAST[where]))
         process.join()
         assert process.exitcode == -signal.SIGKILL
     assert len(losses(path.parent / "run")) < 31
@@ -101,7 +113,7 @@ def test_killed_while_the_store_is_written_it_goes_on_to_the_same_run(make_run, 
 def test_killed_at_any_time_it_loses_one_step_at_most(make_run, on_cpu):
     path = make_run(**STREAMING)
     run_dir, rng = path.parent / "run", random.Random(5)
-    for _ in range(4):
+    for _ in range(3):
         target = len(losses(run_dir)) + rng.randint(1, 4)
         process = start_training(path)
         while process.is_alive() and len(losses(run_dir)) < target:
