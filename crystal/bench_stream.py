@@ -7,7 +7,7 @@ import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -18,6 +18,7 @@ from crystal.backends.config import OptimizerConfig, WeightStreamingConfig
 from crystal.backends.weight_streaming.backend import WeightStreamingBackend
 from crystal.backends.weight_streaming.store import Update
 from crystal.config import ConfigError, parse
+from crystal.mup.plan import Plan
 from crystal.zoo.build import parameter_count, plan_for
 from crystal.zoo.config import ModelConfig, preset
 
@@ -43,7 +44,7 @@ def bench_stream(
         inside = config.model_copy(update={"path": None})
         made = WeightStreamingBackend(shape, plan, optimizer, lambda step: 1e-4, 1, 1, inside, scratch, micro_batches)
         console.print(f"{model}: {made.store.layout.store_bytes / 1e9:.1f} GB of weights and moments in {scratch}")
-        made.initialise()
+        made.load(lambda kind: _random_weights(plan), None)
         batches = _random_batches(shape.vocab_size, tokens, micro_batches)
         times = {"step_s": [], "compute_s": [], "io_s": []}
         loss = made.train_step(1, batches).loss.item()  # the first has no update to make
@@ -85,6 +86,17 @@ def bench_stream(
         f"{result['tokens_per_second']:.1f} tokens/s, peak {result['peak_rss_bytes'] / 1e9:.2f} GB"
     )
     return result, text
+
+
+def _random_weights(plan: Plan) -> Iterator[tuple[str, torch.Tensor]]:
+    """Of the plan's size, though not cut off, which would take longer than all else."""
+    generator = torch.Generator().manual_seed(1)
+    for row in plan.tensors:
+        tensor = torch.empty(row.shape)
+        if row.init == "normal":
+            yield row.tensor, tensor.normal_(0, row.init_std, generator=generator)
+        else:
+            yield row.tensor, tensor.fill_(float(row.init == "ones"))
 
 
 def _random_batches(vocab_size: int, tokens: int, count: int) -> Sequence[MicroBatch]:

@@ -17,7 +17,7 @@ from torch import Tensor
 from crystal.backends.weight_streaming.layout import HIGH, LOW, Piece, Plane
 from crystal.backends.weight_streaming.planes import join
 from crystal.backends.weight_streaming.store import Store, Update
-from crystal.backends.weight_streaming.transfer import Buffer, Ticket, keep_heap
+from crystal.backends.weight_streaming.transfer import Buffer, Ticket
 from crystal.backends.weight_streaming.update import Updater
 
 GRAIN = 1 << 18  # elements; even the scales of a chunk that begins at a multiple of it begin at a page
@@ -52,7 +52,6 @@ class Stream:
         self.store.open()
         if self.buffer is not None:
             return
-        keep_heap()
         buffer = self.buffer = Buffer(self.bytes)
         step = self.largest * self.dtype.itemsize
         self._compute_at = [0, step]

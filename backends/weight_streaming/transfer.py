@@ -7,6 +7,7 @@ are allocated once: on a virtual machine the first touch of a gigabyte can cost 
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import mmap
 import os
@@ -47,6 +48,12 @@ def keep_heap() -> None:
         return
     mallopt(-4, 0)  # M_MMAP_MAX
     mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
+
+
+def release_heap() -> None:
+    """Hand back what is free now, in spite of `keep_heap`."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 class File(Protocol):
