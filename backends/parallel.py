@@ -56,6 +56,8 @@ def _split_vocabulary(stage: Stage, mesh: DeviceMesh) -> None:
     """Embedding and head by words: their memory and the head's work are divided like the blocks'."""
     if hasattr(stage, "embed"):
         parallelize_module(stage.embed, mesh, RowwiseParallel(input_layouts=Replicate()))
+        # waited for here: a compiled block cuts the gradient of a sum over processes that is still on its way
+        stage.embed.register_forward_hook(lambda module, inputs, x_BTD: x_BTD.clone())
     if stage.last:
         stage.split_over = mesh.get_group()
         if not stage.tied:
