@@ -71,9 +71,9 @@ def read(file: Path) -> Mdl:
             shapes = {
                 key: tuple(item.shape)
                 for key, item in opened.items()
-                if item.shape is not None and "dtypes" in item.attrs
+                if isinstance(item, h5py.Dataset) and item.shape is not None and "dtypes" in item.attrs
             }
-    except OSError as error:
+    except (OSError, RuntimeError, KeyError) as error:  # h5py's, for one kind of damage each
         reason = "no such file" if not Path(file).exists() else str(error)
         raise ConfigError(f"{file}: expected a Cerebras checkpoint (HDF5): {reason}") from None
     if "__spec__" not in attributes or not attributes.get("__SUCCESS__", False):
@@ -83,7 +83,7 @@ def read(file: Path) -> Mdl:
         path = key.removesuffix(".__metadata__")
         if path == key:
             continue
-        leaf = json.loads(text).get(f"{path}.__metadata__", {})
+        leaf = _mapping(file, key, text).get(key, {})
         if leaf.get("__LINKED__"):
             aliases[path] = leaf["key"]
         held = next((name for name, _ in _SCALARS if name in leaf), None)
@@ -93,6 +93,17 @@ def read(file: Path) -> Mdl:
         if target in values:
             values[path] = values[target]
     return Mdl(Path(file), shapes, values, {path: target for path, target in aliases.items() if target in shapes})
+
+
+def _mapping(file: Path, key: str, text: str) -> dict:
+    """JSON that lies in a file's attribute."""
+    try:
+        found = json.loads(text)
+    except (TypeError, ValueError):
+        found = None
+    if not isinstance(found, dict):
+        raise ConfigError(f"{file}: {key}: expected a JSON mapping, it is damaged")
+    return found
 
 
 def _unpacked(dataset: h5py.Dataset) -> np.ndarray:
@@ -282,7 +293,7 @@ def state_tensors(mdl: Mdl) -> tuple[dict, Iterator[tuple[str, Tensor]]]:
 
     Raises ConfigError when the file does not say which moment belongs to which tensor.
     """
-    about = json.loads(mdl.values.get("crystal", "{}"))
+    about = _mapping(mdl.file, "crystal", mdl.values.get("crystal", "{}"))
     order = about.get("optimizer_order")
     moments = any(path.startswith("optimizer.state.") for path in mdl.shapes)
     if moments and order is None:

@@ -37,6 +37,11 @@ def weights(backend):
     return {name: tensor.clone() for name, tensor in backend.state()}
 
 
+def losses(directory):
+    records = map(json.loads, (directory / "metrics.jsonl").read_text().splitlines())
+    return [record["loss"] for record in records if "loss" in record]
+
+
 @needs_cerebras
 @pytest.mark.parametrize(
     ("optimizer", "changes"),
@@ -152,10 +157,6 @@ def test_a_checkpoint_without_a_tensor_is_refused_by_name(pair):
 def test_crystal_train_runs_a_proxy_and_goes_on_from_its_checkpoint(make_run, train, tmp_path):
     """The ordinary loop across a change of stage: the cpu backend's losses; interrupted and continued, the same."""
 
-    def losses(directory):
-        lines = (directory / "metrics.jsonl").read_text().splitlines()
-        return [json.loads(line)["loss"] for line in lines if "loss" in json.loads(line)]
-
     path = make_run(**{"optimizer.name": "adamw_cerebras", "curriculum.lr_scale": 0.1, "train.eval_every": 100})
     words = ("backend.name=cerebras", f"backend.environment={ENVIRONMENT}", "backend.threads=1")
     ours = losses(train(path, "backend.dtype=fp32", f"run_dir={tmp_path / 'cpu'}", until=12).directory)
@@ -165,6 +166,23 @@ def test_crystal_train_runs_a_proxy_and_goes_on_from_its_checkpoint(make_run, tr
     assert theirs[:10] == pytest.approx(ours[:10], rel=1e-6)
     train(path, *words, f"run_dir={tmp_path / 'again'}", until=7)
     assert losses(train(path, *words, f"run_dir={tmp_path / 'again'}", until=12).directory) == theirs
+
+
+@needs_cerebras
+def test_a_run_moves_from_cpu_to_cerebras_and_back_with_its_losses_unbroken(make_run, train, tmp_path):
+    """Stages change where it moves, so moments and fresh moments both go over: one run directory, the cpu's losses."""
+    changes = {"optimizer.name": "adamw_cerebras", "curriculum.lr_scale": 0.1, "train.eval_every": 100}
+    path = make_run(**changes, **{"backend.name": "cpu"})
+    alone = train(path, "backend={name: cpu, dtype: fp32}", f"run_dir={tmp_path / 'cpu'}", until=14).directory
+    moving = (
+        ("backend={name: cpu, dtype: fp32}", 5),
+        (f"backend={{name: cerebras, dtype: fp32, environment: {ENVIRONMENT}}}", 11),
+    )
+    for backend, until in (*moving, ("backend={name: cpu, dtype: fp32}", 14)):
+        directory = train(path, backend, f"run_dir={tmp_path / 'moved'}", until=until).directory
+    ours, theirs = losses(alone), losses(directory)
+    assert len(theirs) == 14
+    assert theirs == pytest.approx(ours, rel=1e-5)
 
 
 def test_without_an_environment_the_message_says_how_to_make_one(tmp_path):

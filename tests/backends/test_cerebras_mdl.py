@@ -175,6 +175,29 @@ def test_what_is_wrong_with_a_file_is_said_in_one_line(run, tmp_path):
     assert not (tmp_path / "ckpt").exists()
 
 
+@pytest.mark.parametrize("damaged", ["crystal.__metadata__", "crystal"])
+def test_damaged_metadata_is_said_in_one_line(tmp_path, damaged):
+    file = mdl.write(tmp_path / "a.mdl", {"model": {"w": None}, "crystal": "no JSON"}, [("model.w", torch.zeros(2))])
+    if damaged != "crystal":
+        with h5py.File(file, "a") as opened:
+            opened.attrs[damaged] = "{"
+    with pytest.raises(ConfigError, match=rf"^\S*a\.mdl: {damaged}: expected a JSON mapping, it is damaged$"):
+        import_mdl(file, tmp_path / "ckpt")
+
+
+def test_a_file_cut_short_or_without_flat_tensors_is_refused(run, tmp_path):
+    export_mdl(run, tmp_path / "a.mdl")
+    whole = (tmp_path / "a.mdl").read_bytes()
+    for share in (0.1, 0.5, 0.99):
+        (tmp_path / "cut.mdl").write_bytes(whole[: int(share * len(whole))])
+        with pytest.raises(ConfigError, match=r"^\S*cut\.mdl: [^\n]*$"):
+            import_mdl(tmp_path / "cut.mdl", tmp_path / "ckpt")
+    with h5py.File(tmp_path / "groups.mdl", "w") as file:
+        file["model/w"] = [1.0]
+    with pytest.raises(ConfigError, match=r"groups\.mdl: expected a finished Cerebras checkpoint"):
+        import_mdl(tmp_path / "groups.mdl", tmp_path / "ckpt")
+
+
 def test_a_file_of_other_tensors_is_refused_by_name(run, tmp_path):
     export_mdl(run, tmp_path / "a.mdl")
     with pytest.raises(ConfigError, match=r"a\.mdl: model\.embed\.weight: expected \[32032, 32\], got \[352, 32\]"):
