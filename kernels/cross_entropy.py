@@ -115,7 +115,7 @@ def forward_rows(
     count, width = logits.shape
     if use_triton(logits):
         loss, lse = (torch.empty(size, dtype=torch.float32, device=logits.device) for size in (count, (count, 2)))
-        logits = rows_of(logits)
+        logits, labels = rows_of(logits), labels.contiguous()
         by = unit(logits.stride(0))
         block = min(power_of_two(width), 1024)
         cross_entropy_forward[(count,)](
@@ -141,7 +141,7 @@ def backward_rows(
     """Write the gradient of logits [rows, V] into out, which may be logits; dloss [rows] or [], over count."""
     rows, width = logits.shape
     if use_triton(logits):
-        inplace = out is logits
+        inplace, labels = out is logits, labels.contiguous()
         if not inplace:
             logits = rows_of(logits)
         by, block = unit(logits.stride(0), *(() if inplace else (width,))), min(power_of_two(width), 4096)
@@ -166,7 +166,7 @@ def _forward(
     reduction: str, inplace: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(loss as reduced, parts of lse [rows, 2], number of labels that count or [0])."""
-    flat = labels.reshape(-1)
+    flat = labels.reshape(-1).contiguous()
     loss, lse = forward_rows(rows_of(logits), flat, scale, ignore_index, smoothing, z_loss)
     count = lse.new_empty(() if reduction == "mean" else 0)
     if reduction == "none":

@@ -104,6 +104,7 @@ def _launch_forward(
     count = x.shape[0]
     y = torch.empty(shape, dtype=x.dtype, device=x.device)
     summed, residual = (None, None) if residual is None else (torch.empty_like(y), rows_of(residual))
+    weight, bias = weight.contiguous(), None if bias is None else bias.contiguous()
     mean, rstd = (torch.empty(count, dtype=torch.float32, device=x.device) for _ in range(2))
     strides = (x.stride(0), 0 if residual is None else residual.stride(0))
     by = unit(*strides)
@@ -128,7 +129,7 @@ def _launch_backward(
     shape, width, rms = x.shape, x.shape[-1], mean is None
     dy, x = rows_of(dy), rows_of(x)
     dsummed = None if dsummed is None else rows_of(dsummed)
-    count = x.shape[0]
+    count, weight = x.shape[0], weight.contiguous()
     dx = torch.empty(shape, dtype=x.dtype, device=x.device)
     scaled = None if scale == 1 else torch.empty_like(dx)
     dweight = torch.empty_like(weight)

@@ -211,13 +211,22 @@ def _adjacent(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
+def _like(x: Tensor) -> Tensor:
+    """An empty tensor in the memory layout of x, its last dimension adjacent, as the kernel writes it."""
+    y = torch.empty_like(x)
+    return y if y.stride(-1) == 1 else x.new_empty(x.shape)
+
+
+def _shapes(q: Tensor, k: Tensor | None, *_) -> tuple[Tensor, Tensor]:
+    return _like(q), q.new_empty(0) if k is None else _like(k)
+
+
 def _turn(
     q: Tensor, k: Tensor | None, cos: Tensor, sin: Tensor, positions: Tensor | None,
     turned: int, interleaved: bool, seq_dim: int, back: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(q turned, k turned or [0]), in the memory layout of q and k."""
-    q_out = torch.empty_like(q)
-    k_out = q.new_empty(0) if k is None else torch.empty_like(k)
+    q_out, k_out = _shapes(q, k)
     q, k = _adjacent(q), None if k is None else _adjacent(k)
     _run(q, k, q_out, k_out, cos, sin, positions, turned, interleaved, seq_dim, back)
     return q_out, k_out
@@ -235,10 +244,6 @@ def _backward(
     turned: int, interleaved: bool, seq_dim: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     return _turn(dq, dk, cos, sin, positions, turned, interleaved, seq_dim, True)
-
-
-def _shapes(q, k, *_):
-    return torch.empty_like(q), q.new_empty(0) if k is None else torch.empty_like(k)
 
 
 def _save(ctx, inputs, output):
