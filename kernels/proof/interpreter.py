@@ -109,12 +109,10 @@ class Sanitizer:
         watch = self
 
         def watched_load(self, pointers, mask, *rest):
-            watch.access(pointers, mask.data, writes=False)
-            return load(self, pointers, mask, *rest)
+            return load(self, pointers, watch.access(pointers, mask, writes=False), *rest)
 
         def watched_store(self, pointers, value, mask, *rest):
-            watch.access(pointers, mask.data, writes=True)
-            return store(self, pointers, value, mask, *rest)
+            return store(self, pointers, value, watch.access(pointers, mask, writes=True), *rest)
 
         def atomic(original):
             def watched(self, *rest):
@@ -160,11 +158,12 @@ class Sanitizer:
         owners = (np.full(size, NOBODY, np.int32) for _ in range(2))
         self.storages[storage.data_ptr()] = _Storage(name, size, *owners)
 
-    def access(self, pointers: Handle, mask: np.ndarray, writes: bool) -> None:
+    def access(self, pointers: Handle, mask: Handle, writes: bool) -> Handle:
+        """Note what a load or store touches. Returns its mask, or one of nothing if it would leave every tensor."""
         size = np.dtype(interpreter._get_np_dtype(pointers.get_element_ty())).itemsize
-        at = pointers.data[np.broadcast_to(mask.astype(bool), pointers.data.shape)].astype(np.int64).ravel()
+        at = pointers.data[np.broadcast_to(mask.data.astype(bool), pointers.data.shape)].astype(np.int64).ravel()
         if not at.size:
-            return
+            return mask
         verb = "store" if writes else "load"
         if (at % size).any():
             self.found(f"misaligned: {verb} of {size} bytes")
@@ -172,7 +171,7 @@ class Sanitizer:
         inside = [(b, s) for b, s in self.storages.items() if b <= low and high <= b + s.size]
         if not inside:
             self.found(f"memcheck: {verb} outside every tensor of the launch")
-            return
+            return Handle(np.zeros_like(mask.data), mask.dtype)
         start, storage = inside[0]
         touched = ((at - start)[:, None] + np.arange(size)).ravel()
         if writes:
@@ -186,6 +185,7 @@ class Sanitizer:
             known = storage.reader[touched]
             alone = (known == NOBODY) | (known == self.program)
             storage.reader[touched] = np.where(alone, self.program, SEVERAL)
+        return mask
 
     def compare(self, owner: np.ndarray, what: str) -> None:
         if ((owner != NOBODY) & (owner != self.program)).any():

@@ -1,6 +1,7 @@
 """Compiled objects lie in one cache outside the checkout; large tensors come from the heap, whose pages are kept."""
 
 import ctypes
+import json
 import os
 import subprocess
 import sys
@@ -22,12 +23,11 @@ def _keep_pages():
 
 @pytest.fixture(scope="session")
 def interpreted():
-    """interpreted(what) → the JSON lines of tests/kernels/interpreted.py, run in a process with the interpreter."""
-    import json
+    """interpreted(what, script=...) → the JSON lines of a script beside this, in a process with the interpreter."""
 
-    def run(*arguments: str) -> list[dict]:
+    def run(*arguments: str, script: str = "interpreted.py") -> list[dict]:
         done = subprocess.run(
-            [sys.executable, Path(__file__).parent / "interpreted.py", *arguments],
+            [sys.executable, Path(__file__).parent / script, *arguments],
             env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
             capture_output=True,
             text=True,

@@ -12,8 +12,9 @@ import planted
 import torch
 from accuracy_rule import too_far
 
-from crystal.kernels.bench.bars import NAMED, square
+from crystal.kernels.bench.bars import NAMED
 from crystal.kernels.bench.peers import torch_functions
+from crystal.kernels.bench.verified import square
 from crystal.kernels.catalog import OPERATORS
 from crystal.kernels.proof.accuracy import errors
 from crystal.kernels.proof.cpu import on_cpu
