@@ -44,8 +44,8 @@ def bench_stream(
         inside = config.model_copy(update={"path": None})
         made = WeightStreamingBackend(shape, plan, optimizer, lambda step: 1e-4, 1, 1, inside, scratch, micro_batches)
         console.print(f"{model}: {made.store.layout.store_bytes / 1e9:.1f} GB of weights and moments in {scratch}")
-        made.load(lambda kind: _random_weights(plan), None)
-        batches = _random_batches(shape.vocab_size, tokens, micro_batches)
+        made.load(lambda kind: random_weights(plan), None)
+        batches = random_batches(shape.vocab_size, tokens, micro_batches)
         times = {"step_s": [], "compute_s": [], "io_s": []}
         loss = made.train_step(1, batches).loss.item()  # the first has no update to make
         for number in range(steps):
@@ -88,7 +88,7 @@ def bench_stream(
     return result, text
 
 
-def _random_weights(plan: Plan) -> Iterator[tuple[str, torch.Tensor]]:
+def random_weights(plan: Plan) -> Iterator[tuple[str, torch.Tensor]]:
     """Of the plan's size, though not cut off, which would take longer than all else."""
     generator = torch.Generator().manual_seed(1)
     for row in plan.tensors:
@@ -99,7 +99,8 @@ def _random_weights(plan: Plan) -> Iterator[tuple[str, torch.Tensor]]:
             yield row.tensor, tensor.fill_(float(row.init == "ones"))
 
 
-def _random_batches(vocab_size: int, tokens: int, count: int) -> Sequence[MicroBatch]:
+def random_batches(vocab_size: int, tokens: int, count: int) -> Sequence[MicroBatch]:
+    """`count` micro-batches of one step, each one row."""
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(0, vocab_size, (count, tokens + 1), generator=generator)
     weights_BT = torch.full((1, tokens), 1 / (tokens * count))
