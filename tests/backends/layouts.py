@@ -3,6 +3,7 @@
 All that a case finds it writes into its directory: numbers.json, and checkpoints as training writes them.
 """
 
+import functools
 import json
 import os
 import traceback
@@ -10,43 +11,63 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from rich.console import Console
+from torch._dynamo.utils import counters
 
 from crystal.backends.base import MicroBatch
 from crystal.backends.config import CudaConfig, Layout, OptimizerConfig
 from crystal.backends.cuda import CudaBackend
+from crystal.run import load_run
 from crystal.training import checkpoint
 from crystal.training.guards import plan_differences
 from crystal.training.saving import Saver
+from crystal.training.start import start
 from crystal.zoo.build import plan_for
-from crystal.zoo.config import model_config
+from crystal.zoo.config import ModelConfig, model_config
 
 ROWS, LENGTH, STEPS = 8, 16, 3
 OPTIMIZER = OptimizerConfig(grad_clip=0.5)
-SHAPE = {"vocab_size": 96, "max_seq_len": 32, "d_ff": 172}
+SHAPE = {"vocab_size": 96, "max_seq_len": 32, "d_ff": 172, "n_heads": 4}
+# CrystalCoder's embedding is tied to its head, Amber's is not; the deeper Amber has grouped heads and a document mask
 MODELS = {
-    f"{family}-l{layers}": model_config(f"{family}-w64-l{layers}").model_copy(update=SHAPE)
-    for family in ("crystalcoder", "amber")
-    for layers in (2, 4)
+    f"{family}-l{layers}": ModelConfig(**(model_config(f"{family}-w64-l{layers}").model_dump() | SHAPE | more))
+    for family, layers, more in (
+        ("crystalcoder", 2, {}),
+        ("crystalcoder", 4, {}),
+        ("amber", 2, {}),
+        ("amber", 4, {"n_kv_heads": 2, "document_mask": True}),
+    )
 }
-# processes → (model, sizes) of each case. CrystalCoder's embedding is tied to its head, Amber's is not
+# processes → (model, sizes, other settings) of each case
 LAYOUTS = {
     4: [
-        ("crystalcoder-l2", {"fsdp": 2, "tp": 2}),
-        ("amber-l2", {"fsdp": 2, "tp": 2}),
-        ("crystalcoder-l2", {"pp": 2, "fsdp": 2, "interleave": 1}),
-        ("amber-l4", {"pp": 2, "fsdp": 2}),
-        ("amber-l2", {"dp": 2, "fsdp": 2}),
+        ("crystalcoder-l2", {"fsdp": 2, "tp": 2}, {}),
+        ("amber-l2", {"fsdp": 2, "tp": 2}, {}),
+        ("crystalcoder-l2", {"pp": 2, "fsdp": 2, "interleave": 1}, {}),
+        ("crystalcoder-l4", {"pp": 2, "fsdp": 2}, {"recompute": "attention"}),
+        ("amber-l4", {"pp": 2, "fsdp": 2}, {}),
+        ("amber-l2", {"dp": 2, "fsdp": 2}, {}),
+        ("amber-l2", {"dp": 4}, {}),
+        ("amber-l2", {"fsdp": 4}, {"recompute": "block"}),
+        ("crystalcoder-l2", {"tp": 4}, {}),
+        ("crystalcoder-l4", {"pp": 4, "interleave": 1}, {}),
+        ("amber-l4", {"pp": 2, "tp": 2}, {"recompute": "block"}),
+        ("amber-l2", {"fsdp": 2, "tp": 2}, {"dtype": "bf16"}),
     ],
     2: [
-        ("crystalcoder-l2", {"dp": 2}),
-        ("amber-l2", {"dp": 2}),
-        ("crystalcoder-l2", {"fsdp": 2}),
-        ("amber-l2", {"fsdp": 2}),
-        ("crystalcoder-l2", {"tp": 2}),
-        ("amber-l2", {"tp": 2}),
-        ("crystalcoder-l4", {"pp": 2}),
-        ("amber-l4", {"pp": 2}),
-        ("amber-l2", {"pp": 2, "interleave": 1}),
+        ("crystalcoder-l2", {"dp": 2}, {}),
+        ("amber-l2", {"dp": 2}, {}),
+        ("crystalcoder-l2", {"fsdp": 2}, {}),
+        ("amber-l2", {"fsdp": 2}, {}),
+        ("crystalcoder-l2", {"tp": 2}, {}),
+        ("amber-l2", {"tp": 2}, {}),
+        ("crystalcoder-l4", {"pp": 2}, {}),
+        ("amber-l4", {"pp": 2}, {}),
+        ("amber-l2", {"pp": 2, "interleave": 1}, {}),
+        ("crystalcoder-l2", {"fsdp": 2}, {"dtype": "bf16"}),
+        ("amber-l4", {"pp": 2}, {"dtype": "bf16"}),
+        ("crystalcoder-l2", {"fsdp": 2}, {"compile": True}),
+        ("amber-l4", {"tp": 2}, {"compile": True, "recompute": "attention"}),
     ],
 }
 # a checkpoint after step 1 of the first layout, read by the second: there are shards to cut and to join
@@ -54,11 +75,13 @@ RESHAPED = [
     ("crystalcoder-l2", {"fsdp": 2, "tp": 2}, {"pp": 2, "interleave": 1}),
     ("amber-l2", {"fsdp": 2, "tp": 2}, {"fsdp": 2}),
     ("amber-l2", {"dp": 2, "fsdp": 2}, {"tp": 2}),
+    ("crystalcoder-l4", {"pp": 4, "interleave": 1}, {"pp": 2}),
 ]
 
 
-def name_of(model: str, sizes: dict) -> str:
-    return "-".join([model, *(f"{key}{size}" for key, size in sizes.items())])
+def name_of(model: str, sizes: dict, settings: dict | None = None) -> str:
+    words = {key: value if isinstance(value, str) else key for key, value in (settings or {}).items()}
+    return "-".join([model, *(f"{key}{size}" for key, size in sizes.items()), *words.values()])
 
 
 def batch(step: int) -> MicroBatch:
@@ -118,14 +141,16 @@ def saver(backend, directory: Path):
     return save
 
 
-def _case(model: str, sizes: dict, directory: Path) -> None:
-    backend = made(model, cuda(sizes))
+def _case(model: str, sizes: dict, settings: dict, directory: Path) -> None:
+    counters.clear()
+    backend = made(model, cuda(sizes, **settings))
     backend.initialise()
     save = saver(backend, directory)
     save(0)
     found = train(backend, save)
     found["plan"] = plan_differences(backend.plan, backend.groups())
     found["signal"] = backend.agree(15 if dist.get_rank() == dist.get_world_size() - 1 else 0)
+    found["compiled"] = [counters["stats"]["unique_graphs"], counters["graph_break"]]
     decoder = backend.decoder()
     if dist.get_rank() == 0:
         whole = dict(checkpoint.read(checkpoint.step_directory(directory, STEPS)).tensors("model"))
@@ -146,14 +171,15 @@ def _reshaped(model: str, before: dict, after: dict, root: Path) -> None:
 def worker(rank: int, root: Path) -> None:
     """One of four processes; of those, two go on to the layouts of two."""
     torch.set_num_threads(1)
+    torch.compile = functools.partial(torch.compile, backend="aot_eager")  # as it is traced, without a C++ compiler
     try:
         for processes, cases in LAYOUTS.items():
             if rank >= processes:
                 return
             store = dist.FileStore(str(root / f"store-{processes}"), processes)
             dist.init_process_group("gloo", store=store, rank=rank, world_size=processes)
-            for model, sizes in cases:
-                _case(model, sizes, root / name_of(model, sizes))
+            for model, sizes, settings in cases:
+                _case(model, sizes, settings, root / name_of(model, sizes, settings))
             if processes == 2:
                 for case in RESHAPED:
                     _reshaped(*case, root)
@@ -161,3 +187,12 @@ def worker(rank: int, root: Path) -> None:
     except BaseException:
         traceback.print_exc()
         os._exit(1)  # the others wait for this one: whoever started us ends them
+
+
+def goes_on(rank: int, processes: int, meeting: Path, run: Path, overrides: list[str], until: int) -> None:
+    """One of the processes that take a run on, as torchrun's would."""
+    torch.set_num_threads(1)
+    store = dist.FileStore(str(meeting), processes)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=processes)
+    start(load_run(run, overrides), None, until, Console(quiet=True, stderr=True))
+    dist.destroy_process_group()

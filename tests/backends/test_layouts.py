@@ -1,10 +1,12 @@
 """Parallel layouts on gloo processes of this machine: the same training as the `cpu` backend in one process.
 
 Tolerances, fp32: sums are made in another order in every layout, no more. Relative to the reference: losses 1e-5,
-gradient norms 1e-4, each tensor's gradient 1e-3, its weights after three steps of AdamW 1e-3 (AdamW divides by the
-gradient's size, so that a key's bias, whose gradient is all but zero, moves by the noise in it: it is left out).
+gradient norms 1e-4 (5e-4 after the first step), each tensor's gradient 1e-3, its weights after three steps of AdamW
+1e-3 (AdamW divides by the gradient's size, so that a key's bias, whose gradient is all but zero, moves by the noise in
+it: it is left out). With bf16 compute roundings differ too: losses 5e-3, gradient norms 5e-2, gradients 2.5e-2.
 """
 
+import functools
 import json
 import multiprocessing
 import time
@@ -18,7 +20,8 @@ from crystal.backends.cpu import CpuBackend
 from crystal.training import checkpoint
 from crystal.training.guards import plan_differences
 
-CASES = [(model, sizes) for cases in LAYOUTS.values() for model, sizes in cases]
+CASES = [case for cases in LAYOUTS.values() for case in cases]
+BF16 = 5e-3  # of losses
 
 
 @pytest.fixture(scope="module")
@@ -43,18 +46,16 @@ def trained(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory):
-    """reference(model) → (directory with checkpoints, numbers) of the cpu backend."""
-    done = {}
+    """reference(model, dtype) → (directory with checkpoints, numbers) of the cpu backend."""
 
-    def of(model: str):
-        if model not in done:
-            directory = tmp_path_factory.mktemp(model)
-            backend = made(model, lambda *given: CpuBackend(*given, CpuConfig(dtype="fp32")))
-            backend.initialise()
-            save = saver(backend, directory)
-            save(0)
-            done[model] = directory, train(backend, save, micro_batch_size=4)
-        return done[model]
+    @functools.cache
+    def of(model: str, dtype: str = "fp32"):
+        directory = tmp_path_factory.mktemp(f"{model}-{dtype}")
+        backend = made(model, lambda *given: CpuBackend(*given, CpuConfig(dtype=dtype)))
+        backend.initialise()
+        save = saver(backend, directory)
+        save(0)
+        return directory, train(backend, save, micro_batch_size=4)
 
     return of
 
@@ -71,22 +72,32 @@ def assert_close(found: dict, expected: dict, tolerance: float, floor: float = 0
         assert error <= tolerance, f"{name}: {error:.1e}"
 
 
-def assert_same_numbers(found: dict, expected: dict):
+def assert_same_numbers(found: dict, expected: dict, rel: float = 1e-5):
+    """Losses within rel, gradient norms within ten times as much, fifty once AdamW has divided by small gradients."""
     for step, (a, b) in enumerate(zip(found["steps"], expected["steps"], strict=True), 1):
         assert a["applied"]
-        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5), step
-        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4), step
-        assert a["source_nll"] == pytest.approx(b["source_nll"], rel=1e-5), step
+        assert a["loss"] == pytest.approx(b["loss"], rel=rel), step
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=(10 if step == 1 or rel == BF16 else 50) * rel), step
+        assert a["source_nll"] == pytest.approx(b["source_nll"], rel=rel), step
         assert a["source_tokens"] == b["source_tokens"], step
-    assert found["eval"][0] == pytest.approx(expected["eval"][0], rel=1e-4)
+    assert found["eval"][0] == pytest.approx(expected["eval"][0], rel=10 * rel)
     assert found["eval"][1] == expected["eval"][1]
 
 
-@pytest.mark.parametrize(("model", "sizes"), CASES, ids=lambda v: v if isinstance(v, str) else name_of("", v)[1:])
-def test_a_layout_trains_as_one_process_does(trained, reference, model, sizes):
-    directory, (expected_in, expected) = trained / name_of(model, sizes), reference(model)
-    found = json.loads((directory / "numbers.json").read_text())
-    assert_same_numbers(found, expected)
+def numbers(directory) -> dict:
+    return json.loads((directory / "numbers.json").read_text())
+
+
+def ids(value) -> str:
+    return value if isinstance(value, str) else name_of("", value)[1:]
+
+
+@pytest.mark.parametrize(("model", "sizes", "settings"), CASES, ids=ids)
+def test_a_layout_trains_as_one_process_does(trained, reference, model, sizes, settings):
+    dtype = settings.get("dtype", "fp32")
+    directory, (expected_in, expected) = trained / name_of(model, sizes, settings), reference(model, dtype)
+    found = numbers(directory)
+    assert_same_numbers(found, expected, 1e-5 if dtype == "fp32" else BF16)
     # the same weights at the start, to the bit
     start, expected_start = tensors(directory, 0, "model"), tensors(expected_in, 0, "model")
     assert set(start) == set(expected_start)
@@ -95,22 +106,25 @@ def test_a_layout_trains_as_one_process_does(trained, reference, model, sizes):
     gradients = tensors(expected_in, 1, "optimizer.exp_avg")
     total = torch.stack([g.norm() for g in gradients.values()]).norm().item()
     assert total == pytest.approx((1 - OPTIMIZER.betas[0]) * OPTIMIZER.grad_clip, rel=1e-5)
-    assert_close(tensors(directory, 1, "optimizer.exp_avg"), gradients, 1e-3, floor=1e-3 * total)
-    weights, expected_weights = (
-        {name: t for name, t in tensors(where, STEPS, "model").items() if not name.endswith("attn.k.bias")}
-        for where in (directory, expected_in)
-    )
-    assert_close(weights, expected_weights, 1e-3)
+    tolerance = 1e-3 if dtype == "fp32" else 5 * BF16
+    assert_close(tensors(directory, 1, "optimizer.exp_avg"), gradients, tolerance, floor=1e-3 * total)
     assert found["plan"] == []
     assert found["signal"] == [15]  # sent to the last process, known to all
     assert found["decoder"]
+    graphs, breaks = found["compiled"]
+    assert (graphs, breaks) == (2 if "compile" in settings else 0, {})  # training's and validation's, for all blocks
+    if dtype == "fp32":
+        weights, expected_weights = (
+            {name: t for name, t in tensors(where, STEPS, "model").items() if not name.endswith("attn.k.bias")}
+            for where in (directory, expected_in)
+        )
+        assert_close(weights, expected_weights, 1e-3)
 
 
 @pytest.mark.parametrize(("model", "before", "after"), RESHAPED)
 def test_a_checkpoint_is_read_in_another_layout(trained, reference, model, before, after):
     directory = trained / f"{name_of(model, before)}-{name_of('to', after)}"
-    found = json.loads((directory / "numbers.json").read_text())
-    expected = reference(model)[1]
+    found, expected = numbers(directory), reference(model)[1]
     assert_same_numbers(found, expected | {"steps": expected["steps"][1:]})
 
 
