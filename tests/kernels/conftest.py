@@ -12,13 +12,20 @@ import pytest
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def _keep_pages():
-    """Half the time of a proof at [4096, 4096] is the kernel's zeroing of pages that were given back a moment ago."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(M_MMAP_MAX, 0)
-        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+    """Half the time of a proof at [4096, 4096] is the kernel's zeroing of pages that were given back a moment ago.
+
+    They are given back at the end of a file.
+    """
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt") and hasattr(libc, "malloc_trim"):
+        libc.mallopt(M_MMAP_MAX, 0)
+        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+        yield
+        libc.malloc_trim(0)
+    else:
+        yield
 
 
 @pytest.fixture(scope="session")
