@@ -32,6 +32,7 @@ class Asked:
     widths: tuple[int, ...] = WIDTHS
     depths: tuple[int, ...] = (DEPTH,)
     seeds: int | None = None
+    first_seed: int = 1
     steps: int = STEPS
     lr: float | None = None
     dtype: str = "auto"
@@ -53,8 +54,8 @@ def check_model(name: str, asked: Asked, parametrization: str | None = None, pro
             task = task_of(subject, asked, lambda width: subject.at(width, asked.depths[0]))
             checks.append(
                 coord_check(
-                    task, asked.widths, seeds=asked.seeds, steps=asked.steps, parametrization=declared,
-                    label=f"{name}, {declared}", progress=progress,
+                    task, asked.widths, seeds=asked.seeds, first_seed=asked.first_seed, steps=asked.steps,
+                    parametrization=declared, label=f"{name}, {declared}", progress=progress,
                 )
             )  # fmt: skip
         if len(asked.depths) > 1:
@@ -62,8 +63,9 @@ def check_model(name: str, asked: Asked, parametrization: str | None = None, pro
             task = task_of(subject, asked, lambda depth: subject.at(width, depth))
             checks.append(
                 coord_check(
-                    task, asked.depths, seeds=asked.seeds, steps=asked.steps, parametrization=declared, along="depth",
-                    depth_alpha=subject.config.mup.depth_alpha, label=f"{name}, {declared}", progress=progress,
+                    task, asked.depths, seeds=asked.seeds, first_seed=asked.first_seed, steps=asked.steps,
+                    parametrization=declared, along="depth", depth_alpha=subject.config.mup.depth_alpha,
+                    label=f"{name}, {declared}", progress=progress,
                 )
             )  # fmt: skip
     except CheckError as error:
