@@ -34,6 +34,7 @@ class CpuConfig(Strict):
 
     name: Literal["cpu"] = "cpu"
     dtype: Compute = Field("bf16", description="compute; weights and moments are always fp32")
+    compile: bool = Field(False, description="torch.compile of each block: a minute or so at the start")
     threads: Count | None = Field(None, description="null: torch's default")
 
 

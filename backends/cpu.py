@@ -45,6 +45,9 @@ class CpuBackend(OneProcess):
         self.rounded = config.dtype == "bf16"
         if self.rounded:
             self.compute.to(torch.bfloat16)
+        if config.compile:
+            for block in self.compute.blocks:
+                block.forward = torch.compile(block.forward, dynamic=False)
         parameters = dict(self.compute.named_parameters())
         self.weights = {
             name: nn.Parameter(torch.empty(p.shape)) if self.rounded else p for name, p in parameters.items()
@@ -159,7 +162,7 @@ class CpuBackend(OneProcess):
                 self.adamw.state[self.weights[name]][moment] = tensor.clone()
 
     def decoder(self) -> Decoder:
-        if not self.rounded:
+        if not self.rounded and not self.config.compile:
             return self.compute
         decoder = build(self.model_config, self.plan)
         decoder.load_state_dict(self.weights, assign=True)

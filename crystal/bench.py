@@ -60,3 +60,30 @@ def stream(
     )
     result, text = bench_stream(model, tokens, micro_batches, steps, config, console())
     print_result(result, as_json, text)
+
+
+@bench.command()
+def train(
+    d_model: Annotated[int, typer.Option(help="256 (the reference shape), 512, 1024; 64 is for trying it out")] = 256,
+    dtype: Annotated[Literal["bf16", "fp32"], typer.Option(help="compute")] = "bf16",
+    compiled: Annotated[bool, typer.Option("--compile", help="torch.compile, for all")] = False,
+    threads: Annotated[int, typer.Option(min=1, help="of each trainer")] = 1,
+    rounds: Annotated[int, typer.Option(min=1, help="turns of each trainer")] = 4,
+    steps: Annotated[int, typer.Option(min=1, help="of a turn")] = 2,
+    peers: Annotated[str, typer.Option(help="comma-separated")] = "litgpt,transformers,trainer,nanogpt",
+    python: Annotated[list[str] | None, typer.Option(metavar="PEER=PYTHON", help="a peer's own interpreter")] = None,
+    as_json: Json = False,
+) -> None:
+    """Tokens/s of the cpu backend beside litgpt, transformers (plain loop, Trainer) and a nanoGPT-style loop."""
+    from crystal.bench_train import SHAPES, bench_train
+    from crystal.config import ConfigError
+
+    if d_model not in SHAPES:
+        raise ConfigError(f"--d-model {d_model}: expected one of {', '.join(map(str, SHAPES))}")
+    if wrong := [item for item in python or [] if "=" not in item]:
+        raise ConfigError(f"--python {wrong[0]}: expected PEER=PYTHON")
+    shape = {"d_model": d_model} | SHAPES[d_model]
+    pythons = dict(item.split("=", 1) for item in python or [])
+    names = [name for name in peers.split(",") if name]
+    result, text = bench_train(shape, names, pythons, dtype, threads, compiled, rounds, steps, console())
+    print_result(result, as_json, text)
