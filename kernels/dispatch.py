@@ -136,8 +136,13 @@ def differentiable(
     three times a launch; both ways share every function, and neither can be differentiated twice.
     """
 
-    def eager_backward(ctx, *grads):
+    def defined(ctx, backward, *grads):
+        if all(grad is None for grad in grads):  # nothing that came of the outputs has a gradient
+            return (None,) * len(ctx.needs_input_grad)
         return gradients(ctx, backward, *grads)
+
+    def eager_backward(ctx, *grads):
+        return defined(ctx, backward, *grads)
 
     members = {
         "forward": staticmethod(forward),
@@ -151,7 +156,7 @@ def differentiable(
     operator.register_fake(forward_shapes)
     backward_operator = torch.library.custom_op(f"crystal::{name}_backward", backward, mutates_args=())
     backward_operator.register_fake(backward_shapes)
-    operator.register_autograd(lambda ctx, *grads: gradients(ctx, backward_operator, *grads), setup_context=save)
+    operator.register_autograd(lambda ctx, *grads: defined(ctx, backward_operator, *grads), setup_context=save)
     return lambda *inputs: operator(*inputs) if torch.compiler.is_compiling() else function.apply(*inputs)
 
 

@@ -290,6 +290,10 @@ def _checked(q, cos, sin, style, k, positions, heads, layout) -> tuple[int, bool
         or any(k.shape[i] != q.shape[i] for i in (0, seq_dim, 3))
     ):  # fmt: skip
         raise ValueError(f"k {k.dtype} {list(k.shape)}: expected {q.dtype} as q {list(q.shape)}, heads apart")
+    if any(t is not None and t.device != q.device for t in (cos, sin, positions)):
+        raise ValueError(f"cos, sin or positions on another device than q: expected {q.device}")
+    if positions is not None and (positions.is_floating_point() or positions.dtype == torch.bool):
+        raise TypeError(f"positions of {positions.dtype}: expected integers")
     if cos.shape != sin.shape or cos.dim() != 2 or not 0 < 2 * cos.shape[1] <= q.shape[3]:
         raise ValueError(
             f"cos {list(cos.shape)}, sin {list(sin.shape)}: expected [positions, pairs], pairs <= {q.shape[3] // 2}"
