@@ -26,7 +26,10 @@ RUNS = {  # module of kernels: (the module that launches them, operators and odd
         ("add_layer_norm_scaled", {"rows": 19, "width": 200, "pitch": 328}),  # two programs backward
         ("add_layer_norm_scaled", {"rows": 3, "width": 201}),  # over NARROW: by the kernels for wide rows
     ]),
-    "cross_entropy": ("cross_entropy", [("cross_entropy_full", {"rows": 5, "vocab": 1503})]),
+    "cross_entropy": ("cross_entropy", [
+        ("cross_entropy_full", {"rows": 5, "vocab": 1503}),
+        ("cross_entropy", {"rows": 1, "vocab": 1503}),  # its label, -100, lies before the logits
+    ]),
     "swiglu": ("swiglu", [("swiglu", {"rows": 3, "width": 33}), ("swiglu", {"rows": 5, "width": 33, "pitch": 47})]),
     "rope": ("rope", [
         (name, {"batch": 2, "seq": 5, "heads": 5, "kv_heads": 1, "head_dim": 20, "rotary_dim": 12})
