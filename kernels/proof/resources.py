@@ -87,19 +87,26 @@ def _width(instruction: str) -> int:
     return next((widths[p] for p in parts if p in widths), 4)
 
 
-@functools.cache
-def _read(cubin: bytes) -> tuple[re.Match, Counter]:
+def _dump(cubin: bytes, *command: str) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        dump = [tool("cuobjdump"), "-res-usage", file.name], [tool("nvdisasm"), "-c", file.name]
-        usage, listing = (subprocess.run(c, capture_output=True, text=True, check=True).stdout for c in dump)
-    return _USAGE.search(usage), Counter(_INSTRUCTION.findall(listing))
+        return subprocess.run([*command, file.name], capture_output=True, text=True, check=True).stdout
+
+
+@functools.cache
+def _usage(cubin: bytes) -> re.Match:
+    return _USAGE.search(_dump(cubin, tool("cuobjdump"), "-res-usage"))
+
+
+@functools.cache
+def _instructions(cubin: bytes) -> Counter:
+    return Counter(_INSTRUCTION.findall(_dump(cubin, tool("nvdisasm"), "-c")))
 
 
 def resources(compiled, arch: int) -> Resources:
     """Of a kernel that triton.compile made for sm_{arch}."""
-    usage, count = _read(compiled.asm["cubin"])
+    usage, count = _usage(compiled.asm["cubin"]), _instructions(compiled.asm["cubin"])
     registers, warps = int(usage[1]), compiled.metadata.num_warps
     shared = max(compiled.metadata.shared, int(usage[3]))
     blocks, limit = resident_blocks(arch, registers, shared, warps)
@@ -156,16 +163,19 @@ def access_widths(ptx: str, parameters: list[str], pointers: set[str]) -> dict[s
 
 
 def preference(arch: int):
-    """An order of compiled kernels for an autotuner with nothing to time: fewest spills, then most warps resident."""
+    """An order of compiled kernels for an autotuner with nothing to time: least stack, where registers spill to, then
+    most warps resident, then fewest registers. It does not disassemble, which takes seconds for the longest kernels."""
 
     def score(compiled) -> float:
-        r = resources(compiled, arch)
-        return r.spills - r.warps_resident / 64 + r.registers / 1e4
+        usage, warps = _usage(compiled.asm["cubin"]), compiled.metadata.num_warps
+        shared = max(compiled.metadata.shared, int(usage[3]))
+        resident = resident_blocks(arch, int(usage[1]), shared, warps)[0] * warps
+        return int(usage[2]) + int(usage[4]) - resident / 64 + int(usage[1]) / 1e4
 
     return score
 
 
 def fingerprint(compiled) -> str:
     """Of the machine code without its debug lines, which move with every edit of a source file."""
-    _, count = _read(compiled.asm["cubin"])
+    count = _instructions(compiled.asm["cubin"])
     return hashlib.sha256(repr(sorted(count.items())).encode()).hexdigest()[:12]
