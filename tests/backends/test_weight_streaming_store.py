@@ -2,16 +2,20 @@
 
 import shutil
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
 from executors import STEPS, train_on
 from test_weight_streaming import batches, config, pair, streaming
 
+from crystal.backends.config import WeightStreamingConfig
+from crystal.backends.cost import streaming_bytes
 from crystal.backends.weight_streaming.store import Store
 from crystal.backends.weight_streaming.transfer import Buffer
 from crystal.config import ConfigError
 from crystal.zoo.build import plan_for
+from crystal.zoo.config import model_config
 
 
 # the loss's largest relative distance from the cpu backend's over 20 steps; fp32 moments: none
@@ -111,3 +115,15 @@ def test_two_executors_equal_one_with_twice_the_batch(tmp_path):
         if name.startswith("model."):
             assert torch.equal(two[0]["weights"][name], two[1]["weights"][name])
             assert (two[0]["weights"][name] - tensor).norm() <= 1e-3 * tensor.norm() or "k.bias" in name
+
+
+def test_the_documents_table_of_disk_needs_is_what_the_layout_takes():
+    page = (Path(__file__).parents[2] / "docs" / "streaming.md").read_text()
+    for model in ("crystalcoder-7b", "amber-7b", "crystalcoder-w2048-l24"):
+        sections = [
+            WeightStreamingConfig(name="weight_streaming", moments=moments, gradients=gradients)
+            for gradients in ("spilled", "recomputed")
+            for moments in ("fp32", "bf16", "int8")
+        ]
+        sizes = (streaming_bytes(model_config(model), section)["store"] / 1e9 for section in sections)
+        assert f"| {model} | {' | '.join(f'{size:.1f}' for size in sizes)} |" in page
