@@ -1,8 +1,10 @@
 """Fused operators, one file each: the torch reference that defines the operator, and where it runs fastest."""
 
 from crystal.kernels.add_norm import add_norm
+from crystal.kernels.attention import attention
 from crystal.kernels.cross_entropy import cross_entropy
 from crystal.kernels.layer_norm import layer_norm
+from crystal.kernels.linear import linear
 from crystal.kernels.linear_cross_entropy import linear_cross_entropy
 from crystal.kernels.rms_norm import rms_norm
 from crystal.kernels.rope import rope, rope_, rope_table
@@ -10,8 +12,10 @@ from crystal.kernels.swiglu import swiglu
 
 __all__ = [
     "add_norm",
+    "attention",
     "cross_entropy",
     "layer_norm",
+    "linear",
     "linear_cross_entropy",
     "rms_norm",
     "rope",
