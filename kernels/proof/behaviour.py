@@ -75,12 +75,14 @@ def rest_untouched(rope: Operator, shape: dict[str, int]) -> bool:
 
 
 def right_beyond_2_31() -> bool:
-    """Whether LayerNorm and cross-entropy are right on three rows 2^30 elements apart (4 GiB, of which 3 rows exist).
+    """Whether every operator is right on three rows 2^30 elements apart (4 GiB, of which 3 rows exist).
 
     The third row starts at element 2^31, where a 32-bit offset has wrapped.
     """
     from crystal.kernels.cross_entropy import cross_entropy
     from crystal.kernels.layer_norm import layer_norm
+    from crystal.kernels.rope import rope, rope_, rope_table
+    from crystal.kernels.swiglu import swiglu
 
     apart, width = 1 << 30, 1000
     stored = torch.empty(2 * apart + width, dtype=torch.bfloat16)  # pages that nobody touches cost nothing
@@ -88,11 +90,16 @@ def right_beyond_2_31() -> bool:
     x.copy_(torch.randn(3, width, generator=torch.Generator().manual_seed(0)))
     near = x.clone()
     weight, bias, labels = torch.ones(width), torch.zeros(width), torch.tensor([3, 500, 999])
+    table = rope_table(torch.arange(3), 64, 10000.0)
 
     def results(x: Tensor) -> list[Tensor]:
         x = x.detach().requires_grad_()
         with on_cpu():
-            y, loss = layer_norm(x, weight, bias, 1e-5), cross_entropy(x, labels)
-            return [y, loss, *(torch.autograd.grad(z.float().sum(), x)[0] for z in (y, loss))]
+            found = [
+                layer_norm(x, weight, bias, 1e-5), cross_entropy(x, labels), swiglu(x),
+                rope(x[None, None], *table, "half"),
+            ]  # fmt: skip
+            gradients = [torch.autograd.grad(y.float().square().sum(), x)[0] for y in found]
+            return found + gradients + [rope_(x.detach()[None, None], *table, "half")]  # the last writes over x
 
     return all(map(same_bits, results(x), results(near)))
