@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from crystal.backends.base import Backend
 from crystal.backends.config import BackendConfig, OptimizerConfig
+from crystal.config import ConfigError
 from crystal.curriculum import Curriculum
 from crystal.mup.plan import Plan
 from crystal.zoo.config import ModelConfig
@@ -25,6 +27,7 @@ def create(
     """Build a backend. curriculum: for its learning rates; directory: the run's, for what a backend keeps on disk;
     micro_batch_size: rows.
     Raises ConfigError, before training starts, for what the backend cannot do."""
+    _check_processes(config.name, curriculum.global_batch_size)
     schedule = curriculum.base_lr
     if config.name == "cpu":
         from crystal.backends.cpu import CpuBackend
@@ -42,3 +45,18 @@ def create(
 
     micro_batches = -(-curriculum.global_batch_size // micro_batch_size)
     return WeightStreamingBackend(model, plan, optimizer, schedule, seed, n_sources, config, directory, micro_batches)
+
+
+def _check_processes(name: str, global_batch_size: int) -> None:
+    """What each backend can do with the processes that torchrun started; `cuda` has its layout checked instead."""
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if name in ("cpu", "cerebras") and started > 1:
+        raise ConfigError(
+            f"backend.name: {name} trains in one process, torchrun started {started}; expected cuda (with device: cpu "
+            f"where there is no GPU) or weight_streaming"
+        )
+    if name == "weight_streaming" and global_batch_size % started:
+        raise ConfigError(
+            f"curriculum.global_batch_size: expected a multiple of the {started} processes that torchrun started, "
+            f"got {global_batch_size}"
+        )
