@@ -91,7 +91,10 @@ def test_each_goes_on_from_the_checkpoint_of_each(trained, writer, reader):
 
 
 def test_a_run_that_moves_between_backends_has_an_unbroken_loss_curve(make_run, train, tmp_path):
-    """cpu, weight streaming across a stage's end, cuda in two processes across another, cpu: losses within 1e-3."""
+    """cpu, weight streaming across a stage's end, cuda in two processes across another, cpu.
+
+    Losses within 1e-5 to step 13, while sums are made in the same order; then within 1e-2 (why: test_elastic.py).
+    """
     path = make_run(**{"train.micro_batch_size": 2})
     cpu = ["backend.name=cpu", "backend.dtype=fp32", "backend.threads=1"]
     whole = train(path, *cpu, f"run_dir={tmp_path / 'whole'}")
@@ -111,11 +114,9 @@ def test_a_run_that_moves_between_backends_has_an_unbroken_loss_curve(make_run, 
     expected, found = ({r["step"]: r for r in read_metrics(run.directory)} for run in (whole, moved))
     assert list(found) == list(expected) == list(range(31))
     for step, record in expected.items():
-        if "val_loss" in record:
-            assert found[step]["val_loss"] == pytest.approx(record["val_loss"], rel=1e-3), step
+        for key in {"loss", "source_loss", "val_loss"} & set(record):
+            assert found[step][key] == pytest.approx(record[key], rel=1e-5 if step <= 13 else 1e-2), (step, key)
         if step:
-            assert found[step]["loss"] == pytest.approx(record["loss"], rel=1e-3), step
-            assert found[step]["source_loss"] == pytest.approx(record["source_loss"], rel=1e-3), step
             assert found[step]["lr"] == record["lr"]
 
 

@@ -1,8 +1,14 @@
-"""A run under torchrun: a process that dies, and everything starts again from the last sealed checkpoint."""
+"""A run under torchrun: a process or a machine that dies, and everything starts again from the last sealed checkpoint.
+
+Tolerance: losses 1e-5 up to step 11, the first of stage 2; from then on 1e-2, because words that are new then have
+second moments of almost nothing, by which AdamW divides: the `cpu` backend alone, with 8 rows in a micro-batch instead
+of 2, is off by 2e-3 at step 16.
+"""
 
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -36,6 +42,15 @@ def wait_for(condition, process, seconds: float = 240):
         time.sleep(0.05)
 
 
+def assert_same_run(run_dir: Path, whole_dir: Path) -> None:
+    expected, found = ({r["step"]: r for r in read_metrics(d)} for d in (whole_dir, run_dir))
+    assert list(found) == list(expected)
+    for step, record in expected.items():
+        for key in {"loss", "source_loss", "val_loss"} & set(record):
+            tolerance = 1e-5 if step < 11 or (step == 11 and key != "val_loss") else 1e-2
+            assert found[step][key] == pytest.approx(record[key], rel=tolerance), (step, key)
+
+
 def test_a_killed_process_costs_the_steps_since_the_last_checkpoint_and_no_more(make_run, train, tmp_path):
     path = make_run(**{"train.checkpoint_every": 3, "train.micro_batch_size": 2})
     whole = train(path, *CPU, until=16)
@@ -59,22 +74,57 @@ def test_a_killed_process_costs_the_steps_since_the_last_checkpoint_and_no_more(
     assert starts[0] == 0
     assert len(starts) == 2
     assert starts[1] in [e["step"] for e in events(run_dir) if e["event"] == "checkpoint"]
-    expected, found = ({r["step"]: r for r in read_metrics(d)} for d in (whole.directory, run_dir))
-    assert list(found) == list(expected)
-    for step, record in expected.items():
-        if step:
-            assert found[step]["loss"] == pytest.approx(record["loss"], rel=1e-3)
-            assert found[step]["source_loss"] == pytest.approx(record["source_loss"], rel=1e-3)
-        if "val_loss" in record:
-            assert found[step]["val_loss"] == pytest.approx(record["val_loss"], rel=1e-3)
+    assert_same_run(run_dir, whole.directory)
     # and one process takes the run over, from shards of two
     assert len(checkpoint.read(checkpoint.locate(run_dir)).shards) == 2
     after = train(path, *CPU, f"run_dir={run_dir}", until=20)
     train(path, *CPU, until=20)
     expected, found = ({r["step"]: r for r in read_metrics(d)} for d in (whole.directory, after.directory))
     assert [found[s]["loss"] for s in range(17, 21)] == pytest.approx(
-        [expected[s]["loss"] for s in range(17, 21)], rel=1e-3
+        [expected[s]["loss"] for s in range(17, 21)], rel=2e-2
     )
+
+
+def test_a_node_that_dies_is_replaced_and_the_run_goes_on(make_run, train, tmp_path):
+    """Two torchruns, as on two machines; one is killed with its process, and a third takes its place."""
+    path = make_run(**{"train.checkpoint_every": 3, "train.micro_batch_size": 2})
+    whole = train(path, *CPU, until=16)
+    run_dir = tmp_path / "nodes"
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1", "--rdzv-id", "tiny",
+        "--rdzv-backend", "c10d", "--rdzv-endpoint", f"localhost:{port}", "--max-restarts", "3",
+        "--monitor-interval", "0.1",
+        "--rdzv-conf", "last_call_timeout=1,keep_alive_interval=1,keep_alive_max_attempt=3",
+        "-m", "crystal.cli", "train", str(path), *LAYOUT, "backend.parallel.fsdp=2", f"run_dir={run_dir}",
+        "--until", "16", "--json",
+    ]  # fmt: skip
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+
+    def node():
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+
+    nodes = [node()]
+    time.sleep(1)  # the first has the store where all meet: were it to die, the job would have to be started again
+    nodes.append(node())
+    try:
+        wait_for(lambda: any(e["event"] == "checkpoint" for e in events(run_dir)), nodes[0])
+        dead = nodes.pop()
+        for pid in (dead.pid, *children(dead.pid)):
+            os.kill(pid, signal.SIGKILL)
+        nodes.append(node())
+        ends = [process.communicate(timeout=240) for process in nodes]
+    finally:
+        for process in nodes:
+            process.kill()
+    assert [process.returncode for process in nodes] == [0, 0], ends
+    assert [json.loads(out)["step"] for out, _ in ends if out] == [16]  # of all processes the first prints
+    starts = [e["step"] for e in events(run_dir) if e["event"] == "start"]
+    assert starts[0] == 0
+    assert starts[-1] >= 3
+    assert_same_run(run_dir, whole.directory)
 
 
 @pytest.mark.parametrize(
