@@ -28,6 +28,7 @@ def plan_run(
 ) -> dict:
     """The best `top` layouts of a run on so many devices, with every number they were reckoned from.
 
+    Where no layout is for exactly so many, for the most of them that one is for (`devices` of `devices_given`).
     tokens_per_second or mfu (of all devices; counted as 6 N): a measured or published rate; MFU and days are then its
     own, while layouts keep their estimates and their order. A run whose backend is cuda with a layout of `devices`
     processes is told about its own as well. Raises ConfigError where nothing can be laid out or fits.
@@ -46,12 +47,13 @@ def plan_run(
             f"{run.where('backend', 'dtype')}: expected bf16, which plans are made for, got {backend.dtype}"
         )
     work = Work(run.config.model, curriculum.seq_len, curriculum.global_batch_size, curriculum.steps)
+    given, devices = devices, max(n for n in sizes(work, device) if n <= devices)
     found = plan(work, devices, device)
     if not found:
         raise ConfigError(_refusal(work, devices, device))
     rate = tokens_per_second
     if mfu is not None:
-        rate = mfu * devices * device.peak_tflops * 1e12 / (6 * parameter_count(work.model))
+        rate = mfu * given * device.peak_tflops * 1e12 / (6 * parameter_count(work.model))
     best = work.tokens_per_step / found[0].step_seconds
     result = {
         "run": run.config.name,
@@ -63,12 +65,13 @@ def plan_run(
         "flops_per_token": flops_per_token(work.model, work.seq_len),
         "flops_per_step": flops_per_token(work.model, work.seq_len) * work.tokens_per_step,
         "devices": devices,
+        "devices_given": given,
         "device": device.model_dump(),
         "usable_bytes": device.usable_bytes,
         "layouts_possible": sum(1 for _ in layouts(work, devices, device)),
         "layouts_fitting": len(found),
         "rate": "estimated" if rate is None else "given",
-        **bookkeeping(work, devices, device, rate or best),
+        **(bookkeeping(work, given, device, rate) if rate else bookkeeping(work, devices, device, best)),
         "layouts": [_row(work, devices, device, c) for c in found[:top]],
         "own": None,
     }
@@ -112,17 +115,11 @@ def _row(work: Work, devices: int, device: Device, c: Candidate) -> dict:
 
 
 def _refusal(work: Work, devices: int, device: Device) -> str:
-    """One line: why there is no layout, and what would do."""
-    model, possible = work.model, sizes(work, device)
+    """One line: what the leanest layout lacks, and how many devices would do."""
     least = smallest(work, devices, device)
-    if least is None:
-        near = [n for n in possible if n < devices][-1:] + [n for n in possible if n > devices][:1]
-        return (
-            f"--devices {devices}: expected dp x fsdp x tp x pp, dp x fsdp dividing the global batch of "
-            f"{work.global_batch_size} rows, tp {model.n_heads} heads, d_ff {model.d_ff} and {device.devices_per_node} "
-            f"devices a node, pp {model.n_layers} layers; {' or '.join(map(str, near))} would do"
-        )
-    more = (n for n in possible if n > devices and smallest(work, n, device).memory_bytes <= device.usable_bytes)
+    more = (
+        n for n in sizes(work, device) if n > devices and smallest(work, n, device).memory_bytes <= device.usable_bytes
+    )
     enough = next((f"; {n} of them would do" for n in more), "")
     return (
         f"--devices {devices} --device {device.name}: nothing fits, {layout_text(least.layout.model_dump())} with "
@@ -149,6 +146,13 @@ def plan_text(result: dict) -> str:
         f"reached; memory {d['hbm_gb_per_s']:g} GB/s, links {d['intra_node_gb_per_s']:g} GB/s in a node and "
         f"{d['inter_node_gb_per_s']:g} between nodes",
     ]
+    used, given, rows = result["devices"], result["devices_given"], result["global_batch_size"]
+    if used < given:
+        whole = max(1, round(rows / given)) * given
+        lines.append(
+            f"{given - used:,} of {given:,} devices are left out: no layout divides the {rows:,} rows of a step among "
+            f"more than {used:,}; curriculum.global_batch_size={whole} would use all"
+        )
     if result["rate"] == "given":
         lines.append(
             f"given: {result['tokens_per_second']:,.0f} tokens/s = {result['mfu_6n']:.1%} MFU (6N), "

@@ -50,7 +50,6 @@ def test_an_mfu_is_turned_into_the_rate_it_means():
 @pytest.mark.parametrize(
     ("words", "line"),
     [
-        ("--devices 23", "20 or 28 would do"),
         ("--devices 1", "124.6 GB of 72.0 usable; 2 of them would do"),
         ("--device a100-80g", "did you mean 'a100-80gb'?"),
         ("--with memory=80", "memory: unknown key; did you mean 'memory_gb'?"),
@@ -78,6 +77,24 @@ def test_a_runs_own_layout_is_reckoned_too(crystal):
     code, out, err = crystal(*words.split())
     assert "the run file's own layout:" in out
     assert "TFLOP/s bf16, of which 0.508 reached" in out  # inputs are shown
+
+
+def test_devices_that_no_layout_can_use_are_left_out_and_it_is_said(crystal):
+    """224 = 7 x 32, and 7 divides neither CrystalCoder's 2,112 rows nor its 32 layers, 32 heads or d_ff."""
+    words = "plan crystalcoder-7b --devices 224 --device a100-80gb".split()
+    code, out, err = crystal(*words, "--json")
+    assert (code, err) == (0, "")
+    result = json.loads(out)
+    assert (result["devices"], result["devices_given"]) == (192, 224)
+    best = result["layouts"][0]
+    assert best["dp"] * best["fsdp"] * best["tp"] * best["pp"] == 192
+    code, out, err = crystal(*words)
+    assert (code, err) == (0, "")
+    assert "32 of 224 devices are left out" in out
+    assert "curriculum.global_batch_size=2016 would use all" in out
+    code, out, err = crystal(*words, "curriculum.global_batch_size=2016", "--json")
+    assert (code, err) == (0, "")
+    assert json.loads(out)["devices"] == 224
 
 
 @pytest.mark.parametrize(
