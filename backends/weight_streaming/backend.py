@@ -136,7 +136,7 @@ class WeightStreamingBackend:
             yield from self.stream.weights(self.store.layout.pieces)
         else:
             yield from self.stream.updated(self.update, None if self.store.layout.spilled else self._gradient)
-            self.update = None
+            self.update = self.boundaries = None
 
     def _gradient(self, piece: Piece, weights: Tensor, into: Tensor) -> None:
         if self.boundaries is None:  # another process took the step

@@ -18,6 +18,7 @@ from crystal.backends.weight_streaming.boundaries import Boundaries
 from crystal.backends.weight_streaming.gradients import Gradients, Sums
 from crystal.backends.weight_streaming.layout import Piece
 from crystal.backends.weight_streaming.stream import Stream
+from crystal.backends.weight_streaming.transfer import release_heap
 from crystal.zoo.decoder import Decoder
 
 EMBEDDING, HEAD = "embed.weight", "head.weight"
@@ -134,6 +135,8 @@ class Executor:
 
     def _head_backward(self, batches, piece: Piece, flat: Tensor, sums: Sums, inputs: list, touched: _Touched | None):
         """The same for the head: ((loss, nll_BT) of each micro-batch, the gradients of its inputs)."""
+        if not self.stream.store.layout.spilled:  # memory is short: the head's fp32 gradient is the largest tensor
+            release_heap()
         leaves, results, dx = self._head_leaves(piece, flat, sums, touched), [], []
         for batch, x_BTD in zip(batches, inputs, strict=True):
             leaf_BTD = x_BTD.detach().requires_grad_()
@@ -141,6 +144,9 @@ class Executor:
             loss.backward()
             results.append((loss.detach(), nll_BT))
             dx.append(leaf_BTD.grad)
+        if not self.stream.store.layout.spilled:
+            del loss
+            release_heap()
         return results, dx
 
     def _head_leaves(self, piece: Piece, flat: Tensor, sums: Sums, touched: _Touched | None) -> dict[str, Tensor]:
