@@ -101,14 +101,14 @@ def block_activation_bytes(config: ModelConfig, tokens: int, recompute: Recomput
 
 
 def head_bytes(config: ModelConfig, tokens: int, tp: int = 1) -> int:
-    """Bytes that final norm and loss head hold when the backward pass begins, bf16, on each of tp devices.
+    """Bytes that final norm and loss head hold at the end of the forward pass, bf16, on each of tp devices.
 
-    The norm's input, its output's gradient, and the head's gradient: in fp32 (kernels/linear_cross_entropy.py makes it
-    in the forward pass), again times the loss's, and rounded. Before that, one chunk of logits.
+    The norm's input and its output's gradient; the head's gradient, which kernels/linear_cross_entropy.py makes in the
+    forward pass, in fp32; and beside it, rounded, its last summand (in backward, itself), with one chunk of logits.
     """
     words = -(-config.vocab_size // tp)
     chunk = min(tokens, HEAD_CHUNK) * words * (2 if tp == 1 else 4 + 2)  # split over devices it is scored in fp32
-    return 2 * 2 * tokens * config.d_model + 4 * words * config.d_model + max((4 + 2) * words * config.d_model, chunk)
+    return 2 * 2 * tokens * config.d_model + (4 + 2) * words * config.d_model + chunk
 
 
 def recomputed_flops_per_token(config: ModelConfig, seq_len: int, recompute: Recompute) -> int:

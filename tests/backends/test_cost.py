@@ -1,5 +1,7 @@
 """Bytes that `cost` reckons, against what the real decoder and the cpu backend hold."""
 
+import importlib
+
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -54,7 +56,9 @@ def test_state_is_what_the_cpu_backend_holds(dtype, each):
 
 @pytest.mark.parametrize("recompute", ["none", "attention", "block"])
 @pytest.mark.parametrize("name", ["amber-w256-l2", "crystalcoder-w256-l2"])
-def test_activations_are_what_autograd_keeps_of_a_block(name, recompute):
+def test_activations_are_what_autograd_keeps_of_a_block(name, recompute, monkeypatch):
+    # flash attention, as on CUDA and for long rows; short ones on a CPU keep their probabilities
+    monkeypatch.setattr(importlib.import_module("crystal.kernels.attention"), "LONGEST", 0)
     config = model_config(name)
     decoder = build(config, plan_for(config)).to_empty(device="cpu").to(torch.bfloat16)
     x = torch.randn(2, 64, config.d_model, dtype=torch.bfloat16, requires_grad=True)
@@ -91,6 +95,8 @@ def test_the_peak_of_four_blocks_and_head_of_the_7b(name):
             torch.set_default_dtype(torch.float32)
         tracker, ids = MemTracker(), torch.zeros(1, 2048, dtype=torch.long)
         tracker.track_external(decoder)
+        for p in decoder.parameters():  # gradients are reduced and go, as they come
+            p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
         with tracker:
             decoder.loss(ids, ids, torch.ones(1, 2048))[0].backward()
         peak = {
@@ -98,7 +104,8 @@ def test_the_peak_of_four_blocks_and_head_of_the_7b(name):
         }
     assert peak["PARAM"] == pytest.approx(2 * parameter_count(config), rel=1e-6)
     blocks = 4 * (block_activation_bytes(config, 2048) + 2048 * 2 * config.d_ff)  # eager, as above
-    assert peak["Total"] - peak["PARAM"] == pytest.approx(blocks + head_bytes(config, 2048), rel=0.01)
+    chunk = 2 * (2048 - 512) * config.vocab_size  # on a CPU, tokens are scored by 512
+    assert peak["Total"] - peak["PARAM"] == pytest.approx(blocks + head_bytes(config, 2048) - chunk, rel=0.01)
 
 
 @pytest.mark.parametrize(("dtype", "micro_batches"), [("bf16", 1), ("bf16", 2), ("fp32", 1)])
