@@ -27,7 +27,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-LAYERS, WIDTH, INNER, HEADS, WORDS, TOKENS = 24, 2048, 5504, 16, 32000, 512
+LAYERS, WIDTH, INNER, HEADS, WORDS, TOKENS = 24, 2048, 5504, 64, 32000, 512
 WARM = 2  # steps that do not count: ours has no update in the first, DeepSpeed speeds up
 
 
