@@ -19,7 +19,7 @@ demo: $(READY)
 	@echo; echo "The run is in runs/demo: loss.png, metrics.jsonl, manifest.json, checkpoints/."
 
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(READY)
 	$(BIN)/ruff check .
