@@ -268,4 +268,9 @@ class Trainer:
 
 def _peak_rss() -> int:
     """Most memory this process has held, in bytes."""
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.exists() else []
+    for line in lines:
+        if line.startswith("VmHWM"):  # getrusage would count what the parent held when it started this process
+            return int(line.split()[1]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
