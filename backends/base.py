@@ -7,6 +7,7 @@ weights: `cpu` is the reference that the others are held to.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,6 +90,11 @@ class Part:
     def slices(self) -> tuple[slice, ...]:
         """Where the values lie in the whole tensor."""
         return tuple(slice(o, o + n) for o, n in zip(self.offset, self.values.shape, strict=True))
+
+
+def started_processes() -> int:
+    """How many processes torchrun started, whether or not they have met."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 class OneProcess:

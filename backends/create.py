@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
-from crystal.backends.base import Backend
+from crystal.backends.base import Backend, started_processes
 from crystal.backends.config import BackendConfig, OptimizerConfig
 from crystal.config import ConfigError
 from crystal.curriculum import Curriculum
@@ -49,7 +48,7 @@ def create(
 
 def _check_processes(name: str, global_batch_size: int) -> None:
     """What each backend can do with the processes that torchrun started; `cuda` has its layout checked instead."""
-    started = int(os.environ.get("WORLD_SIZE", "1"))
+    started = started_processes()
     if name in ("cpu", "cerebras") and started > 1:
         raise ConfigError(
             f"backend.name: {name} trains in one process, torchrun started {started}; expected cuda (with device: cpu "

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.rendezvous import rendezvous
 
-from crystal.backends.base import Place
+from crystal.backends.base import Place, started_processes
 from crystal.backends.config import CudaConfig
 from crystal.config import ConfigError
 
@@ -28,7 +28,7 @@ def join(config: CudaConfig) -> DeviceMesh:
     Raises ConfigError when the layout is for another number of processes, or there is no CUDA device.
     """
     sizes = {name: getattr(config.parallel, name) for name in DIMENSIONS}
-    started = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
+    started = dist.get_world_size() if dist.is_initialized() else started_processes()
     if started != config.parallel.processes:
         product = " x ".join(f"{name} {size}" for name, size in sizes.items())
         raise ConfigError(

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from crystal.kernels.linear_cross_entropy import CHUNK, CUDA_CHUNK
+from crystal.kernels.linear_cross_entropy import CHUNK, CUDA_CHUNK, scaled
 
 
 class _SplitCrossEntropy(torch.autograd.Function):
@@ -58,12 +58,7 @@ class _SplitCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dloss, _):
-        dx_ND, dw_WD = ctx.saved_tensors
-        dx = None if dx_ND is None else dx_ND * dloss.to(dx_ND.dtype)
-        dw = None
-        if dw_WD is not None:  # rounded as it is written, as in the whole head
-            dw = torch.mul(dw_WD, dloss, out=torch.empty_like(dw_WD, dtype=ctx.weight_dtype))
-        return dx, dw, None, None, None, None
+        return *scaled(*ctx.saved_tensors, dloss, ctx.weight_dtype), None, None, None, None
 
 
 def split_cross_entropy(

@@ -12,11 +12,6 @@ from crystal.options import Json, console, print_result
 bench = typer.Typer(no_args_is_help=True, help="Benchmarks, side by side with peers that are installed.")
 
 
-@bench.callback()
-def _root() -> None:
-    """With one command alone, typer would otherwise drop its name."""
-
-
 @bench.command()
 def kernels(
     offline: Annotated[bool, typer.Option("--offline", help="without a GPU: compile, and count")] = False,

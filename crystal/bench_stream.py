@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 import shutil
 import statistics
 import tempfile
@@ -18,6 +17,7 @@ from crystal.backends.config import OptimizerConfig, WeightStreamingConfig
 from crystal.backends.weight_streaming.backend import WeightStreamingBackend
 from crystal.backends.weight_streaming.store import Update
 from crystal.config import ConfigError, parse
+from crystal.memory import peak_rss_bytes
 from crystal.mup.plan import Plan
 from crystal.zoo.build import parameter_count, plan_for
 from crystal.zoo.config import ModelConfig, preset
@@ -76,7 +76,7 @@ def bench_stream(
         "step_over_floor": step_s / floor,
         "overlap_efficiency": floor / step_s,
         "tokens_per_second": tokens * micro_batches / step_s,
-        "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "peak_rss_bytes": peak_rss_bytes(),
     }
     text = (
         f"{model}, {result['parameters']:,} parameters, {result['tokens']} tokens a step, {config.dtype} compute, "

@@ -278,3 +278,8 @@ def _operators() -> tuple[Operator, ...]:
 
 
 OPERATORS = _operators()
+
+
+def operators(names: tuple[str, ...] | None) -> tuple[Operator, ...]:
+    """Those of these names, in the catalog's order; None: all."""
+    return tuple(o for o in OPERATORS if names is None or o.name in names)

@@ -47,6 +47,17 @@ def _scored_by_kernels(logits_CV, labels_C, weights_C, scale: float, with_grad: 
     return nll_C, logits_CV
 
 
+def scaled(
+    dx_ND: Tensor | None, dw_VD: Tensor | None, dloss: Tensor, weight_dtype: torch.dtype
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients that the forward pass made, times the loss's own, the weight's in the weight's dtype."""
+    dx = None if dx_ND is None else dx_ND * dloss.to(dx_ND.dtype)
+    if dw_VD is None:
+        return dx, None
+    # rounded as it is written: a scaled fp32 copy would be the largest tensor of the step
+    return dx, torch.mul(dw_VD, dloss, out=torch.empty_like(dw_VD, dtype=weight_dtype))
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_ND, weight_VD, labels_N, weights_N, logits_scale):
@@ -74,13 +85,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dloss, _):
-        dx_ND, dw_VD = ctx.saved_tensors
-        dx = None if dx_ND is None else dx_ND * dloss.to(dx_ND.dtype)
-        # rounded as it is written: a scaled fp32 copy would be the largest tensor of the step
-        dw = None
-        if dw_VD is not None:
-            dw = torch.mul(dw_VD, dloss, out=torch.empty_like(dw_VD, dtype=ctx.weight_dtype))
-        return dx, dw, None, None, None
+        return *scaled(*ctx.saved_tensors, dloss, ctx.weight_dtype), None, None, None
 
 
 def linear_cross_entropy(

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from crystal.backends.cerebras import spool
 from crystal.backends.cerebras.step import Session
+from crystal.memory import peak_rss_bytes
 
 UNBOUNDED = 1 << 30  # steps of a session that ends when it is told
 
@@ -120,12 +121,12 @@ class Worker:
             if not (executor.artifact_dir / "cirh.mlir").exists():
                 raise
             stopped = " ".join(str(error).split()) or type(error).__name__
-        peaks = (resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+        of_children = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
         return {
             "ir": str(executor.artifact_dir / "cirh.mlir"),
             "stopped": stopped,
             "seconds": time.perf_counter() - began,
-            "peak_rss_bytes": max(peaks) * 1024,
+            "peak_rss_bytes": max(peak_rss_bytes(), of_children),
         }
 
     def eval(self, step: int) -> dict:

@@ -7,7 +7,6 @@ then it is due; whatever needs the weights first (a checkpoint, validation, a ch
 
 from __future__ import annotations
 
-import os
 import platform
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -17,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from crystal.backends.base import MicroBatch, Place, Schedule, StepResult
+from crystal.backends.base import MicroBatch, Place, Schedule, StepResult, started_processes
 from crystal.backends.config import OptimizerConfig, WeightStreamingConfig
 from crystal.backends.weight_streaming.boundaries import Boundaries, load_boundaries
 from crystal.backends.weight_streaming.executor import Executor
@@ -60,7 +59,7 @@ class WeightStreamingBackend:
         a device that it has not, a store that is another run's, or a disk that is too small."""
         if config.device != "cpu":
             raise ConfigError("backend.device: weight_streaming computes on the cpu, expected cpu, got cuda")
-        if config.gradients == "recomputed" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        if config.gradients == "recomputed" and started_processes() > 1:
             raise ConfigError("backend.gradients: several executors sum them, expected spilled, got recomputed")
         if config.threads:
             torch.set_num_threads(config.threads)

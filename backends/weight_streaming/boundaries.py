@@ -7,7 +7,6 @@ updated. So a step of few tokens needs no room for gradients on disk, at the pri
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
@@ -44,8 +43,7 @@ class Boundaries:
                 tensors[f"batches/{key.name}/{i}"] = getattr(batch, key.name).contiguous().clone()
         aside = directory / f".{FILE}"
         save_file(tensors, aside)
-        with aside.open("rb") as file:
-            os.fsync(file.fileno())
+        sync(aside)
         aside.replace(directory / FILE)
         sync(directory)
 

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import os
-
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from crystal.backends.base import started_processes
+
 
 def join_executors() -> None:
     """Meet the other processes that torchrun started, if it did."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
+    if started_processes() > 1 and not dist.is_initialized():
         dist.init_process_group("gloo")
 
 

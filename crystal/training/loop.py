@@ -9,7 +9,6 @@ backend's. So a run that was killed anywhere goes on from its last checkpoint to
 from __future__ import annotations
 
 import contextlib
-import resource
 import signal
 import time
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from crystal.backends.create import create
 from crystal.config import ConfigError
 from crystal.curriculum import Curriculum, Stage, resolve
 from crystal.data.store import TokenStore
+from crystal.memory import peak_rss_bytes
 from crystal.run import RunFile
 from crystal.training import checkpoint
 from crystal.training.batches import Batches
@@ -127,7 +127,7 @@ class Trainer:
         start, stop = self.position, self.curriculum.steps if stage is None else stage.first_step + stage.steps
         stop = min(stop, until) if until is not None else stop
         if start >= stop and not self.held:
-            return Outcome(self.directory, start, None, _peak_rss(), 0.0)
+            return Outcome(self.directory, start, None, peak_rss_bytes(), 0.0)
         self._event("start", step=start, stop=stop, backend=self.backend.describe())
         self.display.begin(self.curriculum, start, stop)
         metrics = Metrics(self.directory, start or None) if self.writes else NoMetrics()
@@ -172,7 +172,7 @@ class Trainer:
         finally:
             metrics.close()
         tokens = (self.position - start) * self.curriculum.global_batch_size * self.curriculum.seq_len
-        peak = _peak_rss()
+        peak = peak_rss_bytes()
         rate = tokens / busy if busy else 0.0
         self._event("stop", step=self.position, peak_rss_bytes=peak, tokens_per_second=round(rate, 1))
         return Outcome(self.directory, self.position, interrupted, peak, rate)
@@ -264,13 +264,3 @@ class Trainer:
     def _event(self, kind: str, **details) -> None:
         if self.writes:
             event(self.directory, kind, **details)
-
-
-def _peak_rss() -> int:
-    """Most memory this process has held, in bytes."""
-    status = Path("/proc/self/status")
-    lines = status.read_text().splitlines() if status.exists() else []
-    for line in lines:
-        if line.startswith("VmHWM"):  # getrusage would count what the parent held when it started this process
-            return int(line.split()[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from crystal.mup.plan import Plan, TensorPlan, make_plan
 from crystal.mup.rules import Tuning
-from crystal.zoo.config import ModelConfig, with_width
+from crystal.zoo.config import ModelConfig, d_ff_at, with_width
 from crystal.zoo.decoder import Decoder, Multipliers
 
 RESIDUAL_OUT = ("attn.out.weight", "mlp.down.weight")
@@ -61,7 +61,7 @@ def _of_width(config: ModelConfig, width: int) -> ModelConfig:
     """The shapes of another width; where no whole number of heads fits (the base may be narrower than a head of the
     target), of one head: shapes do not depend on how many there are."""
     if width % config.d_head:
-        shape = {"d_model": width, "d_ff": config.d_ff * width // config.d_model, "n_heads": 1, "n_kv_heads": None}
+        shape = {"d_model": width, "d_ff": d_ff_at(config, width), "n_heads": 1, "n_kv_heads": None}
         return ModelConfig(**(config.model_dump(exclude={"mup"}) | shape | {"rotary_fraction": 1.0}), mup=config.mup)
     return with_width(config, width)
 

@@ -88,6 +88,11 @@ class ModelConfig(Strict):
         return int(self.d_head * self.rotary_fraction)
 
 
+def d_ff_at(config: ModelConfig, d_model: int) -> int:
+    """The feed-forward width in proportion to another d_model; never nothing."""
+    return max(config.d_ff * d_model // config.d_model, 1)
+
+
 def with_width(config: ModelConfig, d_model: int) -> ModelConfig:
     """The same decoder at another width: head size fixed, d_ff and the number of heads in proportion.
 
@@ -97,7 +102,7 @@ def with_width(config: ModelConfig, d_model: int) -> ModelConfig:
     kv_heads = config.kv_heads * heads / config.n_heads
     if rest or not heads or kv_heads != int(kv_heads) or heads % max(int(kv_heads), 1):
         raise ConfigError(f"width {d_model}: expected a multiple of the head size {config.d_head} with whole kv heads")
-    changed = {"d_model": d_model, "n_heads": heads, "d_ff": max(config.d_ff * d_model // config.d_model, 1)}
+    changed = {"d_model": d_model, "n_heads": heads, "d_ff": d_ff_at(config, d_model)}
     if config.n_kv_heads is not None:
         changed["n_kv_heads"] = int(kv_heads)
     return ModelConfig(**(config.model_dump(exclude=set(changed) | {"mup"}) | changed), mup=config.mup)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 import torch
 
 from crystal.kernels.bench.peers import functions, installed
-from crystal.kernels.catalog import OPERATORS, Operator
+from crystal.kernels.catalog import Operator, operators
 from crystal.kernels.dispatch import MULTIPROCESSORS
 from crystal.kernels.proof.accuracy import outputs_and_gradients
 from crystal.kernels.proof.offline import Launch, TorchCall, offline
@@ -131,9 +131,7 @@ def rows(
         if provider != "ours" and installed(provider) is None:
             continue
         table = table_of(arch, provider)
-        for operator in OPERATORS:
-            if operator.name not in table or (names and operator.name not in names):
-                continue
+        for operator in (o for o in operators(names) if o.name in table):
             function = table[operator.name]
             swept, checked = {}, {}
             for name in filter(shapes, operator.shapes):

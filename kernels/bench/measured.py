@@ -16,8 +16,8 @@ from torch import Tensor
 
 from crystal.kernels.bench.peers import functions, in_our_form, installed
 from crystal.kernels.bench.timing import Timer, spread
-from crystal.kernels.catalog import OPERATORS, Operator
-from crystal.kernels.proof.accuracy import copied, outputs_and_gradients
+from crystal.kernels.catalog import Operator, operators
+from crystal.kernels.proof.accuracy import copied, deviation, outputs_and_gradients
 
 PROVIDERS = ("ours", "torch", "torch.compile", "liger", "flash-attn")
 SHAPES = ("crystalcoder-7b", "amber-7b", "small")
@@ -62,13 +62,7 @@ def candidates(operator: Operator, names: tuple[str, ...]) -> Iterator[tuple[str
 
 def relative_errors(found: dict[str, Tensor], exact: dict[str, Tensor]) -> dict[str, float]:
     """L2 of the difference over L2 of the exact, by output."""
-    errors = {}
-    for name, right in exact.items():
-        if found[name].shape != right.shape:
-            raise ValueError(f"{name}: shape {list(found[name].shape)}, expected {list(right.shape)}")
-        size = float(right.detach().norm()) or 1.0
-        errors[name] = float((found[name].detach().double() - right.detach()).norm()) / size
-    return errors
+    return {name: deviation(name, found[name], right)[0] for name, right in exact.items()}
 
 
 class Case:
@@ -163,7 +157,7 @@ def rows(
     dtype: torch.dtype = torch.bfloat16,
 ) -> Iterator[dict]:
     """The table, a record at a time. A provider that refuses a shape or is wrong has one record with `failed`."""
-    for operator in (o for o in OPERATORS if names is None or o.name in names):
+    for operator in operators(names):
         for shape in (s for s in shapes if s in operator.shapes):
             case = Case(operator, operator.shapes[shape], dtype, device)
             for provider, function in candidates(operator, providers or present()):

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import torch
 
 from crystal.kernels.bench.peers import torch_functions
-from crystal.kernels.catalog import OPERATORS
+from crystal.kernels.catalog import operators
 from crystal.kernels.proof.accuracy import Error, errors
 
 ON_CPU, ON_GPU = 1.01, 2.0  # times torch's error; on a GPU torch's kernels add in yet other orders
@@ -37,7 +37,7 @@ def errors_on_cpu(
     from crystal.kernels.proof.cpu import on_cpu
 
     baselines = torch_functions()
-    for operator in (o for o in OPERATORS if names is None or o.name in names):
+    for operator in operators(names):
         shape = square(operator.name)
         for dtype in dtypes:
             yield operator.name, "4096 x 4096", dtype, errors(operator, shape, dtype, baselines[operator.name], on_cpu)
@@ -48,7 +48,7 @@ def errors_on_gpu(
 ) -> Iterator[tuple[str, str, torch.dtype, list[Error]]]:
     """(operator, shape, dtype, errors) on the current CUDA device, every shape or those named."""
     baselines = torch_functions()
-    for operator in (o for o in OPERATORS if names is None or o.name in names):
+    for operator in operators(names):
         for name in (s for s in operator.shapes if shapes is None or s in shapes):
             for dtype in dtypes:
                 found = errors(

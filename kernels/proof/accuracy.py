@@ -87,6 +87,15 @@ def poisoned() -> Iterator[None]:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 
 
+def deviation(name: str, value: Tensor, exact: Tensor) -> tuple[float, float]:
+    """(L2 of the difference over L2 of the exact, largest difference). Raises ValueError, with `name`, for a shape."""
+    if value.shape != exact.shape:
+        raise ValueError(f"{name}: shape {list(value.shape)}, expected {list(exact.shape)}")
+    difference = (value.to(exact.device, torch.float64) - exact).detach()
+    size = float(exact.detach().norm()) or 1.0
+    return float(difference.norm()) / size, float(difference.abs().max()) if difference.numel() else 0.0
+
+
 def errors(
     operator: Operator,
     shape: dict[str, int],
@@ -110,12 +119,8 @@ def errors(
     theirs = run(baseline, dtype)
     found = []
     for name, right in exact.items():
-        size = float(right.detach().norm()) or 1.0
-        row = []
-        for value in (ours[name], theirs[name]):
-            if value.shape != right.shape:
-                raise ValueError(f"{operator.name} {name}: shape {list(value.shape)}, expected {list(right.shape)}")
-            difference = (value.to(right.device, torch.float64) - right).detach()
-            row += [float(difference.norm()) / size, float(difference.abs().max()) if difference.numel() else 0.0]
-        found.append(Error(name, row[0], row[2], row[1], row[3]))
+        (relative, worst), (torch_relative, torch_worst) = (
+            deviation(f"{operator.name} {name}", results[name], right) for results in (ours, theirs)
+        )
+        found.append(Error(name, relative, torch_relative, worst, torch_worst))
     return found
