@@ -96,7 +96,7 @@ def start(name: str, python: str, shape: dict, dtype: str, threads: int, compile
     """A worker that has taken its first steps, or the last line that it said instead."""
     script = str(Path(__file__).with_name("bench_train_peer.py"))
     command = [python, script, name, json.dumps(shape), "--dtype", dtype, "--threads", str(threads)]
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "passive", "PYTHONSAFEPATH": "1"}
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONSAFEPATH": "1"}
     with tempfile.TemporaryFile("w+") as said:  # not a pipe, which would fill up
         try:
             process = subprocess.Popen(

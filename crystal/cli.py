@@ -33,9 +33,12 @@ app.add_typer(cerebras, name="cerebras")
 
 def main() -> None:
     """Entry point: a user's mistake, in a config or on the command line, becomes one line on stderr and exit 2."""
-    # Threads that wait asleep: with the default, spinning, a second busy process on the machine slows training
-    # by up to four times (docs/log.md, 2026-11-24). OpenMP reads this when torch is first imported.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    # A thread that waits looks up a thousand times, some 20 us, before it sleeps. Asleep at once, it costs an idle
+    # machine half of its speed where steps are short; awake for good, the default, it costs a busy one up to three
+    # quarters (docs/log.md, 2026-11-26). OpenMP reads this when torch is first imported.
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch's tensors on huge pages: a first touch costs a tenth
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     try:
         code = app(prog_name="crystal", standalone_mode=False)  # a number where typer stopped early
     except ConfigError as error:

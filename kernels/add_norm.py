@@ -12,6 +12,7 @@ from torch import Tensor
 
 from crystal.kernels.dispatch import differentiable, use_triton, widened
 from crystal.kernels.layer_norm import layer_norm
+from crystal.kernels.native import use_native
 from crystal.kernels.norm import backward as norm_backward
 from crystal.kernels.norm import check
 from crystal.kernels.norm import forward as norm_forward
@@ -87,7 +88,7 @@ def add_norm(
     check(x, weight, *(() if bias is None else (bias,)))
     if residual.shape != x.shape or residual.dtype != x.dtype or residual.device != x.device:
         raise ValueError(f"residual {residual.dtype} {list(residual.shape)}: expected {x.dtype} {list(x.shape)} as x")
-    if use_triton(x):
+    if use_triton(x) or use_native(x, residual):
         return _add_norm(x, residual, weight, bias, eps, scale)[:2]
     summed = residual + (x if scale == 1 else x * scale)
     return rms_norm(summed, weight, eps) if bias is None else layer_norm(summed, weight, bias, eps), summed

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import crystal.kernels.native as native
 from crystal.kernels.dispatch import differentiable
 
 LONGEST = 512  # tokens; beyond, the probabilities outweigh the other activations
@@ -50,13 +51,18 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Ten
     shape = q.shape
     q, k, v = (x.flatten(0, 1) for x in (q, k, v))
     future = q.new_full((ROWS[q.dtype],) * 2, float("-inf")).triu_(1)
+    fast = native.use_native(q)
     y, probabilities, at = torch.empty_like(q), q.new_empty(_kept(q)), 0
     for heads, start, end in _blocks(q):
         rows, size = end - start, (heads.stop - heads.start, end - start, end)
         p = probabilities[at : at + size[0] * rows * end].view(size)
-        torch.bmm(q[heads, start:end], k[heads, :end].transpose(1, 2), out=p).mul_(scale)
-        p[:, :, start:] += future[:rows, :rows]
-        torch.softmax(p, -1, out=p)
+        torch.bmm(q[heads, start:end], k[heads, :end].transpose(1, 2), out=p)
+        if fast:
+            native.causal_softmax(p, start, scale)
+        else:
+            p.mul_(scale)
+            p[:, :, start:] += future[:rows, :rows]
+            torch.softmax(p, -1, out=p)
         torch.bmm(p, v[heads, :end], out=y[heads, start:end])
         at += p.numel()
     return y.view(shape), probabilities
@@ -65,21 +71,25 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Ten
 def _backward(
     dy: Tensor, q: Tensor, k: Tensor, v: Tensor, probabilities: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dq, dk, dv): with P the probabilities, dS = P (dP - rowsum(P dP)) and dP = dy v^T."""
+    """(dq, dk, dv): with P the probabilities, dS = scale P (dP - rowsum(P dP)) and dP = dy v^T."""
     shape = q.shape
     dy, q, k, v = (x.flatten(0, 1) for x in (dy, q, k, v))
     dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-    at = 0
+    at, fast = 0, native.use_native(q)
     for heads, start, end in _blocks(q):
         size, own = (heads.stop - heads.start, end - start, end), (heads, slice(start, end))
         p = probabilities[at : at + size[0] * size[1] * end].view(size)
         dv[heads, :end].baddbmm_(p.transpose(1, 2), dy[own])
         dp = torch.bmm(dy[own], v[heads, :end].transpose(1, 2))
-        ds = torch._softmax_backward_data(dp, p, -1, p.dtype)
+        if fast:
+            native.softmax_backward(p, dp, scale)
+            ds = dp
+        else:
+            ds = torch._softmax_backward_data(dp, p, -1, p.dtype).mul_(scale)
         torch.bmm(ds, k[heads, :end], out=dq[own])
         dk[heads, :end].baddbmm_(ds.transpose(1, 2), q[own])
         at += p.numel()
-    return dq.mul_(scale).view(shape), dk.mul_(scale).view(shape), dv.view(shape)
+    return dq.view(shape), dk.view(shape), dv.view(shape)
 
 
 def _forward_shapes(q, k, v, scale):

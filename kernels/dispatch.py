@@ -39,6 +39,11 @@ def _mode_of_environment() -> str:
 _mode = _mode_of_environment()
 
 
+def mode() -> str:
+    """What CRYSTAL_KERNELS or `forced` say."""
+    return _mode
+
+
 @contextlib.contextmanager
 def forced(mode: str) -> Iterator[None]:
     """Within, every thread's operators run as CRYSTAL_KERNELS=mode says."""

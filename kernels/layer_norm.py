@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from crystal.kernels.dispatch import differentiable, use_triton, widened
+from crystal.kernels.native import use_native
 from crystal.kernels.norm import backward as norm_backward
 from crystal.kernels.norm import check
 from crystal.kernels.norm import forward as norm_forward
@@ -65,7 +66,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     Returns [..., d] in x's dtype. Raises ValueError or TypeError for other shapes and dtypes.
     """
     check(x, weight, bias)
-    if use_triton(x):
+    if use_triton(x) or use_native(x):
         return _layer_norm(x, weight, bias, eps)[0]
     if weight.dtype != x.dtype:
         return F.layer_norm(x.to(weight.dtype), x.shape[-1:], weight, bias, eps).to(x.dtype)

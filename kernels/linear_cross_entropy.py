@@ -11,8 +11,9 @@ products fill the GPU, and the two kernels of `cross_entropy` make its losses an
 import torch
 from torch import Tensor
 
+import crystal.kernels.native as native
 from crystal.kernels.cross_entropy import backward_rows, forward_rows
-from crystal.kernels.dispatch import use_triton
+from crystal.kernels.dispatch import use_triton, widened
 from crystal.kernels.linear import product, transposed_product
 
 CHUNK = 512  # tokens; 256 and 512 measured equal on a CPU
@@ -22,6 +23,8 @@ NO_LABEL = -100  # is ignored; labels of the head are classes throughout
 
 def _scored_by_torch(logits_CV, labels_C, weights_C, scale: float, with_grad: bool) -> tuple[Tensor, Tensor | None]:
     """Each token's loss, and the gradient of the weighted sum by the logits, which may be overwritten."""
+    if native.use_native(logits_CV):
+        return native.score(logits_CV, labels_C, weights_C, scale, with_grad), logits_CV if with_grad else None
     dtype, logits_CV = logits_CV.dtype, logits_CV.float()
     if scale != 1:
         logits_CV.mul_(scale)
@@ -51,11 +54,14 @@ def scaled(
     dx_ND: Tensor | None, dw_VD: Tensor | None, dloss: Tensor, weight_dtype: torch.dtype
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gradients that the forward pass made, times the loss's own, the weight's in the weight's dtype."""
+    # dloss is 1 in loss.backward(); a CPU can look, a GPU would have to wait
+    if type(dloss) is Tensor and dloss.device.type == "cpu" and dloss == 1:
+        return dx_ND, None if dw_VD is None else dw_VD.to(weight_dtype)
     dx = None if dx_ND is None else dx_ND * dloss.to(dx_ND.dtype)
     if dw_VD is None:
         return dx, None
     # rounded as it is written: a scaled fp32 copy would be the largest tensor of the step
-    return dx, torch.mul(dw_VD, dloss, out=torch.empty_like(dw_VD, dtype=weight_dtype))
+    return dx, torch.mul(widened(dw_VD), dloss, out=torch.empty_like(dw_VD, dtype=weight_dtype))
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -63,11 +69,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(ctx, x_ND, weight_VD, labels_N, weights_N, logits_scale):
         needs_x, needs_w = ctx.needs_input_grad[:2]
         dx_ND = torch.empty_like(x_ND) if needs_x else None
-        # fp32: the head's gradient is a sum over every token of the batch
-        dw_VD = torch.zeros(weight_VD.shape, dtype=torch.float32, device=x_ND.device) if needs_w else None
         nll_N = torch.empty(x_ND.shape[0], dtype=torch.float32, device=x_ND.device)
         fused = use_triton(x_ND, weight_VD) and not torch.compiler.is_compiling()
         chunk = CUDA_CHUNK if fused else CHUNK
+        dw_VD = None  # of one chunk as it comes, for it is the largest tensor of a small step; a sum of several in fp32
+        if needs_w and x_ND.shape[0] > chunk:
+            dw_VD = torch.zeros(weight_VD.shape, dtype=torch.float32, device=x_ND.device)
         for begin in range(0, x_ND.shape[0], chunk):
             rows = slice(begin, begin + chunk)
             score = _scored_by_kernels if fused else _scored_by_torch
@@ -77,7 +84,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if needs_x:
                 dx_ND[rows] = product(grad_CV, weight_VD.T)
             if needs_w:
-                dw_VD += transposed_product(grad_CV, x_ND[rows])
+                if dw_VD is None:
+                    dw_VD = transposed_product(grad_CV, x_ND[rows])
+                else:
+                    dw_VD += transposed_product(grad_CV, x_ND[rows])
         ctx.save_for_backward(dx_ND, dw_VD)
         ctx.weight_dtype = weight_VD.dtype
         ctx.mark_non_differentiable(nll_N)

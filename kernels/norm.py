@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+import crystal.kernels.native as native
 from crystal.kernels.dispatch import power_of_two, rows_of, target, unit, use_triton, widened
 from crystal.kernels.norm_kernels import (
     column_sums,
@@ -60,6 +61,8 @@ def forward(
     """
     if use_triton(x):
         return _launch_forward(x, residual, weight, bias, eps, scale)
+    if native.use_native(x, residual):
+        return native.norm_forward(x, residual, weight, bias, eps, scale)
     summed = None
     if residual is not None:
         x = summed = residual + (x if scale == 1 else x * scale)
@@ -83,6 +86,9 @@ def backward(
     """
     if use_triton(x):
         return _launch_backward(dy, dsummed, x, weight, mean, rstd, scale)
+    if native.use_native(dy, dsummed, x):
+        dx, dweight, dbias = native.norm_backward(dy, dsummed, x, weight, mean, rstd)
+        return dx, None if scale == 1 else dx * scale, dweight, dbias
     sizes, width = (*x.shape[:-1], 1), x.shape[-1:]
     centre, rstd = torch.zeros_like(rstd) if mean is None else mean, rstd.view(sizes)
     dy, wide = widened(dy), widened(weight)

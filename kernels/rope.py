@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+import crystal.kernels.native as native
 from crystal.kernels.dispatch import (
     differentiable,
     eager_cpu,
@@ -199,6 +200,12 @@ def _run(q, k, q_out, k_out, cos, sin, positions, turned: int, interleaved: bool
     if use_triton(q):
         positions = None if positions is None else _adjacent(positions)
         _launch(q, k, q_out, k_out, cos.contiguous(), sin.contiguous(), positions, turned, interleaved, seq_dim, back)
+        return
+    if cos.dtype != torch.float64 and native.use_native(q, k):
+        cos, sin = (cos, sin) if positions is None else (cos[positions], sin[positions])
+        native.rope_turn(q, q_out, cos, sin, turned, interleaved, seq_dim, back)
+        if k is not None:
+            native.rope_turn(k, k_out, cos, sin, k.shape[3 - seq_dim], interleaved, seq_dim, back)
         return
     cos, sin = _tables(cos, -sin if back else sin, positions, seq_dim)
     _turn_by_torch(q, q_out, cos, sin, turned, interleaved, seq_dim)

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import crystal.kernels.native as native
 from crystal.kernels.dispatch import differentiable, kernel, power_of_two, rows_of, unit, use_triton, widened
 
 if TYPE_CHECKING:
@@ -106,10 +107,13 @@ def _rows_tile(width: int) -> tuple[int, int]:
 def _forward(gate: Tensor, up: Tensor | None) -> Tensor:
     """silu(gate) * up; without up, gate is the packed projection [..., 2 f]."""
     packed = up is None
+    y = gate.new_empty(*gate.shape[:-1], gate.shape[-1] // (1 + packed))
     if not use_triton(gate):
         gate, up = gate.chunk(2, -1) if packed else (gate, up)
-        return F.silu(gate) * up
-    y = gate.new_empty(*gate.shape[:-1], gate.shape[-1] // (1 + packed))
+        if not native.use_native(gate, up):
+            return F.silu(gate) * up
+        native.swiglu_forward(rows_of(gate), rows_of(up), y)
+        return y
     if not packed and gate.is_contiguous() and up.is_contiguous():
         count = y.numel()
         swiglu_run[(-(-count // RUN),)](gate, up, y, count, EVEN=count % RUN == 0, BLOCK=RUN, num_warps=4)
@@ -134,6 +138,9 @@ def _backward(dy: Tensor, gate: Tensor, up: Tensor | None) -> tuple[Tensor, Tens
     if not use_triton(gate):
         gate, up = gate.chunk(2, -1) if packed else (gate, up)
         to_gate, to_up = dgate.chunk(2, -1) if packed else (dgate, dup)
+        if native.use_native(dy, gate, up):
+            native.swiglu_backward(dy.contiguous(), *map(rows_of, (gate, up, to_gate, to_up)))
+            return dgate, dup
         torch.mul(F.silu(gate), dy, out=to_up)
         to_gate.copy_(torch.ops.aten.silu_backward(dy * up, gate))
         return dgate, dup
@@ -188,7 +195,7 @@ def swiglu(gate: Tensor, up: Tensor | None = None) -> Tensor:
         raise ValueError(f"packed gate and up {list(gate.shape)}: expected an even last dimension")
     if up is not None and (gate.shape != up.shape or gate.dtype != up.dtype or gate.device != up.device):
         raise ValueError(f"up {up.dtype} {list(up.shape)}: expected {gate.dtype} {list(gate.shape)} as gate")
-    if use_triton(gate):
+    if use_triton(gate) or native.use_native(gate, up):
         return _swiglu(gate, up)
     gate, up = gate.chunk(2, -1) if up is None else (gate, up)
     return F.silu(gate) * up

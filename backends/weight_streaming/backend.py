@@ -31,7 +31,7 @@ from crystal.backends.weight_streaming.reduce import (
 )
 from crystal.backends.weight_streaming.store import Store, Update
 from crystal.backends.weight_streaming.stream import Stream
-from crystal.backends.weight_streaming.transfer import keep_heap, release_heap
+from crystal.backends.weight_streaming.transfer import release_heap
 from crystal.backends.weight_streaming.update import Updater
 from crystal.config import ConfigError
 from crystal.mup.plan import Plan
@@ -63,7 +63,6 @@ class WeightStreamingBackend:
             raise ConfigError("backend.gradients: several executors sum them, expected spilled, got recomputed")
         if config.threads:
             torch.set_num_threads(config.threads)
-        keep_heap()
         join_executors()
         self.place = Place(process=rank(), processes=executors(), part=rank(), parts=executors())
         self.model_config, self.plan, self.optimizer_config, self.config = model, plan, optimizer, config

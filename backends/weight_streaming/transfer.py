@@ -40,18 +40,8 @@ class Buffer:
         return torch.frombuffer(self.memory, dtype=dtype, count=numel, offset=start)
 
 
-def keep_heap() -> None:
-    """Have glibc keep the memory that tensors free, rather than hand it back and fault it in again at every layer."""
-    try:
-        mallopt = ctypes.CDLL("libc.so.6").mallopt
-    except (OSError, AttributeError):  # another C library
-        return
-    mallopt(-4, 0)  # M_MMAP_MAX
-    mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
-
-
 def release_heap() -> None:
-    """Hand back what is free now, in spite of `keep_heap`."""
+    """Have glibc hand back what is free now, between tensors in use too."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").malloc_trim(0)
 
