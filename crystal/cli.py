@@ -44,6 +44,11 @@ def main() -> None:
     except ConfigError as error:
         _complain(str(error))
         sys.exit(2)
+    except ValueError as error:  # CRYSTAL_KERNELS is read where kernels are first imported
+        if not str(error).startswith("CRYSTAL_KERNELS="):
+            raise
+        _complain(str(error))
+        sys.exit(2)
     except typer.Abort:
         code = 130
     except Exception as error:

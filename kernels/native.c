@@ -70,7 +70,8 @@ void norm_forward(const real *x, const real *residual, const float *weight, cons
         }
 #pragma omp simd reduction(+ : squares)
         for (i64 i = 0; i < n; i++) { float d = get(a[i]) - centre; squares += d * d; }
-        float by = rstd[row] = 1.f / sqrtf(squares / n + eps);
+        /* a sum that overflows must be seen, and not become a row of zeros */
+        float by = rstd[row] = squares < INFINITY ? 1.f / sqrtf(squares / n + eps) : NAN;
         if (bias) {
 #pragma omp simd
             for (i64 i = 0; i < n; i++) out[i] = put((get(a[i]) - centre) * by * weight[i] + bias[i]);
@@ -218,12 +219,19 @@ void softmax_backward(const real *probabilities, real *gradients, i64 rows, i64 
     }
 }
 
-/* --- cross-entropy of rows of logits; in place, unless grad is 0, the gradient of the losses times weights --- */
+/* --- cross-entropy of rows of logits; in place, unless grad is 0, the gradient of the losses times weights;
+   whether a label is no word --- */
 
-void score(real *logits, const i64 *labels, const float *weights, float *nll, i64 rows, i64 words, float scale,
+int score(real *logits, const i64 *labels, const float *weights, float *nll, i64 rows, i64 words, float scale,
            int grad, int threads) {
+    int wrong = 0;
     ROWS_PARALLEL(rows)
     for (i64 row = 0; row < rows; row++) {
+        if (labels[row] < 0 || labels[row] >= words) {
+#pragma omp atomic write
+            wrong = 1;
+            continue;
+        }
         real *z = logits + row * words;
         float top = -INFINITY, sum = 0, label = scale * get(z[labels[row]]);
 #pragma omp simd reduction(max : top)
@@ -237,4 +245,5 @@ void score(real *logits, const i64 *labels, const float *weights, float *nll, i6
         for (i64 i = 0; i < words; i++) z[i] = put(exp_(scale * get(z[i]) - top) * by);
         z[labels[row]] = put(exp_(label - top) * by - each);
     }
+    return wrong;
 }

@@ -50,7 +50,7 @@ def _libraries() -> dict[torch.dtype, ctypes.CDLL]:
     for library in found.values():
         for name, kinds in _SIGNATURES.items():
             function = getattr(library, name)
-            function.argtypes, function.restype = kinds, None
+            function.argtypes, function.restype = kinds, ctypes.c_int if name == "score" else None
     return found
 
 
@@ -74,9 +74,9 @@ def _at(t: Tensor | None) -> int | None:
     return None if t is None else t.data_ptr()
 
 
-def _call(name: str, of: Tensor, elements: int, *arguments) -> None:
+def _call(name: str, of: Tensor, elements: int, *arguments) -> int | None:
     threads = torch.get_num_threads() if elements >= ENOUGH else 1
-    getattr(_libraries()[of.dtype], name)(*arguments, threads)
+    return getattr(_libraries()[of.dtype], name)(*arguments, threads)
 
 
 def norm_forward(
@@ -152,9 +152,7 @@ def score(logits: Tensor, labels: Tensor, weights: Tensor, scale: float, grad: b
     Raises IndexError for a label that is no word.
     """
     rows, words = logits.shape
-    low, high = labels.aminmax()
-    if low < 0 or high >= words:
-        raise IndexError(f"labels {low} to {high}: expected 0 to {words - 1}")
     labels, weights, nll = labels.contiguous(), weights.float().contiguous(), torch.empty(rows)
-    _call("score", logits, logits.numel(), *map(_at, (logits, labels, weights, nll)), rows, words, scale, grad)
+    if _call("score", logits, logits.numel(), *map(_at, (logits, labels, weights, nll)), rows, words, scale, grad):
+        raise IndexError(f"labels {labels.min()} to {labels.max()}: expected 0 to {words - 1}")
     return nll

@@ -207,3 +207,11 @@ def test_every_command_has_help():
         "models", "prepare", "train", "schedule", "import", "logits", "generate",
     }  # fmt: skip
     assert all(c.callback.__doc__ for c in app.registered_commands)
+
+
+def test_an_unknown_choice_of_kernels_is_one_line(tmp_path):
+    settings = os.environ | {"CRYSTAL_KERNELS": "foo"}
+    command = [sys.executable, "-m", "crystal.cli", "coord-check", "amber-w64-l2"]
+    done = subprocess.run(command, env=settings, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "CRYSTAL_KERNELS=foo: expected one of auto" in done.stderr
