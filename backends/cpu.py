@@ -1,7 +1,7 @@
 """The reference backend: one process, fp32 weights and AdamW, compute in bf16 or fp32.
 
-With bf16 the decoder holds a second, rounded set of weights that is cast from the fp32 ones once a step; gradients
-of each micro-batch are added up in fp32. With fp32 there is one set.
+With bf16 the decoder holds a second, rounded set of weights that the update writes beside the fp32 ones; gradients of
+several micro-batches are added up in fp32, those of one are taken as they are. With fp32 there is one set.
 """
 
 from __future__ import annotations
@@ -12,11 +12,12 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from crystal.backends.adamw import make_optimizer
+from crystal.backends.adamw import adamw_, gradient_norm
 from crystal.backends.base import MicroBatch, OneProcess, Schedule, StepResult
 from crystal.backends.cast import round_to_bf16
 from crystal.backends.config import CpuConfig, OptimizerConfig
 from crystal.config import ConfigError
+from crystal.memory import keep_heap
 from crystal.mup.plan import Plan
 from crystal.zoo.build import build, initial_weights
 from crystal.zoo.config import ModelConfig
@@ -38,6 +39,7 @@ class CpuBackend(OneProcess):
     ):
         if config.threads:
             torch.set_num_threads(config.threads)
+        keep_heap()
         self.plan, self.optimizer_config, self.schedule, self.seed = plan, optimizer, schedule, seed
         self.n_sources, self.config = n_sources, config
         self.model_config = model
@@ -52,22 +54,20 @@ class CpuBackend(OneProcess):
         self.weights = {
             name: nn.Parameter(torch.empty(p.shape)) if self.rounded else p for name, p in parameters.items()
         }
-        if self.rounded:
-            for name, p in parameters.items():
-                p.register_post_accumulate_grad_hook(self._collect(self.weights[name]))
+        self.gradients: dict[str, Tensor] = {}  # of the step under way
+        for name, p in parameters.items():
+            p.register_post_accumulate_grad_hook(self._collect(name))
         self.stale = True  # the rounded weights are older than the fp32 ones
         self.reset_optimizer()
 
-    @staticmethod
-    def _collect(master: nn.Parameter) -> Callable[[Tensor], None]:
-        """Move a bf16 gradient into its fp32 sum as soon as it is whole."""
+    def _collect(self, name: str) -> Callable[[Tensor], None]:
+        """Take a micro-batch's gradient away as soon as it is whole: the first as it is, a sum of several in fp32."""
 
         def hook(p: Tensor) -> None:
-            if master.grad is None:
-                master.grad = p.grad.float()
-            else:
-                master.grad += p.grad
-            p.grad = None
+            grad, p.grad = p.grad, None
+            if name in self.gradients:
+                grad = self.gradients[name].float().add_(grad)
+            self.gradients[name] = grad
 
         return hook
 
@@ -78,12 +78,16 @@ class CpuBackend(OneProcess):
         self.stale = True
 
     def reset_optimizer(self) -> None:
-        groups = self.plan.parameter_groups(self.weights, lr=0.0)
-        self.adamw = make_optimizer(self.optimizer_config, groups)
+        self.parameter_groups = self.plan.parameter_groups(self.weights, lr=0.0)
+        self.moments = {
+            moment: {name: torch.zeros_like(p, requires_grad=False) for name, p in self.weights.items()}
+            for moment in ("exp_avg", "exp_avg_sq")
+        }
         self.optimizer_step = 0
 
     def train_step(self, step: int, micro_batches: Iterable[MicroBatch]) -> StepResult:
         self._cast()
+        self.gradients.clear()  # of a step that was left out, or interrupted
         loss = torch.zeros(())
         nll_S, tokens_S = torch.zeros(self.n_sources), torch.zeros(self.n_sources)
         for batch in micro_batches:
@@ -91,21 +95,26 @@ class CpuBackend(OneProcess):
             part.backward()
             loss += part.detach()
             self._add_sources(batch, nll_BT, nll_S, tokens_S)
-        grads = [p.grad for p in self.weights.values()]
-        norm = torch.nn.utils.get_total_norm(grads, foreach=True)
+        norms = [gradient_norm(self.gradients[name]) for name in self.weights]
+        norm = torch.linalg.vector_norm(torch.stack(norms))
         applied = torch.isfinite(norm) & torch.isfinite(loss)
         if applied:
             clip = self.optimizer_config.grad_clip
-            if clip is not None and norm > clip:
-                torch._foreach_mul_(grads, clip / norm.item())
-            lr = self.schedule(step)
-            for group in self.adamw.param_groups:
-                group["lr"] = lr * group["lr_multiplier"]
-            self.adamw.step()
-            self.optimizer_step += 1
-            self.stale = True
-        self.adamw.zero_grad(set_to_none=not self.rounded)
+            self._update(self.schedule(step), clip / norm.item() if clip is not None and norm > clip else None)
         return StepResult(loss, norm, applied, nll_S, tokens_S)
+
+    def _update(self, lr: float, scale: float | None) -> None:
+        """AdamW by the plan's groups, from gradients times scale; a rounded set of weights is written on the way."""
+        self.optimizer_step += 1
+        names, parameters = self._names(), dict(self.compute.named_parameters())
+        for group in self.parameter_groups:
+            numbers = {key: group[key] for key in ("eps", "weight_decay")} | {"lr": lr * group["lr_multiplier"]}
+            for p in group["params"]:
+                name = names[id(p)]
+                m, v = (held[name] for held in self.moments.values())
+                rounded = parameters[name] if self.rounded else None
+                grad, step = self.gradients.pop(name), self.optimizer_step
+                adamw_(p, grad, m, v, config=self.optimizer_config, step=step, scale=scale, rounded=rounded, **numbers)
 
     @torch.no_grad()
     def eval_step(self, batch: MicroBatch) -> tuple[Tensor, Tensor]:
@@ -125,7 +134,7 @@ class CpuBackend(OneProcess):
 
     @torch.no_grad()
     def _cast(self) -> None:
-        """Round the weights for compute, once after each change."""
+        """Round the weights for compute, where it was not the update that changed them."""
         if self.rounded and self.stale:
             for name, p in self.compute.named_parameters():
                 round_to_bf16(self.weights[name], p)
@@ -134,10 +143,9 @@ class CpuBackend(OneProcess):
     def state(self) -> Iterator[tuple[str, Tensor]]:
         for name, p in self.weights.items():
             yield f"model.{name}", p.detach()
-        for moment in ("exp_avg", "exp_avg_sq"):
-            for name, p in self.weights.items():
-                held = self.adamw.state.get(p, {}).get(moment)
-                yield f"optimizer.{moment}.{name}", torch.zeros_like(p) if held is None else held
+        for moment, held in self.moments.items():
+            for name, tensor in held.items():
+                yield f"optimizer.{moment}.{name}", tensor
 
     def scalars(self) -> dict:
         return {"optimizer_step": self.optimizer_step}
@@ -155,11 +163,9 @@ class CpuBackend(OneProcess):
         if scalars is None or scalars["optimizer_step"] == 0:
             return
         self.optimizer_step = scalars["optimizer_step"]
-        for p in self.weights.values():
-            self.adamw.state[p]["step"] = torch.tensor(float(self.optimizer_step))
-        for moment in ("exp_avg", "exp_avg_sq"):
+        for moment, held in self.moments.items():
             for name, tensor in tensors(f"optimizer.{moment}"):
-                self.adamw.state[self.weights[name]][moment] = tensor.clone()
+                held[name].copy_(tensor)
 
     def decoder(self) -> Decoder:
         if not self.rounded and not self.config.compile:
@@ -169,12 +175,15 @@ class CpuBackend(OneProcess):
         return decoder
 
     def groups(self) -> Sequence[dict]:
-        names = {id(p): name for name, p in self.weights.items()}
+        names = self._names()
         keys = ("name", "lr_multiplier", "weight_decay", "eps")
         return [
             {key: group[key] for key in keys} | {"tensors": [names[id(p)] for p in group["params"]]}
-            for group in self.adamw.param_groups
+            for group in self.parameter_groups
         ]
+
+    def _names(self) -> dict[int, str]:
+        return {id(p): name for name, p in self.weights.items()}
 
     def describe(self) -> dict:
         return {

@@ -98,8 +98,7 @@ def start(name: str, python: str, shape: dict, dtype: str, threads: int, compile
     command = [python, script, name, json.dumps(shape), "--dtype", dtype, "--threads", str(threads)]
     environment = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONSAFEPATH": "1"}
     if name != OURS:  # what the command sets for itself (crystal/cli.py), a peer does not
-        for setting in ("GOMP_SPINCOUNT", "THP_MEM_ALLOC_ENABLE"):
-            environment.pop(setting, None)
+        environment.pop("GOMP_SPINCOUNT", None)
     with tempfile.TemporaryFile("w+") as said:  # not a pipe, which would fill up
         try:
             process = subprocess.Popen(

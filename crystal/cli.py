@@ -36,7 +36,6 @@ def main() -> None:
     # A thread that waits looks up a thousand times, some 20 us, before it sleeps. Asleep at once, it costs an idle
     # machine half of its speed where steps are short; awake for good, the default, it costs a busy one up to three
     # quarters (docs/log.md, 2026-11-26). OpenMP reads this when torch is first imported.
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch's tensors on huge pages: a first touch costs a tenth
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     try:

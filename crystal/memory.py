@@ -1,7 +1,9 @@
-"""How much memory a process has held."""
+"""How much memory a process has held, and what glibc does with what is free."""
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import resource
 from pathlib import Path
 
@@ -16,3 +18,16 @@ def peak_rss_bytes() -> int:
         if line.startswith("VmHWM"):
             return int(line.split()[1]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def keep_heap() -> None:
+    """Have glibc keep what is free for the next tensor, up to 32 MB each, its limit; larger ones go back at once.
+
+    By default each tensor of a megabyte or more is mapped anew, and the first touch of its pages costs as much as half
+    of the product that fills it.
+    """
+    trim_threshold, mmap_threshold = -1, -3  # malloc.h: M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(trim_threshold, 2**31 - 1)
+        libc.mallopt(mmap_threshold, 32 << 20)

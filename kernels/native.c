@@ -247,3 +247,66 @@ int score(real *logits, const i64 *labels, const float *weights, float *nll, i64
     }
     return wrong;
 }
+
+/* --- AdamW: m and v take in the gradient times scale, then w -= step m / (sqrt(v) / root + eps) + decay w --- */
+
+struct adamw { float scale, m_new, v_kept, v_new, step, root, eps, decay; };
+
+static inline float updated(float w, float *m, float *v, float g, const struct adamw *by) {
+    g *= by->scale;
+    *m += by->m_new * (g - *m);
+    *v = by->v_kept * *v + by->v_new * g * g;
+    return w - (by->step * *m / (sqrtf(*v) / by->root + by->eps) + by->decay * w);
+}
+
+static inline uint32_t bits_of(float x) { uint32_t bits; memcpy(&bits, &x, 4); return bits; }
+static inline float of_bits(uint32_t bits) { float x; memcpy(&x, &bits, 4); return x; }
+
+/* rounded, unless 0, becomes the weight in bf16, half-up */
+void adamw(float *weight, float *m, float *v, const real *gradient, uint16_t *rounded, const float *numbers, i64 n,
+           int threads) {
+    struct adamw by; memcpy(&by, numbers, sizeof by);
+    ROWS_PARALLEL(PARTS)
+    for (i64 part = 0; part < PARTS; part++)
+        if (rounded) {
+#pragma omp simd
+            for (i64 i = n * part / PARTS; i < n * (part + 1) / PARTS; i++) {
+                weight[i] = updated(weight[i], m + i, v + i, get(gradient[i]), &by);
+                rounded[i] = (bits_of(weight[i]) + 0x8000) >> 16;
+            }
+        } else {
+#pragma omp simd
+            for (i64 i = n * part / PARTS; i < n * (part + 1) / PARTS; i++)
+                weight[i] = updated(weight[i], m + i, v + i, get(gradient[i]), &by);
+        }
+}
+
+/* the same of weights in two 16-bit halves, high << 16 + low, of which rounded becomes the high one */
+void adamw_halves(uint16_t *high, int16_t *low, float *m, float *v, const real *gradient, uint16_t *rounded,
+                  const float *numbers, i64 n, int threads) {
+    struct adamw by; memcpy(&by, numbers, sizeof by);
+    ROWS_PARALLEL(PARTS)
+    for (i64 part = 0; part < PARTS; part++)
+#pragma omp simd
+        for (i64 i = n * part / PARTS; i < n * (part + 1) / PARTS; i++) {
+            uint32_t bits = ((uint32_t)high[i] << 16) + (uint32_t)(int32_t)low[i];
+            bits = bits_of(updated(of_bits(bits), m + i, v + i, get(gradient[i]), &by));
+            uint32_t top = (bits + 0x8000) >> 16;
+            high[i] = rounded[i] = top;
+            low[i] = bits - (top << 16);
+        }
+}
+
+/* sum of squares; partial: [PARTS] */
+float square_sum(const real *x, float *partial, i64 n, int threads) {
+    ROWS_PARALLEL(PARTS)
+    for (i64 part = 0; part < PARTS; part++) {
+        float sum = 0;
+#pragma omp simd reduction(+ : sum)
+        for (i64 i = n * part / PARTS; i < n * (part + 1) / PARTS; i++) sum += get(x[i]) * get(x[i]);
+        partial[part] = sum;
+    }
+    float total = 0;
+    for (int part = 0; part < PARTS; part++) total += partial[part];
+    return total;
+}

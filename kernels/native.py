@@ -30,7 +30,11 @@ _SIGNATURES = {
     "causal_softmax": [_POINTER] + [_WHOLE] * 4 + [_REAL, _INT],
     "softmax_backward": [_POINTER] * 2 + [_WHOLE] * 2 + [_REAL, _INT],
     "score": [_POINTER] * 4 + [_WHOLE] * 2 + [_REAL] + [_INT] * 2,
+    "adamw": [_POINTER] * 6 + [_WHOLE, _INT],
+    "adamw_halves": [_POINTER] * 7 + [_WHOLE, _INT],
+    "square_sum": [_POINTER] * 2 + [_WHOLE, _INT],
 }
+_RESULTS = {"score": _INT, "square_sum": _REAL}
 
 
 @functools.cache
@@ -50,7 +54,7 @@ def _libraries() -> dict[torch.dtype, ctypes.CDLL]:
     for library in found.values():
         for name, kinds in _SIGNATURES.items():
             function = getattr(library, name)
-            function.argtypes, function.restype = kinds, ctypes.c_int if name == "score" else None
+            function.argtypes, function.restype = kinds, _RESULTS.get(name)
     return found
 
 
@@ -74,7 +78,7 @@ def _at(t: Tensor | None) -> int | None:
     return None if t is None else t.data_ptr()
 
 
-def _call(name: str, of: Tensor, elements: int, *arguments) -> int | None:
+def _call(name: str, of: Tensor, elements: int, *arguments) -> float | None:
     threads = torch.get_num_threads() if elements >= ENOUGH else 1
     return getattr(_libraries()[of.dtype], name)(*arguments, threads)
 
@@ -156,3 +160,25 @@ def score(logits: Tensor, labels: Tensor, weights: Tensor, scale: float, grad: b
     if _call("score", logits, logits.numel(), *map(_at, (logits, labels, weights, nll)), rows, words, scale, grad):
         raise IndexError(f"labels {labels.min()} to {labels.max()}: expected 0 to {words - 1}")
     return nll
+
+
+def adamw(
+    weight: Tensor, m: Tensor, v: Tensor, gradient: Tensor, rounded: Tensor | None, numbers: tuple[float, ...]
+) -> None:
+    """Update fp32 weight, m and v, and bf16 rounded, all contiguous. numbers: those of native.c's struct."""
+    tensors, numbers = (weight, m, v, gradient, rounded), (_REAL * 8)(*numbers)
+    _call("adamw", gradient, weight.numel(), *map(_at, tensors), numbers, weight.numel())
+
+
+def adamw_halves(
+    high: Tensor, low: Tensor, m: Tensor, v: Tensor, gradient: Tensor, rounded: Tensor, numbers: tuple[float, ...]
+) -> None:
+    """The same of weights in two int16 halves."""
+    tensors, numbers = (high, low, m, v, gradient, rounded), (_REAL * 8)(*numbers)
+    _call("adamw_halves", gradient, high.numel(), *map(_at, tensors), numbers, high.numel())
+
+
+def square_sum(x: Tensor) -> float:
+    """Of contiguous x, in fp32."""
+    partial = torch.empty(PARTS)
+    return _call("square_sum", x, x.numel(), _at(x), _at(partial), x.numel())

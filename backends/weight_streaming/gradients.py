@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor
 
+from crystal.backends.adamw import gradient_norm
 from crystal.backends.weight_streaming.layout import Piece
 from crystal.backends.weight_streaming.reduce import sum_over_executors_
 from crystal.backends.weight_streaming.store import Store
@@ -41,7 +41,7 @@ class Gradients:
         if whole:
             sum_over_executors_(sums.flat)
             for name, gradient in sums.views.items():
-                self.norms[name] = torch.linalg.vector_norm(gradient, dtype=torch.float32)
+                self.norms[name] = gradient_norm(gradient)
         self.spill(piece)
 
     def spill(self, piece: Piece) -> None:

@@ -29,7 +29,10 @@ class Buffer:
     """Memory in whole pages, seen as bytes by files and as tensors by everybody else."""
 
     def __init__(self, size: int):
-        self.memory = mmap.mmap(-1, max(size, mmap.PAGESIZE))
+        # private: Python's default is shared, to which huge pages are not given, and O_DIRECT on small ones reaches
+        # half of the disk's speed
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+        self.memory = mmap.mmap(-1, max(size, mmap.PAGESIZE), flags=flags)
         if hasattr(mmap, "MADV_HUGEPAGE"):
             self.memory.madvise(mmap.MADV_HUGEPAGE)
         self.size, self.bytes = size, memoryview(self.memory)

@@ -6,12 +6,13 @@ what the `cpu` backend's whole-tensor update gives, bit for bit, with fp32 momen
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-from crystal.backends.adamw import adamw_cerebras_
+import crystal.kernels.native as native
+from crystal.backends.adamw import adamw_, native_numbers
 from crystal.backends.config import OptimizerConfig
 from crystal.backends.weight_streaming.layout import Piece
 from crystal.backends.weight_streaming.planes import decode_m, decode_v, encode_m, encode_v, join, split
@@ -32,7 +33,7 @@ class Updater:
             for name, rows in plan.groups().items()
         ]
         self._group_of = {tensor: i for i, group in enumerate(self.groups) for tensor in group["tensors"]}
-        self._fp32 = {name: torch.empty(STRETCH) for name in ("p", "g", "m", "v")}
+        self._fp32 = {name: torch.empty(STRETCH) for name in ("p", "m", "v")}
         self._int32 = torch.empty(STRETCH, dtype=torch.int32)
 
     @torch.no_grad()
@@ -45,11 +46,7 @@ class Updater:
         for start in range(0, compute.numel(), STRETCH):
             stop = min(start + STRETCH, compute.numel())
             part = {name: _slice(t, start, stop, compute.numel()) for name, t in planes.items()}
-            p, g, m, v = (self._fp32[name][: stop - start] for name in ("p", "g", "m", "v"))
-            join(part["high"], part["low"], p)
-            g.copy_(part["gradient"])
-            if update.scale is not None:
-                g.mul_(update.scale)
+            p, m, v = (self._fp32[name][: stop - start] for name in ("p", "m", "v"))
             exact = part["m"].dtype == torch.float32
             if exact:
                 m, v = part["m"], part["v"]
@@ -59,46 +56,39 @@ class Updater:
             elif not exact:
                 decode_m(part, m)
                 decode_v(part, v)
-            self._adamw(piece, begin + start, p, g, m, v, update)
-            split(p, part["high"], part["low"], self._int32[: stop - start])
+            high, low, gradient, into = part["high"], part["low"], part["gradient"], compute[start:stop]
+            runs = self._runs(piece, begin + start, stop - start, update)
+            if compute.dtype == torch.bfloat16 and native.use_native(gradient):
+                for run, numbers in runs:
+                    tensors = (t[run] for t in (high, low, m, v, gradient, into))
+                    native.adamw_halves(*tensors, native_numbers(**numbers))
+            else:
+                join(high, low, p)
+                for run, numbers in runs:
+                    adamw_(p[run], gradient[run], m[run], v[run], **numbers)
+                split(p, high, low, self._int32[: stop - start])
+                into.copy_(p if compute.dtype == torch.float32 else high.view(torch.bfloat16))
             if not exact:
                 encode_m(m, part, part["low"])
                 encode_v(v, part, part["low"])
-            if compute.dtype == torch.float32:
-                compute[start:stop] = p
-            else:
-                compute[start:stop].view(torch.int16).copy_(part["high"])
 
-    def _adamw(self, piece: Piece, begin: int, p: Tensor, g: Tensor, m: Tensor, v: Tensor, update: Update) -> None:
-        """The formula, on those parts of elements begin … that belong to tensors, group by group."""
-        runs: dict[int, list[slice]] = {}
+    def _runs(self, piece: Piece, begin: int, count: int, update: Update) -> Iterator[tuple[slice, dict]]:
+        """The parts of elements begin … begin + count that belong to tensors, each with its group's numbers."""
         for place in piece.places:
-            start, stop = max(place.start - begin, 0), min(place.stop - begin, p.numel())
+            start, stop = max(place.start - begin, 0), min(place.stop - begin, count)
             if start < stop:
-                runs.setdefault(self._group_of[place.name], []).append(slice(start, stop))
-        for number, slices in runs.items():
-            group = self.groups[number]
-            numbers = {"lr": update.lr * group["lr_multiplier"], "weight_decay": group["weight_decay"]}
-            columns = [[t[s] for s in slices] for t in (p, g, m, v)]
-            if self.optimizer.name == "adamw_cerebras":
-                for tensors in zip(*columns, strict=True):
-                    adamw_cerebras_(
-                        *tensors, step=update.optimizer_step, betas=self.optimizer.betas, eps=group["eps"], **numbers
-                    )
-            else:
-                _fused_adamw(*columns, update.optimizer_step, self.optimizer.betas, group["eps"], **numbers)
-
-
-def _fused_adamw(
-    p: Sequence[Tensor], g: Sequence[Tensor], m: Sequence[Tensor], v: Sequence[Tensor], step: int,
-    betas: tuple[float, float], eps: float, lr: float, weight_decay: float,
-) -> None:  # fmt: skip
-    """The kernel behind torch.optim.AdamW(fused=True)."""
-    steps = [torch.tensor(float(step)) for _ in p]
-    torch._fused_adamw_(
-        p, g, m, v, [], steps, lr=lr, beta1=betas[0], beta2=betas[1], weight_decay=weight_decay, eps=eps,
-        amsgrad=False, maximize=False,
-    )  # fmt: skip
+                group = self.groups[self._group_of[place.name]]
+                yield (
+                    slice(start, stop),
+                    {
+                        "config": self.optimizer,
+                        "step": update.optimizer_step,
+                        "lr": update.lr * group["lr_multiplier"],
+                        "eps": group["eps"],
+                        "weight_decay": group["weight_decay"],
+                        "scale": update.scale,
+                    },
+                )
 
 
 def _slice(plane: Tensor, start: int, stop: int, numel: int) -> Tensor:

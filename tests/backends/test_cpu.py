@@ -47,7 +47,7 @@ def test_the_optimizers_groups_are_the_plans():
 def test_an_optimizer_that_drifts_from_the_plan_is_caught(fault):
     """What would happen if muP were off: gpt-neox trained so for a year."""
     made = backend()
-    groups = {g["name"]: g for g in made.adamw.param_groups}
+    groups = {g["name"]: g for g in made.parameter_groups}
     if fault == "lr":
         groups["hidden"]["lr_multiplier"] = 1.0
     elif fault == "decay":
