@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
+import crystal.kernels.native as native
 from crystal.backends.adamw import adamw_, gradient_norm
 from crystal.backends.base import MicroBatch, OneProcess, Schedule, StepResult
 from crystal.backends.cast import round_to_bf16
@@ -191,6 +192,7 @@ class CpuBackend(OneProcess):
             "device": platform.processor() or platform.machine(),
             "threads": torch.get_num_threads(),
             "compute_dtype": self.config.dtype,
+            "kernels": "native.c" if native.available() else "torch",
             "weights_dtype": "fp32",
             "exact_clipping": True,
             "gradient_accumulation": True,

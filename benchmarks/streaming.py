@@ -45,7 +45,7 @@ def ours(directory: Path) -> Callable[[], object]:
     assert (model.d_ff, model.n_heads, model.vocab_size) == (INNER, HEADS, WORDS)
     torch.set_num_threads(os.cpu_count())
     optimizer, plan = OptimizerConfig(grad_clip=1.0), plan_for(model)
-    config = WeightStreamingConfig(name="weight_streaming", buffers_gb=0.8)
+    config = WeightStreamingConfig(name="weight_streaming", buffers_gb=0.6)
     made = WeightStreamingBackend(model, plan, optimizer, lambda step: 1e-4, 1, 1, config, directory)
     made.load(lambda kind: random_weights(plan), None)
     batches, steps = random_batches(WORDS, TOKENS, 1), iter(range(1, 1 << 20))
