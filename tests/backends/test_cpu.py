@@ -241,3 +241,17 @@ def test_both_models_learn_a_batch_by_heart(name, change, dtype):
     data = batch()
     losses = [made.train_step(step, [data]).host()["loss"] for step in range(1, 61)]
     assert losses[-1] < 0.5
+
+
+def test_compiled_blocks_take_the_same_steps():
+    def losses(compile):
+        config = CONFIG.model_copy(update={"n_layers": 1})
+        plan = plan_for(config, weight_decay=0.1, eps=1e-9)
+        settings = CpuConfig(dtype="fp32", compile=compile)
+        made = CpuBackend(config, plan, OPTIMIZER, lambda step: 0.01, 1, 2, settings)
+        made.initialise()
+        found = [made.train_step(step, [batch(seed=step)]).loss.item() for step in (1, 2, 3)]
+        assert made.decoder().state_dict().keys() == made.weights.keys()
+        return found
+
+    assert losses(True) == pytest.approx(losses(False), rel=1e-5)
