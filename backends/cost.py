@@ -1,7 +1,8 @@
 """What a decoder costs on paper: FLOPs, bytes of weights and optimizer state by backend, bytes of activations.
 
 State, in bytes a parameter: fp32 weights 4, fp32 gradients 4, AdamW's two fp32 moments 8, and with bf16 compute a
-rounded copy of the weights 2. What the weight-streaming store and its buffers take, its own layout says.
+rounded copy of the weights 2. (On `cpu` in bf16 the gradients of a single micro-batch take 2, of several 4.) What the
+weight-streaming store and its buffers take, its own layout says.
 
 Activations, by the method of Korthikanti et al. 2022, "Reducing Activation Recomputation in Large Transformer Models",
 section 4: what autograd keeps of a block from forward to backward, an element of the compute dtype each, a token:

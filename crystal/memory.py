@@ -20,6 +20,12 @@ def peak_rss_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+def release_heap() -> None:
+    """Have glibc hand back what is free now, between tensors in use too."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
 def keep_heap() -> None:
     """Have glibc keep what is free for the next tensor, up to 32 MB each, its limit; larger ones go back at once.
 

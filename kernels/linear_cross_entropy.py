@@ -23,8 +23,6 @@ NO_LABEL = -100  # is ignored; labels of the head are classes throughout
 
 def _scored_by_torch(logits_CV, labels_C, weights_C, scale: float, with_grad: bool) -> tuple[Tensor, Tensor | None]:
     """Each token's loss, and the gradient of the weighted sum by the logits, which may be overwritten."""
-    if native.use_native(logits_CV):
-        return native.score(logits_CV, labels_C, weights_C, scale, with_grad), logits_CV if with_grad else None
     dtype, logits_CV = logits_CV.dtype, logits_CV.float()
     if scale != 1:
         logits_CV.mul_(scale)
@@ -38,6 +36,11 @@ def _scored_by_torch(logits_CV, labels_C, weights_C, scale: float, with_grad: bo
         return nll_C, None
     grad_CV.scatter_add_(1, label_C1, torch.full_like(top_C1, -1.0))
     return nll_C, grad_CV.mul_(weights_C[:, None] * scale).to(dtype)
+
+
+def _scored_by_native(logits_CV, labels_C, weights_C, scale: float, with_grad: bool) -> tuple[Tensor, Tensor | None]:
+    """The same by `native.c`."""
+    return native.score(logits_CV, labels_C, weights_C, scale, with_grad), logits_CV if with_grad else None
 
 
 def _scored_by_kernels(logits_CV, labels_C, weights_C, scale: float, with_grad: bool) -> tuple[Tensor, Tensor | None]:
@@ -72,12 +75,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
         nll_N = torch.empty(x_ND.shape[0], dtype=torch.float32, device=x_ND.device)
         fused = use_triton(x_ND, weight_VD) and not torch.compiler.is_compiling()
         chunk = CUDA_CHUNK if fused else CHUNK
+        plain = _scored_by_native if native.use_native(x_ND, weight_VD) else _scored_by_torch
+        score = _scored_by_kernels if fused else plain
         dw_VD = None  # of one chunk as it comes, for it is the largest tensor of a small step; a sum of several in fp32
         if needs_w and x_ND.shape[0] > chunk:
             dw_VD = torch.zeros(weight_VD.shape, dtype=torch.float32, device=x_ND.device)
         for begin in range(0, x_ND.shape[0], chunk):
             rows = slice(begin, begin + chunk)
-            score = _scored_by_kernels if fused else _scored_by_torch
             nll_N[rows], grad_CV = score(
                 product(x_ND[rows], weight_VD), labels_N[rows], weights_N[rows], logits_scale, needs_x or needs_w
             )

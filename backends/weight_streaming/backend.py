@@ -31,9 +31,9 @@ from crystal.backends.weight_streaming.reduce import (
 )
 from crystal.backends.weight_streaming.store import Store, Update
 from crystal.backends.weight_streaming.stream import Stream
-from crystal.backends.weight_streaming.transfer import release_heap
 from crystal.backends.weight_streaming.update import Updater
 from crystal.config import ConfigError
+from crystal.memory import release_heap
 from crystal.mup.plan import Plan
 from crystal.zoo.build import build, initial_tensor
 from crystal.zoo.config import ModelConfig

@@ -18,7 +18,7 @@ from crystal.backends.weight_streaming.boundaries import Boundaries
 from crystal.backends.weight_streaming.gradients import Gradients, Sums
 from crystal.backends.weight_streaming.layout import Piece
 from crystal.backends.weight_streaming.stream import Stream
-from crystal.backends.weight_streaming.transfer import release_heap
+from crystal.memory import release_heap
 from crystal.zoo.decoder import Decoder
 
 EMBEDDING, HEAD = "embed.weight", "head.weight"

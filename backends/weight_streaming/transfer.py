@@ -7,8 +7,6 @@ are allocated once: on a virtual machine the first touch of a gigabyte can cost 
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import mmap
 import os
 import queue
@@ -41,12 +39,6 @@ class Buffer:
     def tensor(self, dtype: torch.dtype, start: int, numel: int) -> Tensor:
         """`numel` numbers from byte `start` on; to autograd no part of any other tensor here."""
         return torch.frombuffer(self.memory, dtype=dtype, count=numel, offset=start)
-
-
-def release_heap() -> None:
-    """Have glibc hand back what is free now, between tensors in use too."""
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 class File(Protocol):
