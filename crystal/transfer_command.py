@@ -14,6 +14,7 @@ import yaml
 from crystal.config import ConfigError
 from crystal.describe import flops_per_token, matmul_rate
 from crystal.mup.transfer import Transfer, Trial, forecast, judge
+from crystal.progress import Bar, has_bar
 from crystal.run import load_run
 from crystal.sweep import Sweep, as_trials, finished, load_sweep, points, run_sweep
 from crystal.zoo.build import parameter_count
@@ -115,23 +116,17 @@ def plan_text(plan: dict) -> str:
 
 def transfer(path: str, overrides: list[str], workers: int, out: Path | None, console: Console) -> tuple[dict, str]:
     """Run what is left of a sweep and judge it. Returns (JSON object, text)."""
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-
     sweep = load_sweep(path, tuple(overrides), out)
-    progress = Progress(
-        TextColumn("{task.description}"), BarColumn(),
-        TextColumn("{task.completed:.0f}/{task.total:.0f} trials{task.fields[left]}"), TimeElapsedColumn(),
-        console=console, disable=not console.is_terminal,
-    )  # fmt: skip
+    progress = Bar(console)
     with progress:
-        task = progress.add_task(sweep.config.name, total=None, left="")
+        task = progress.add_task(sweep.config.name, total=None, numbers="")
         said = 0
 
         def show(done: int, total: int, seconds: float) -> None:
             nonlocal said
             left = "" if math.isinf(seconds) or done == total else f", {seconds / 60:.0f} min left"
-            progress.update(task, total=total, completed=done, left=left)
-            if not console.is_terminal and done * 20 // total > said:
+            progress.update(task, total=total, completed=done, numbers="trials")
+            if not has_bar(console) and done * 20 // total > said:
                 said = done * 20 // total
                 console.print(f"{sweep.config.name}: {done}/{total} trials{left}", highlight=False)
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from crystal.config import ConfigError
 from crystal.curriculum import Curriculum, Stage
 from crystal.data.store import TokenStore
+from crystal.progress import Bar, has_bar
 from crystal.run import RunFile, prepare_run
 from crystal.training.loop import Outcome, Trainer
 
@@ -17,15 +17,7 @@ class _Bar:
 
     def __init__(self, console: Console):
         self.console = console
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TextColumn("{task.completed:.0f}/{task.total:.0f}"),
-            TextColumn("{task.fields[numbers]}"),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-        )
-        self.progress = Progress(*columns, console=console, disable=not console.is_terminal)
+        self.progress = Bar(console)
         self.task = self.progress.add_task("", total=None, numbers="")
         self.stop = 0
 
@@ -38,14 +30,14 @@ class _Bar:
         numbers = f"loss {loss}  {record['tokens_per_second']:,.0f} tok/s"
         where = f"stage {stage.index + 1} {stage.name}"
         self.progress.update(self.task, completed=record["step"], description=where, numbers=numbers)
-        if not self.console.is_terminal and record["step"] % max(self.stop // 20, 1) == 0:
-            self.console.print(f"{where}: step {record['step']}/{self.stop}  {numbers}", highlight=False)
+        if not has_bar(self.console) and record["step"] % max(self.stop // 20, 1) == 0:
+            self.console.print(f"{where}: step {record['step']}/{self.stop}  {numbers}", highlight=False, markup=False)
         if "val_loss" in record:
             losses = "  ".join(f"{source} {value:.3f}" for source, value in record["val_loss"].items())
             self.note(f"{where}: step {record['step']}  validation  {losses}")
 
     def note(self, text: str) -> None:
-        self.progress.console.print(text, highlight=False)
+        self.progress.console.print(text, highlight=False, markup=False)
 
 
 def start(run: RunFile, stage: int | None, until: int | None, console: Console) -> Outcome:
