@@ -166,9 +166,8 @@ def _load(path: Path, kinds: Sequence[str], computed: Callable, above: tuple[Pat
         problem = getattr(error, "problem", None) or getattr(error, "reason", None) or error
         raise ConfigError(f"{path}{line}: expected YAML, {problem}") from None
     except UnicodeDecodeError as error:
-        raise ConfigError(
-            f"{path}: cannot be read: expected UTF-8 text, found byte 0x{error.object[error.start]:02x} at {error.start}"
-        ) from None
+        wrong = f"byte 0x{error.object[error.start]:02x} at {error.start}"
+        raise ConfigError(f"{path}: cannot be read: expected UTF-8 text, found {wrong}") from None
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
     if not isinstance(mapping, dict):
@@ -195,7 +194,7 @@ def _yaml(text: str) -> Any:
         return yaml.load(text, _Loader)  # noqa: S506  a SafeLoader, see above
     except RecursionError:
         raise yaml.YAMLError("nested too deeply") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:  # `!!int x`, `!!bool x`, a number of 5,000 digits
+    except (ValueError, KeyError, TypeError, AttributeError) as error:  # `!!int x`, `!!bool x`, 5,000 digits
         raise yaml.YAMLError(f"a value that is not what it says ({error})") from None
 
 

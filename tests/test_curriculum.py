@@ -298,7 +298,7 @@ MISTAKES = [
         "stages.0.sources.web",
         "expected a source of the corpus (css, english, html, javascript, python), or a pattern of curriculum.bind",
     ),
-    (small(sources={"pyhton": 1.0}), "stages.0.sources.pyhton", "expected a source of the corpus (css, english, html, "),
+    (small(sources={"pyhton": 1.0}), "stages.0.sources.pyhton", "expected a source of the corpus (css, english, html"),
     (
         small(sources={"web": 0.5, "wiki": 0.3, "css": 0.2}) | {"bind": {"css": "css"}},
         "bind",

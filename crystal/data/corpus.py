@@ -14,7 +14,7 @@ import multiprocessing
 import os
 import signal
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
@@ -66,7 +66,9 @@ def load_recipe(name_or_path: str | Path) -> Recipe:
 
 
 def _placed(entry: Entry, base: Path) -> Entry:
-    return entry.model_copy(update={"files": str(base / Path(entry.files).expanduser())}) if entry.files else entry
+    if entry.files is None:
+        return entry
+    return entry.model_copy(update={"files": os.path.normpath(base / Path(entry.files).expanduser())})
 
 
 def fetch(recipe: Recipe, cache: Path) -> None:
@@ -78,16 +80,19 @@ def _fetch(recipe: Recipe, sources: Iterable[Source], cache: Path) -> None:
     packages.fetch([entry for source in sources for entry in source.entries], cache, recipe.name)
 
 
-def documents(recipe: Recipe, source: str, cache: Path) -> Iterator[Document]:
+def documents(
+    recipe: Recipe, source: str, cache: Path, note: Callable[[str], None] = lambda text: None
+) -> Iterator[Document]:
     """The documents of one source, in an order that depends on nothing but the recipe and its archives.
 
-    Fetches and extracts what is not yet in the cache. Raises ConfigError for an unknown source, for what
-    cannot be fetched or read, and for a source that turns out empty.
+    Fetches and extracts what is not yet in the cache. note: is told, at the end, what of the user's own files was
+    passed over. Raises ConfigError for an unknown source, for what cannot be fetched or read, and for a source that
+    turns out empty.
     """
     if source not in recipe.sources:
         raise ConfigError(f"corpus {recipe.name}: no source '{source}'{nearest(source, recipe.sources)}")
     if not _copied(recipe.sources[source]):
-        return _made(source, recipe.sources[source], cache)
+        return _made(source, recipe.sources[source], cache, note)
     build(recipe, cache, [source])
     return _read(_built(source, recipe.sources[source], cache))
 
@@ -163,15 +168,21 @@ def _read(file: Path) -> Iterator[Document]:
         yield Document(**row)
 
 
-def _made(name: str, source: Source, cache: Path) -> Iterator[Document]:
+def _made(
+    name: str, source: Source, cache: Path, note: Callable[[str], None] = lambda text: None
+) -> Iterator[Document]:
     """The documents of a source, made from its archives and files."""
     seen = filters.Seen() if _copied(source) else None
-    total = 0
+    skipped, unfit, total = local.Skipped(), 0, 0
     for entry in source.entries:
         size = 0
-        for path, text, license_ in _package(entry, source, cache) if entry.package else local.rows(entry):
+        for path, text, license_ in _package(entry, source, cache) if entry.package else local.rows(entry, skipped):
             text = text.encode("utf-8", "replace").decode("utf-8")  # a lone surrogate cannot be written
+            if not text.strip():
+                skipped.add(f"{path}: an empty document")
+                continue
             if not filters.good(text, source.filter) or (seen and seen.repeats(text)):
+                unfit += 1
                 continue
             length = len(text.encode("utf-8"))
             if source.max_bytes and total + length > source.max_bytes:
@@ -182,7 +193,17 @@ def _made(name: str, source: Source, cache: Path) -> Iterator[Document]:
             ident = hashlib.sha256(f"{name}\0{path}\0{text}".encode()).hexdigest()[:16]
             yield Document(ident, text, name, path, license_)
     if not total:
-        raise ConfigError(f"source {name}: no document passes its filters")
+        raise ConfigError(f"source {name}: {_nothing(source, skipped, unfit)}")
+    if skipped.count and not seen:
+        note(f"{name}: {skipped.count:,} without text passed over; the first: {skipped.first}")
+
+
+def _nothing(source: Source, skipped: local.Skipped, unfit: int) -> str:
+    if unfit:
+        return f"none of its {unfit + skipped.count} documents passes its filter '{source.filter}'"
+    if skipped.count:
+        return f"all of its {skipped.count} documents are without text; the first: {skipped.first}"
+    return f"no document in {', '.join(entry.files or entry.package for entry in source.entries)}"
 
 
 def _package(entry: Entry, source: Source, cache: Path) -> Iterator[tuple[str, str, str]]:
@@ -204,7 +225,9 @@ def _source_fingerprint(source: Source, cache: Path) -> str:
     for entry in source.entries:
         read = [("", packages.archive(entry, cache))] if entry.package else local.files(entry)
         hashes = [(name, packages.sha256(file, cache)) for name, file in read]
-        parts.append([entry.model_dump(exclude={"files", "sha256"}), hashes])
+        # a key younger than the first corpora counts where it is set, or they would all be made again
+        young = set() if entry.skip_bad else {"skip_bad"}
+        parts.append([entry.model_dump(exclude={"files", "sha256"} | young), hashes])
     return _digest(parts)
 
 

@@ -27,6 +27,7 @@ from pathlib import Path
 
 from crystal.config import ConfigError
 from crystal.data.recipe import PACKAGE, Entry
+from crystal.files import sha256_of
 
 _EMPTY_BACKEND = """\
 import email, os, shutil
@@ -54,6 +55,7 @@ _BACKENDS = (
     "mesonpy",
     "maturin",
 )
+_SMALL = 1 << 18  # bytes below which a file is read again sooner than its hash is looked up
 _NO_NETWORK = "no network, or the package index does not answer"
 
 
@@ -201,12 +203,13 @@ def _reason(stderr: str) -> str:
 def sha256(file: Path, cache: Path) -> str:
     """Hex sha256 of a file. Remembered in the cache by path, size and time, since corpora may be large."""
     stat = file.stat()
+    if stat.st_size < _SMALL:
+        return sha256_of(file)
     key = hashlib.sha256(f"{file.resolve()}\0{stat.st_size}\0{stat.st_mtime_ns}".encode()).hexdigest()
     known = cache / "hashes" / key
     if known.is_file() and len(found := known.read_text(encoding="ascii")) == 64:
         return found
-    with file.open("rb") as stream:
-        found = hashlib.file_digest(stream, "sha256").hexdigest()
+    found = sha256_of(file)
     known.parent.mkdir(parents=True, exist_ok=True)
     known.write_text(found, encoding="ascii")  # half a hash is not 64 digits, see above
     return found

@@ -30,8 +30,8 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from crystal.config import ConfigError, Strict, cache_dir, nearest
-from crystal.data import corpus, pack, store
-from crystal.data.tokenizer import Tokenizer, padded, train_tokenizer
+from crystal.data import corpus, holdout, pack, store
+from crystal.data.tokenizer import Tokenizer, VocabularyError, padded, train_tokenizer
 from crystal.files import sha256_of, sync
 
 if TYPE_CHECKING:
@@ -40,7 +40,8 @@ if TYPE_CHECKING:
 
     from crystal.data.corpus import Document, Recipe
 
-_FORMAT = 1  # part of the fingerprint: raise it when the same inputs give other rows
+_FORMAT = 2  # part of a store's fingerprint: raise it when the same inputs give other rows
+_TOKENIZER_FORMAT = 1  # the same for a vocabulary trained here
 _BATCH_CHARS = 1 << 21
 
 
@@ -133,7 +134,7 @@ def _tokenizer(
     """The published vocabulary, or the one trained on the sources `names` (now, if it is not in the cache)."""
     if config.path is not None:
         return Tokenizer.load(config.path, added_tokens=config.added_tokens)
-    key = _digest([_FORMAT, corpus_fingerprint, names, config.train.model_dump()])
+    key = _digest([_TOKENIZER_FORMAT, corpus_fingerprint, names, config.train.model_dump()])
     path = cache_dir() / "tokenizers" / f"{recipe.name}-{config.train.vocab_size}-{key[:16]}.model"
     with _only_one(path):
         if not path.is_file():
@@ -142,7 +143,7 @@ def _tokenizer(
                 texts = _sample(recipe, names, config.train.bytes_per_source, progress)
                 try:
                     train_tokenizer(texts, config.train.vocab_size, path)
-                except ConfigError as error:
+                except VocabularyError as error:
                     raise ConfigError(f"{where}: data.tokenizer.train: {error}") from None
     return Tokenizer.load(path, added_tokens=config.added_tokens)
 
@@ -194,15 +195,20 @@ class _Build:
         (self.partial / name).mkdir()
         train = pack.Spool(self.partial / f".{name}.train", data.shuffle_seed, self.dtype)
         val = pack.Spool(self.partial / f".{name}.val", data.shuffle_seed, self.dtype)
-        bos = self.tokenizer.bos_id if data.bos else None
+        small = holdout.Small()
         for document, ids in self._tokenized(name):
             if len(ids) < data.min_tokens:
                 continue
             record = {"id": document.id, "path": document.path, "license": document.license}
             record["bytes"] = len(document.text.encode("utf-8", "replace"))
-            chosen = pack.hash_fraction("validation", document.id) < data.val_fraction
-            (val if chosen else train).add(record, pack.frame(ids, bos, self.tokenizer.eos_id, self.dtype))
+            fraction, tokens = pack.hash_fraction("validation", document.id), self._framed(ids)
+            (val if fraction < data.val_fraction else train).add(record, tokens)
+            if val.tokens <= seq_len and fraction >= data.val_fraction:
+                small.add(fraction, document.id, len(tokens))
 
+        if data.val_fraction and data.val_rows and val.tokens <= seq_len:
+            train, said = holdout.hold_out(train, val, small, seq_len + 1)
+            self._note(f"{name}: {said}")
         wanted = pack.span_of_row(data.val_rows - 1, seq_len, overlap).stop if data.val_rows else 0
         held_out, taken = [], 0
         enough = val.tokens > seq_len  # fewer would be no row: then all are training documents
@@ -225,11 +231,9 @@ class _Build:
                 f"{self.where}: data.corpus: source '{name}' of '{data.corpus}' has {train.tokens} tokens, "
                 f"expected at least the {seq_len + 1} of one row"
             )
-        self.progress.console.print(
+        self._note(
             f"{name}: train {log.documents['train']:,} documents, {log.tokens['train']:,} tokens, "
-            f"{rows['train']:,} rows; val {log.documents['val']:,} documents, {rows['val']:,} rows",
-            soft_wrap=True,
-            highlight=False,
+            f"{rows['train']:,} rows; val {log.documents['val']:,} documents, {rows['val']:,} rows"
         )
         return store.SourceEntry(
             licenses=sorted(log.licenses),
@@ -243,6 +247,12 @@ class _Build:
             documents_sha256=sha256_of(log.path),
             shards=shards,
         )
+
+    def _framed(self, ids: list[int]) -> np.ndarray:
+        return pack.frame(ids, self.tokenizer.bos_id if self.data.bos else None, self.tokenizer.eos_id, self.dtype)
+
+    def _note(self, text: str) -> None:
+        self.progress.console.print(text, soft_wrap=True, highlight=False, markup=False)
 
     def seal(self, entries: dict[str, store.SourceEntry], origin: store.CorpusEntry, fingerprint: str) -> None:
         """Put the vocabulary and, last, the manifest in place."""
@@ -276,7 +286,7 @@ class _Build:
         task = self.progress.add_task(f"{name}: tokenizing", total=None)
         with ThreadPoolExecutor(1) as pool:
             waiting: tuple[list[Document], Future] | None = None
-            for batch in _batches(corpus.documents(self.recipe, name, cache_dir())):
+            for batch in _batches(corpus.documents(self.recipe, name, cache_dir(), self._note)):
                 ahead = batch, pool.submit(self.tokenizer.encode_many, [document.text for document in batch])
                 if waiting:
                     yield from zip(waiting[0], waiting[1].result(), strict=True)

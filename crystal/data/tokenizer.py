@@ -129,7 +129,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, out_path: str | Path)
     LLaMA's settings: byte fallback, text taken as it is (identity normalization), digits apart, pieces of
     spaces only allowed, 99.995 % of characters covered. Trained line by line, so a newline stays a byte
     token. The same texts in the same order give the same file. Raises ConfigError when the texts cannot
-    fill the vocabulary.
+    fill the vocabulary (VocabularyError).
     """
     import sentencepiece
 
@@ -156,14 +156,26 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, out_path: str | Path)
             minloglevel=2,
         )
     except (RuntimeError, OSError) as error:
-        reason = str(error).rpartition("] ")[2].strip() or "there is no text"
-        raise ConfigError(f"a vocabulary of {vocab_size} cannot be trained: {reason}") from None
+        raise VocabularyError(f"a vocabulary of {vocab_size} cannot be trained: {_reason(str(error))}") from None
     out_path = Path(out_path)
     out_path.parent.mkdir(parents=True, exist_ok=True)
     aside = out_path.with_name(f"{out_path.name}.{os.getpid()}.partial")
     aside.write_bytes(model.getvalue())
     os.replace(aside, out_path)
     return Tokenizer.load(out_path)
+
+
+class VocabularyError(ConfigError):
+    """The texts cannot fill a vocabulary of the size that was asked for, or hold too many characters for it."""
+
+
+def _reason(said: str) -> str:
+    """What sentencepiece says, in words that are about the user's text."""
+    if most := re.search(r"value <= (\d+)", said):
+        return f"this text can fill at most {most[1]}"
+    if needed := re.search(r"required_chars\. \d+ vs (\d+)", said):
+        return f"this text has so many characters that it needs more than {needed[1]}"
+    return said.rpartition("] ")[2].strip() or "there is no text"
 
 
 def _lines(texts: Iterable[str]) -> Iterator[str]:
