@@ -60,7 +60,9 @@ def _threads(config: BackendConfig) -> int | None:
 def _fastest(config: BackendConfig) -> str:
     if _on_cpu(config):
         return tuning.tuning(_threads(config)).dtype
-    return "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    # where there is no GPU, the run is looked at here and made elsewhere
+    slow = torch.cuda.is_available() and not torch.cuda.is_bf16_supported(including_emulation=False)
+    return "fp32" if slow else "bf16"
 
 
 def _first_process(find: Callable[[], Found], config: BackendConfig) -> Found:

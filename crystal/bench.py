@@ -41,7 +41,7 @@ def stream(
     micro_batches: Annotated[int, typer.Option(min=1, help="of a step")] = 1,
     steps: Annotated[int, typer.Option(min=1, help="rounds to measure; the median counts")] = 3,
     moments: Annotated[Literal["fp32", "bf16", "int8"], typer.Option(help="AdamW's, in the store")] = "fp32",
-    dtype: Annotated[Literal["bf16", "fp32"], typer.Option(help="compute")] = "bf16",
+    dtype: Annotated[Literal["auto", "bf16", "fp32"], typer.Option(help="compute; auto: the faster here")] = "auto",
     buffers_gb: Annotated[float | None, typer.Option(help="to read ahead in; default: a block's state")] = None,
     path: Annotated[Path | None, typer.Option(help="directory for the scratch store")] = None,
     as_json: Json = False,

@@ -106,6 +106,19 @@ def models(
 
 
 @app.command()
+def doctor(
+    measure: Annotated[bool, typer.Option("--measure", help="measure anew, on an idle machine")] = False,
+    directory: Annotated[Path, typer.Option("--dir", metavar="DIR", help="whose disk is timed")] = Path(),
+    as_json: Json = False,
+) -> None:
+    """What this machine is, how fast its products and disk are, what was chosen from that, and what is slow and why."""
+    from crystal.doctor import doctor_text, examine
+
+    result = examine(measure, directory)
+    _print(result, as_json, doctor_text(result))
+
+
+@app.command()
 def prepare(run: Run, overrides: Overrides = None, as_json: Json = False) -> None:
     """Corpus → tokenizer → token store, for the sources that the run's curriculum names."""
     from crystal.data.store import TokenStore
@@ -297,7 +310,7 @@ def coord_check(
     parametrization: Parametrization = None,
     lr: Annotated[float | None, typer.Option(help="base LR; default: a sixteenth of the base init sigma")] = None,
     dtype: Annotated[
-        Literal["auto", "bf16", "fp32"], typer.Option(help="compute; auto: bf16 from width 512 on")
+        Literal["auto", "bf16", "fp32"], typer.Option(help="compute; auto: bf16 from width 512 on if faster")
     ] = "auto",
     data: Annotated[str | None, typer.Option(metavar="RUN.yaml", help="rows of its token store, not random")] = None,
     under: Annotated[

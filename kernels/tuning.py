@@ -25,12 +25,13 @@ from pathlib import Path
 
 import torch
 
+from crystal.kernels import waiting
 from crystal.kernels.gcc import cache
 
 LONGEST = 5.0  # seconds of measuring, at most
 ROUNDS = 3  # timings of each candidate to begin with
 SPREAD = 0.10  # the two best timings of a candidate differ by at most this, or it is timed again
-LEAD = 0.03  # a candidate must beat the one before it by this, so that noise does not decide
+LEAD = 0.05  # a candidate must beat the one before it by this, so that noise does not decide
 SHORT = 2e-3  # seconds that one timing lasts at least
 HOPELESS = 2.5  # times the best: not timed a second time
 UNSETTLED_FOR = 3600.0  # seconds that a result is used which a busy machine kept from settling
@@ -141,6 +142,8 @@ def remeasured(threads: int) -> Tuning:
         torch.set_num_threads(before)
     with contextlib.suppress(OSError):  # a cache that cannot be written costs a second at every start
         save(found, _file(found.identity))
+    with contextlib.suppress(OSError, RuntimeError):
+        waiting.remember(waiting.measure(), processor())
     _made.clear()
     _tunings[threads] = found
     return found
