@@ -15,9 +15,12 @@ from crystal.kernels import tuning
 from crystal.kernels.gcc import cache
 from crystal.kernels.linear import FORWARD, INPUT_GRADIENT, WEIGHT_GRADIENT, names_of
 
-ROWS = {128: 1024, 256: 1024, 512: 512, 1024: 512}  # tokens, so that one product takes some milliseconds
+ROWS = {128: 1024, 256: 512, 512: 512, 1024: 256}  # tokens of a product, at PACE or more
+FEWEST = 128  # on a slower processor, which would measure for too long
+PACE = 2e11  # FLOP/s
 D_FF = 43 / 16  # LLaMA's feed-forward width, in widths: a product's larger side
-VOCABULARY, CHUNK = 4096, 512  # words and tokens of the loss head's products
+VOCABULARY, CHUNK = 4096, 256  # words and tokens of the loss head's products
+SMALL = 384  # both sides of a product that tells a processor's rates roughly
 FASTER = 0.9  # bf16 is `auto` where its products take less than this of fp32's time: its rounding costs passes
 READ = 16 << 20  # bytes from disk
 _PRODUCTS = {"forward": FORWARD, "input_gradient": INPUT_GRADIENT, "weight_gradient": WEIGHT_GRADIENT}
@@ -25,17 +28,30 @@ _PRODUCTS = {"forward": FORWARD, "input_gradient": INPUT_GRADIENT, "weight_gradi
 
 def cases() -> Iterator[tuple[str, float, tuning.Candidates]]:
     """(key, work of one call, candidates): FLOPs of products, bytes of memory."""
+    rate = {dtype: _rate(dtype) for dtype in tuning.NAMES}
+    pace = min(1.0, rate[torch.float32] / PACE)
     for dtype in tuning.NAMES:
+        # without bf16 instructions a library's bf16 products take 5 to 20 times as long: not worth timing each
+        hopeless = tuning.HOPELESS * rate[dtype] < rate[torch.float32]
         for size, rows in ROWS.items():
-            wide = round(D_FF * size)
+            rows, wide = max(FEWEST, int(pace * rows)), round(D_FF * size)
             for operation in _PRODUCTS:
-                yield _product(operation, dtype, rows, size, wide)
-            yield _product("weight_gradient", dtype, rows, wide, size)
+                yield _product(operation, dtype, rows, size, wide, hopeless)
+            yield _product("weight_gradient", dtype, rows, wide, size, hopeless)
         for size in tuning.HEADS:
             for operation in _PRODUCTS:
-                yield _product(operation, dtype, CHUNK, size, VOCABULARY)
+                yield _product(operation, dtype, max(FEWEST, int(pace * CHUNK)), size, VOCABULARY, hopeless)
+    a = torch.ones(SMALL, SMALL, dtype=torch.bfloat16)
+    yield "bf16 small", 2.0 * SMALL**3, {name: _call(FORWARD[name], a, a) for name in names_of(FORWARD, a.dtype)}
     with contextlib.suppress(OSError):  # a cache without room, or a file system that has no O_DIRECT
         yield "huge pages", READ, {"huge": _reading(huge=True), "plain": _reading(huge=False)}
+
+
+def _rate(dtype: torch.dtype) -> float:
+    """FLOP/s of torch's product of two small matrices."""
+    a = torch.ones(SMALL, SMALL, dtype=dtype)
+    a @ a
+    return max(2 * SMALL**3 / tuning.seconds_of(lambda: a @ a, 1) for _ in range(3))
 
 
 def faster_dtype(found: dict[str, tuning.Case]) -> str:
@@ -49,7 +65,7 @@ def faster_dtype(found: dict[str, tuning.Case]) -> str:
 
 
 def _product(
-    operation: str, dtype: torch.dtype, rows: int, features_in: int, features_out: int
+    operation: str, dtype: torch.dtype, rows: int, features_in: int, features_out: int, hopeless: bool
 ) -> tuple[str, float, tuning.Candidates]:
     x_NI, weight_OI, dy_NO = (
         torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
@@ -57,7 +73,8 @@ def _product(
     )
     of = {"forward": (x_NI, weight_OI), "input_gradient": (dy_NO, weight_OI), "weight_gradient": (dy_NO, x_NI)}
     candidates = _PRODUCTS[operation]
-    calls = {name: _call(candidates[name], *of[operation]) for name in names_of(candidates, dtype)}
+    names = ["widened"] if hopeless else names_of(candidates, dtype)
+    calls = {name: _call(candidates[name], *of[operation]) for name in names}
     key = tuning.product_key(operation, dtype, features_in, features_out)
     return key, 2.0 * rows * features_in * features_out, calls
 

@@ -256,27 +256,34 @@ def measure(threads: int) -> Tuning:
 def _timed(
     cases: Iterator[tuple[str, float, Candidates]], deadline: float
 ) -> Iterator[tuple[str, float, dict[str, list[float]]]]:
-    """(key, work, timings in seconds by candidate), candidates in turns, so that what disturbs one disturbs all."""
+    """(key, work, timings in seconds by candidate), candidates in turns, so that what disturbs one disturbs all.
+
+    A candidate that cannot run on this processor is left out.
+    """
     for key, work, candidates in cases:
-        calls, seconds = {}, {name: [] for name in candidates}
-        for name, call in candidates.items():  # a first call builds primitives and touches new memory
-            call()
-            once = min(_time(call, 1), _time(call, 1))
+        calls, seconds = {}, {}
+        for name, call in candidates.items():
+            try:
+                call()  # builds primitives, and touches new memory
+            except RuntimeError:  # oneDNN has no bf16 products for processors without AVX-512
+                continue
+            once = seconds_of(call, 1)
             calls[name] = max(1, min(64, int(SHORT / once))) if once > 0 else 64
-            seconds[name].append(once)
+            seconds[name] = [once]
         best = min(min(taken) for taken in seconds.values())
-        running = [name for name in candidates if seconds[name][0] < HOPELESS * best]
+        running = [name for name in seconds if seconds[name][0] < HOPELESS * best]
         rounds = 0
         while rounds < ROUNDS or (not _decided(work, seconds).settled and rounds < 4 * ROUNDS):
             if rounds and time.perf_counter() > deadline:
                 break
             for name in running:
-                seconds[name].append(_time(candidates[name], calls[name]))
+                seconds[name].append(seconds_of(candidates[name], calls[name]))
             rounds += 1
         yield key, work, seconds
 
 
-def _time(call: Callable[[], object], calls: int) -> float:
+def seconds_of(call: Callable[[], object], calls: int) -> float:
+    """Seconds of one call, over several made one after another."""
     begun = time.perf_counter()
     for _ in range(calls):
         call()

@@ -102,6 +102,15 @@ def test_measuring_ends_in_time_and_a_hopeless_candidate_is_timed_once(monkeypat
     assert len(timed[-1][2]["a"]) < len(timed[0][2]["a"])
 
 
+def test_a_candidate_that_this_processor_cannot_run_is_left_out(monkeypatch):
+    def refuses():
+        raise RuntimeError("could not create a primitive")
+
+    ((_, _, seconds),) = tuning._timed(iter([("k", 1.0, {"a": refuses, "b": Clock(monkeypatch).taking(0.1)})]), 1e9)
+    assert set(seconds) == {"b"}
+    assert tuning._decided(1.0, seconds).chosen == "b"
+
+
 @pytest.fixture(scope="module")
 def keys():
     return {key for key, _, _ in candidates.cases()}
