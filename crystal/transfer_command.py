@@ -13,7 +13,8 @@ import yaml
 
 from crystal.config import ConfigError
 from crystal.describe import flops_per_token, matmul_rate
-from crystal.mup.transfer import Transfer, Trial, forecast, judge
+from crystal.mup.forecast import forecast
+from crystal.mup.transfer import Transfer, Trial, judge
 from crystal.progress import Bar, has_bar
 from crystal.run import load_run
 from crystal.sweep import Sweep, as_trials, finished, load_sweep, points, run_sweep

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from crystal.mup.transfer import Trial, curves, fit_optimum, forecast, judge, metrics
+from crystal.mup.forecast import forecast
+from crystal.mup.transfer import Trial, curves, fit_optimum, judge, metrics
 
 GRID = [2.0**k for k in range(-12, -3)]
 
