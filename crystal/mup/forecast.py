@@ -1,4 +1,4 @@
-"""How low the loss of wider models will be: a power law in width, and how it did on the widest one that was measured."""
+"""How low the loss of wider models will be: a power law in width, and how it did on the widest measured one."""
 
 from __future__ import annotations
 

@@ -22,6 +22,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
+from statistics import fmean
 from typing import Literal
 
 import numpy as np
@@ -148,9 +149,7 @@ def _interval(curve: dict[float, dict[int, float]], octaves: float) -> tuple[flo
     vertices = []
     for drawn, times in _resamples(len(seeds)).items():
         picked = [seeds[i] for i in drawn]
-        again = {
-            x: float(np.mean([ys[s] for s in picked if s in ys])) for x, ys in curve.items() if set(ys) & set(picked)
-        }
+        again = {x: fmean(ys[s] for s in picked if s in ys) for x, ys in curve.items() if set(ys) & set(picked)}
         if again:
             vertices += [_parabola(again, octaves).vertex] * times
     low, high = np.percentile(vertices, [2.5, 97.5])
@@ -167,7 +166,7 @@ def _resamples(count: int) -> Counter[tuple[int, ...]]:
 def _means(curve: dict[float, dict[int, float]]) -> dict[float, float]:
     """Mean over seeds of every learning rate at which no seed diverged (or, failing that, of what there is)."""
     most = max((len(ys) for ys in curve.values()), default=0)
-    return {x: float(np.mean(list(ys.values()))) for x, ys in curve.items() if ys and len(ys) == most}
+    return {x: fmean(ys.values()) for x, ys in curve.items() if ys and len(ys) == most}
 
 
 def _near(mean: dict[float, float], octaves: float) -> dict[float, float]:
@@ -220,10 +219,7 @@ def judge(trials: Sequence[Trial], max_shift: float = MAX_SHIFT, max_regret: flo
     reported = _reported(by_width, windows)
     window, optima = windows[reported], found[reported][1]
     judged = {octaves: w for octaves, w in windows.items() if w.verdict}
-    edges = [f"width {o.width}: {o.edge}" for o in optima.values() if o.edge]
-    if edges:
-        verdict, message = "INCONCLUSIVE", f"on the grid's edge, so the optimum is not enclosed: {'; '.join(edges)}"
-    elif not judged:
+    if not judged:
         verdict = "INCONCLUSIVE"
         message = f"the grid is too coarse to place the optimum: {window.message}"
     elif len({w.verdict for w in judged.values()}) > 1:
@@ -232,7 +228,7 @@ def judge(trials: Sequence[Trial], max_shift: float = MAX_SHIFT, max_regret: flo
         verdict = window.verdict
         message = f"{window.message} (the same in windows of {_octaves(judged)})"
     diverged = sum(t.diverged or not math.isfinite(t.loss) for t in trials)
-    shift, shift_ci, regret = _move(by_width, optima)[1:]
+    shift, shift_ci, regret, _ = _move(by_width, optima)
     return Transfer(
         verdict, message, optima, shift, shift_ci, regret, len(trials), diverged, metrics(optima), reported, windows
     )
@@ -252,12 +248,16 @@ def _within(
 ) -> tuple[Window, dict[int, Optimum]]:
     """(what one window says, the optima in it)."""
     optima = {w: fit_optimum(w, curve, octaves) for w, curve in by_width.items()}
+    shift, shift_ci, regret, moved = _move(by_width, optima)
+    edges = [f"width {o.width}: {o.edge}" for o in optima.values() if o.edge]
+    if edges:
+        message = f"on the grid's edge, so the optimum is not enclosed: {'; '.join(edges)}"
+        return Window("INCONCLUSIVE", message, shift, shift_ci, regret), optima
     few = {w: len(near) for w, curve in by_width.items() if len(near := _near(_means(curve), octaves)) < 3}
     if few:
         width, count = next(iter(few.items()))
         points = f"{count} point{'s' * (count > 1)}"
         return Window(None, f"±{octaves:g} octaves hold {points} at width {width}, expected at least 3"), optima
-    moved, shift, shift_ci, regret = _move(by_width, optima)
     half, narrow, wide = (shift_ci[1] - shift_ci[0]) / 2, min(optima), max(optima)
     tried = sorted(by_width[narrow])
     step = min(np.diff(tried))
@@ -281,8 +281,8 @@ def _within(
 
 def _move(
     by_width: dict[int, dict[float, dict[int, float]]], optima: dict[int, Optimum]
-) -> tuple[int, float, tuple[float, float], float]:
-    """(width whose optimum lies furthest from the narrowest's, by how much, 95% of that, regret at the widest)."""
+) -> tuple[float, tuple[float, float], float, int]:
+    """(the move furthest from the narrowest width's optimum, 95% of it, regret at the widest, the width moved to)."""
     narrow, wide = min(optima), max(optima)
     base = optima[narrow]
     moved = max(
@@ -291,7 +291,7 @@ def _move(
     shift = moved.log2_lr_optimum - base.log2_lr_optimum
     half = math.hypot(*((o.ci[1] - o.ci[0]) / 2 for o in (moved, base)))
     regret = _regret(by_width[wide], optima[wide], base.log2_lr_optimum)
-    return moved.width, shift, (shift - half, shift + half), regret
+    return shift, (shift - half, shift + half), regret, moved.width
 
 
 def _octaves(windows: Iterable[float]) -> str:
