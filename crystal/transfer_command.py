@@ -149,7 +149,7 @@ def transfer(path: str, overrides: list[str], workers: int, out: Path | None, co
         if stale:
             console.print(
                 f"{sweep.directory}: {stale} finished trial{'s' * (stale > 1)} of other settings kept, not counted",
-                highlight=False, markup=False,
+                highlight=False, markup=False, soft_wrap=True,
             )  # fmt: skip
         _run(sweep, workers, console)
         result, shown = report(sweep)

@@ -44,7 +44,8 @@ def write_target(sweep: Sweep, result: dict, file: Path) -> None:
             "base_lr": result["best"]["lr"],
         },
     }
-    write_whole(file, "# Written by `crystal transfer`.\n" + yaml.safe_dump(written, sort_keys=False))
+    text = yaml.safe_dump(written, sort_keys=False, allow_unicode=True)
+    write_whole(file, f"# Written by `crystal transfer`.\n{text}")
     plan = load_run(file).config.plan()
     write_whole(file.with_name("target-plan.json"), json.dumps(plan.as_dict(), indent=1) + "\n")
 
