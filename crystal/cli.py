@@ -16,7 +16,7 @@ import typer
 from crystal import __version__, completion
 from crystal.bench import bench
 from crystal.cerebras import cerebras
-from crystal.complaints import complain
+from crystal.complaints import complain, usage_message
 from crystal.config import ConfigError
 from crystal.config_command import config
 from crystal.data_commands import data
@@ -57,8 +57,7 @@ def main() -> None:
         if type(error).__name__ == "NoArgsIsHelpError":  # a bare `crystal`
             print(error, file=sys.stderr)
         elif hasattr(error, "format_message"):  # a usage error of typer's
-            command = error.ctx.command_path if error.ctx else "crystal"
-            complain(f"{' '.join(error.format_message().split())} (see {command} --help)")
+            complain(usage_message(error))
         else:
             raise
         sys.exit(2)

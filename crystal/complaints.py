@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
+from typing import Any
 
 from crystal.options import is_first, print_out
 
@@ -22,6 +24,21 @@ def complain(message: str, file: str | None = None, key: str | None = None) -> N
         print(f"crystal: {message}", file=sys.stderr)
     elif distributed is not None and distributed.is_initialized():
         print(f"crystal: process {os.environ['RANK']}: {message}", file=sys.stderr)
+
+
+def usage_message(error: Any) -> str:
+    """What a usage error of typer's says, in one line and without the words of the library that checks values."""
+    message = " ".join(error.format_message().split()).rstrip(".")
+    command = error.ctx.command_path if error.ctx else "crystal"
+    if hasattr(error.__cause__, "errors"):  # pydantic's, of a value of the wrong type
+        problem = error.__cause__.errors()[0]
+        subject = message.partition(": ")[0]
+        expected = re.sub(r"^Input should be (a valid )?|, unable to parse .*$", "", problem["msg"])
+        expected = expected.replace("greater than or equal to", "at least").replace("less than or equal to", "at most")
+        if choices := re.search(r"is not one of (.*?)\.?$", expected):
+            expected = f"one of {choices[1]}".replace("'", "")
+        message = f"{subject}: expected {expected}, got {problem['input']!r}"
+    return f"{message} (see {command} --help)"
 
 
 def _wants_json(words: list[str]) -> bool:

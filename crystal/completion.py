@@ -87,6 +87,10 @@ def _completion(flag: str, words: list[str]) -> None:
         return
     try:
         _, path = install(shell=shell, prog_name="crystal", complete_var="_CRYSTAL_COMPLETE")
+        if shell == "zsh":  # loaded by the first Tab, it would only define itself, and complete from the second on
+            path.write_text(
+                path.read_text() + '\n[[ $zsh_eval_context[-1] == loadautofunc ]] && _crystal_completion "$@"\n'
+            )
     except OSError as error:
         raise ConfigError(f"{flag}: {error.filename}: {error.strerror}") from None
     print(f"{shell} completion installed in {path}; it works in the next shell that you start")

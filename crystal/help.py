@@ -53,6 +53,14 @@ class Command(TyperCommand):
         """The whole summary; the width of the list it stands in is the list's concern."""
         return super().get_short_help_str(1000)
 
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        try:
+            return super().parse_args(ctx, args)
+        except Exception as error:
+            if getattr(error, "ctx", ctx) is None:  # a usage error that would be taken for the group's
+                error.ctx = ctx
+            raise
+
     def collect_usage_pieces(self, ctx: Any) -> list[str]:
         pieces = [self.options_metavar or ""]
         for parameter in self.get_params(ctx):
