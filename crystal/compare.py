@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from crystal.config import ConfigError
-from crystal.runs import losses, number, parse_record, read_config, short
+from crystal.runs import losses, number, parse_record, printable, read_config, short
 
 ROWS = 10  # of the table of training losses
 
@@ -137,8 +137,8 @@ def _at(runs: list[Curves]) -> list[dict]:
     if not trained:
         return []
     common = min(run.tokens[-1] for run in trained)
-    longest_step = max(next(iter(run.tokens)) // max(run.steps[0], 1) for run in trained)
-    count = max(1, min(ROWS, common // max(longest_step, 1)))
+    step_tokens = max(run.tokens[0] // max(run.steps[0], 1) for run in trained)  # no row without a step of each run
+    count = max(1, min(ROWS, common // max(step_tokens, 1)))
     rows, before = [], 0
     for mark in (common * (i + 1) // count for i in range(count)):
         step, loss = {}, {}
@@ -203,14 +203,14 @@ def _text(result: dict, sources: list[str]) -> str:
     """Runs are called A, B, C … in the tables, so that these stay narrow."""
     runs = result["runs"]
     letters = {run["label"]: _letter(i) for i, run in enumerate(runs)}
-    name_width = max(len(label) for label in letters)
+    name_width = max(len(printable(label)) for label in letters)
     lines = []
     for run in runs:
         if run["step"] is None:
             seen = "no steps recorded"
         else:
             seen = f"step {run['step']:,}, {short(run['tokens'])} tokens, loss {run['loss']:.4f}"
-        lines.append(f"{letters[run['label']]}  {run['label']:{name_width}}  {seen}")
+        lines.append(f"{letters[run['label']]}  {printable(run['label']):{name_width}}  {seen}")
     if result["at"]:
         rows = [
             [short(row["tokens"]), _same(row["step"]), *(_cell(row["loss"].get(label)) for label in letters)]
@@ -218,11 +218,10 @@ def _text(result: dict, sources: list[str]) -> str:
         ]
         lines += ["", "training loss, mean since the row above", *_table(["TOKENS", "STEP", *letters.values()], rows)]
     final = result["validation"][-1]["val_loss"] if result["validation"] else {r["label"]: r["val_loss"] for r in runs}
-    rows = [[source, *(_cell(final.get(label, {}).get(source)) for label in letters)] for source in sources]
+    rows = [[printable(source), *(_cell(final.get(label, {}).get(source)) for label in letters)] for source in sources]
     if rows:
-        where = (
-            f"at {short(result['validation'][-1]['tokens'])} tokens" if result["validation"] else "of each run's last"
-        )
+        common = result["validation"]
+        where = f"at {short(common[-1]['tokens'])} tokens" if common else "each run's last, at different tokens"
         lines += ["", f"validation loss, {where}", *_table(["SOURCE", *letters.values()], rows, 1)]
     lines += ["", "keys that differ:" if result["differs"] else "no key differs"]
     for key, values in result["differs"].items():
@@ -248,16 +247,16 @@ def _cell(value: float | None) -> str:
 
 
 def _value(values: dict, label: str) -> str:
-    return "not there" if label not in values else str(values[label])
+    return "not there" if label not in values else printable(str(values[label]))
 
 
 def _table(head: list[str], rows: list[list[str]], left: int = 0) -> list[str]:
     """Columns as wide as they need; the first `left` are flush left."""
     widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
-    return [
-        "  "
-        + "  ".join(
-            c.ljust(w) if i < left else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in (head, *rows)
-    ]
+    lines = []
+    for row in (head, *rows):
+        cells = [
+            cell.ljust(w) if i < left else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        ]
+        lines.append("  " + "  ".join(cells).rstrip())
+    return lines

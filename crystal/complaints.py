@@ -10,6 +10,13 @@ from typing import Any
 
 from crystal.options import is_first, print_out
 
+_PLAIN = {
+    "greater than or equal to": "at least",
+    "less than or equal to": "at most",
+    "a valid integer": "an integer",
+    "a valid number": "a number",
+}
+
 
 def complain(message: str, file: str | None = None, key: str | None = None) -> None:
     """Say what was wrong. Of several processes the first speaks; once they train, any, for it may be its own mistake.
@@ -33,8 +40,9 @@ def usage_message(error: Any) -> str:
     if hasattr(error.__cause__, "errors"):  # pydantic's, of a value of the wrong type
         problem = error.__cause__.errors()[0]
         subject = message.partition(": ")[0]
-        expected = re.sub(r"^Input should be (a valid )?|, unable to parse .*$", "", problem["msg"])
-        expected = expected.replace("greater than or equal to", "at least").replace("less than or equal to", "at most")
+        expected = re.sub(r"^Input should be |, unable to parse .*$", "", problem["msg"])
+        for theirs, ours in _PLAIN.items():
+            expected = expected.replace(theirs, ours)
         if choices := re.search(r"is not one of (.*?)\.?$", expected):
             expected = f"one of {choices[1]}".replace("'", "")
         message = f"{subject}: expected {expected}, got {problem['input']!r}"

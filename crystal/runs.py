@@ -29,7 +29,13 @@ from crystal.curriculum import CurriculumConfig, resolve
 DEPTH = 4  # how far below the directory runs are looked for
 _FILES = ("manifest.json", "metrics.jsonl", "events.jsonl", "checkpoints")  # one of which a run has beside config.yaml
 _RATE_STEPS = 20  # the last steps whose median speed counts
-_Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times faster, for files that we wrote ourselves
+
+
+class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
+    """Reads what we wrote ourselves, ten times faster where libyaml is there; dates are text."""
+
+
+_Loader.add_constructor("tag:yaml.org,2002:timestamp", yaml.SafeLoader.construct_yaml_str)
 
 
 @dataclass(frozen=True)
@@ -162,7 +168,7 @@ def read_config(directory: Path) -> dict | None:
     """A run's config.yaml as a mapping; None where it cannot be read, is empty or torn."""
     try:
         config = yaml.load((directory / "config.yaml").read_text(encoding="utf-8"), Loader=_Loader)  # noqa: S506
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+    except (OSError, ValueError, RecursionError, yaml.YAMLError):
         return None
     return config if isinstance(config, dict) else None if config is None else {}
 
@@ -266,7 +272,7 @@ def runs_text(runs: list[RunState], directory: Path) -> str:
     if not runs:
         return f"no runs in {directory}"
     columns = [
-        ("RUN", [_printable(str(run.path)) for run in runs]),
+        ("RUN", [printable(str(run.path)) for run in runs]),
         ("STATE", [run.state for run in runs]),
         ("STEP", [_steps(run) for run in runs]),
         ("LOSS", [_loss(run.loss) for run in runs]),
@@ -275,7 +281,7 @@ def runs_text(runs: list[RunState], directory: Path) -> str:
         ("LEFT", [duration(run.seconds_left) for run in runs]),
         ("DISK", [short(run.disk_bytes) for run in runs]),
         ("AGO", [duration(run.last_activity and max(time.time() - run.last_activity, 0), 1) for run in runs]),
-        ("BACKEND", [" ".join(str(w) for w in (run.backend, run.dtype) if w) or "-" for run in runs]),
+        ("BACKEND", [printable(" ".join(str(w) for w in (run.backend, run.dtype) if w)) or "-" for run in runs]),
     ]
     width = shutil.get_terminal_size().columns
     widths = [max(len(cell) for cell in (head, *cells)) for head, cells in columns]
@@ -287,10 +293,9 @@ def runs_text(runs: list[RunState], directory: Path) -> str:
         if len(name) > name_width:
             lines.append(name)
             name = ""
-        words = [
-            c.ljust(w) if i in (0, 8) else c.rjust(w) for i, (c, w) in enumerate(zip(cells, widths[1:], strict=True))
-        ]
-        lines.append(" ".join([name.ljust(name_width), *words]).rstrip())
+        cells = [cell.rjust(w) for cell, w in zip(cells, widths[1:], strict=True)]
+        cells[0] = cells[0].strip().ljust(widths[1])
+        lines.append(" ".join([name.ljust(name_width), *cells]).rstrip())
     return "\n".join(lines)
 
 
@@ -299,7 +304,9 @@ def _steps(run: RunState) -> str:
 
 
 def _loss(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}" if value < 10 else f"{value:.2f}"
+    if value is None:
+        return "-"
+    return f"{value:.3f}" if abs(value) < 10 else f"{value:.2f}" if abs(value) < 100 else f"{value:.3g}"
 
 
 def short(value: float | None) -> str:
@@ -328,5 +335,6 @@ def duration(seconds: float | None, parts: int = 2) -> str:
     return f"{seconds:.0f}s"
 
 
-def _printable(text: str) -> str:
+def printable(text: str) -> str:
+    """The text with its control characters escaped, for a terminal."""
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
