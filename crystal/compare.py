@@ -21,7 +21,7 @@ class Curves:
 
     label: str
     directory: Path
-    config: dict
+    config: dict | None  # None: it cannot be read
     tokens: list[int]
     steps: list[int]
     loss: list[float]
@@ -55,7 +55,7 @@ def compare(runs: Sequence[str], out: Path | None = None, source: str | None = N
         "runs": [_summary(run) for run in found],
         "at": _at(found),
         "validation": _validation(found),
-        "differs": differing([run.config for run in found], [run.label for run in found]),
+        "differs": differing({run.label: run.config for run in found if run.config is not None}),
         "out": None if out is None else str(out),
     }
     return result, _text(result, [source] if source else known)
@@ -93,7 +93,7 @@ def _labels(directories: list[Path]) -> list[str]:
 
 def _read(directory: Path, label: str) -> Curves:
     """A run's records; those of steps that were made again after a kill count as they were made last."""
-    config = read_config(directory) or {}
+    config = read_config(directory)
     records: dict[int, dict] = {}
     try:
         with (directory / "metrics.jsonl").open("rb") as lines:
@@ -103,7 +103,8 @@ def _read(directory: Path, label: str) -> Curves:
                     records[record["step"]] = record
     except OSError:
         pass
-    curriculum = config.get("curriculum") if isinstance(config.get("curriculum"), dict) else {}
+    curriculum = (config or {}).get("curriculum")
+    curriculum = curriculum if isinstance(curriculum, dict) else {}
     per_step = (number(curriculum.get("seq_len")) or 1) * (number(curriculum.get("global_batch_size")) or 1)
     trained, validated = [], []
     for step, record in sorted(records.items()):
@@ -128,6 +129,7 @@ def _summary(run: Curves) -> dict:
         "tokens": run.tokens[-1] if run.tokens else None,
         "loss": run.loss[-1] if run.loss else None,
         "val_loss": run.val_loss[-1] if run.val_loss else {},
+        "config_read": run.config is not None,
     }
 
 
@@ -168,16 +170,19 @@ def _validation(runs: list[Curves]) -> list[dict]:
     ]
 
 
-def differing(configs: list[dict], labels: list[str]) -> dict[str, dict[str, Any]]:
-    """{dotted key: {label: value}} of the keys that are not the same in all; a run without the key has no entry."""
-    flat = [_flat(config) for config in configs]
-    keys = dict.fromkeys(key for config in flat for key in config)
-    found = {key: {name: c[key] for name, c in zip(labels, flat, strict=True) if key in c} for key in keys}
-    return {
-        key: values
-        for key, values in found.items()
-        if len(values) < len(labels) or any(value != next(iter(values.values())) for value in values.values())
-    }
+def differing(configs: dict[str, dict]) -> dict[str, dict[str, Any]]:
+    """{dotted key: {label: value}} of the keys that are not the same in all; a run without the key has no entry.
+
+    configs: by label.
+    """
+    flat = {label: _flat(config) for label, config in configs.items()}
+    found = {}
+    for key in dict.fromkeys(key for config in flat.values() for key in config):
+        values = {label: config[key] for label, config in flat.items() if key in config}
+        first = next(iter(values.values()))
+        if len(values) < len(flat) or any(value != first for value in values.values()):
+            found[key] = values
+    return found
 
 
 def _flat(node: Any, prefix: str = "") -> dict[str, Any]:
@@ -210,6 +215,8 @@ def _text(result: dict, sources: list[str]) -> str:
             seen = "no steps recorded"
         else:
             seen = f"step {run['step']:,}, {short(run['tokens'])} tokens, loss {run['loss']:.4f}"
+        if not run["config_read"]:
+            seen += ", config.yaml cannot be read"
         lines.append(f"{letters[run['label']]}  {printable(run['label']):{name_width}}  {seen}")
     if result["at"]:
         rows = [
@@ -225,7 +232,7 @@ def _text(result: dict, sources: list[str]) -> str:
         lines += ["", f"validation loss, {where}", *_table(["SOURCE", *letters.values()], rows, 1)]
     lines += ["", "keys that differ:" if result["differs"] else "no key differs"]
     for key, values in result["differs"].items():
-        each = [f"{letter} {_value(values, label)}" for label, letter in letters.items()]
+        each = [f"{letters[run['label']]} {_value(values, run['label'])}" for run in runs if run["config_read"]]
         line = f"  {key}: {', '.join(each)}"
         lines += [line] if len(line) < 80 else [f"  {key}:", *(f"    {value}" for value in each)]
     if result["out"]:

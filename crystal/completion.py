@@ -25,7 +25,7 @@ def run_files(incomplete: str) -> list[str]:
 
 def runs(incomplete: str) -> list[str]:
     """RUN: run directories here and in runs/, and what `run_files` gives."""
-    found = [path for pattern in ("*", "runs/*") for path in glob.glob(f"{pattern}/config.yaml")]
+    found = [path for pattern in ("*", "runs/*") for path in sorted(glob.glob(f"{pattern}/config.yaml"))]
     return _matching(incomplete, [*(os.path.dirname(path) for path in found), *_packaged("runs")], "*.yaml")
 
 

@@ -69,12 +69,17 @@ def find_runs(directory: Path) -> list[RunState]:
     if not directory.is_dir():
         what = "no such directory" if not directory.exists() else "expected a directory"
         raise ConfigError(f"{directory}: {what}", file=directory)
-    found = [state for path in _run_directories(directory, DEPTH) if (state := run_state(path))]
+    found = [state for path in _run_directories(directory, DEPTH, set()) if (state := run_state(path))]
     return sorted(found, key=lambda run: (-(run.last_activity or 0), str(run.path)))
 
 
-def _run_directories(directory: Path, depth: int) -> Iterator[Path]:
+def _run_directories(directory: Path, depth: int, seen: set) -> Iterator[Path]:
+    """seen: device and inode of the directories looked into, which links may lead to again."""
     try:
+        where = os.stat(directory)
+        if (where.st_dev, where.st_ino) in seen:
+            return
+        seen.add((where.st_dev, where.st_ino))
         with os.scandir(directory) as entries:
             found = sorted(entries, key=lambda entry: entry.name)
         names = {entry.name for entry in found}
@@ -83,7 +88,7 @@ def _run_directories(directory: Path, depth: int) -> Iterator[Path]:
         elif depth:
             for entry in found:
                 if entry.is_dir() and not entry.name.startswith("."):
-                    yield from _run_directories(directory / entry.name, depth - 1)
+                    yield from _run_directories(directory / entry.name, depth - 1, seen)
     except OSError:  # closed to us, or gone meanwhile
         return
 
