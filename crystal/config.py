@@ -22,8 +22,19 @@ import yaml
 CONFIGS = Path(__file__).resolve().parent / "configs"
 
 
+COMMAND_LINE = "command line"  # the origin of what an override set
+
+
 class ConfigError(Exception):
-    """A mistake of the user's; `str()` is the one line to show. The command exits with 2."""
+    """A mistake of the user's; `str()` is the one line to show. The command exits with 2.
+
+    file, key: where the mistake is, for `--json`: a config file's name, and the dotted key in it. None: not known.
+    """
+
+    def __init__(self, message: str = "", *, file: str | Path | None = None, key: str | None = None):
+        super().__init__(message)
+        self.file = None if file in (None, COMMAND_LINE) else str(file)
+        self.key = key
 
 
 class Strict(pydantic.BaseModel):
@@ -96,7 +107,7 @@ def find(name: str | Path, kind: str = "") -> Path:
         if path.is_file():
             return path
     except OSError as error:  # a name that is too long, a folder that is closed to us
-        raise ConfigError(f"{name}: {error.strerror}") from None
+        raise ConfigError(f"{name}: {error.strerror}", file=name) from None
     parts = path.parts[1:] if path.parts[:1] == ("configs",) else path.parts
     bare = Path(*parts) if parts and not path.is_absolute() else Path(path.name)
     kinds = [kind] if kind else sorted(p.name for p in CONFIGS.iterdir() if p.is_dir())
@@ -105,7 +116,7 @@ def find(name: str | Path, kind: str = "") -> Path:
             if file.is_file():
                 return file
     names = [p.stem for p in (CONFIGS / kind).glob("*.yaml" if kind else "*/*.yaml")]
-    raise ConfigError(f"{name}: no such file{nearest(path.stem, names)}")
+    raise ConfigError(f"{name}: no such file{nearest(path.stem, names)}", file=name)
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
@@ -121,29 +132,30 @@ def load_yaml(path: str | Path) -> Config:
 
 def _load(path: Path, above: tuple[Path, ...]) -> Config:
     if path.resolve() in above:
-        raise ConfigError(f"{path}: extends: expected no circle, but the file extends itself")
+        raise ConfigError(f"{path}: extends: expected no circle, but the file extends itself", file=path, key="extends")
     try:
         mapping = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # noqa: S506  a SafeLoader, see above
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
         problem = getattr(error, "problem", None) or getattr(error, "reason", None) or error
-        raise ConfigError(f"{path}{line}: expected YAML, {problem}") from None
+        raise ConfigError(f"{path}{line}: expected YAML, {problem}", file=path) from None
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read: {error}") from None
+        raise ConfigError(f"{path}: cannot be read: {error}", file=path) from None
     if not isinstance(mapping, dict):
-        raise ConfigError(f"{path}: expected a mapping of keys, got {type(mapping).__name__}")
+        raise ConfigError(f"{path}: expected a mapping of keys, got {type(mapping).__name__}", file=path)
     parents = mapping.pop("extends", [])
     parents = [parents] if isinstance(parents, str) else parents
     if not isinstance(parents, list) or not all(isinstance(parent, str) for parent in parents):
-        raise ConfigError(f"{path}: extends: expected the name of a file, or a list of names, got {parents}")
+        message = f"{path}: extends: expected the name of a file, or a list of names, got {parents}"
+        raise ConfigError(message, file=path, key="extends")
     merged = Config({}, {})
     for parent in parents:
         beside = path.parent / parent
         try:
             file = beside if beside.is_file() else find(parent)
         except ConfigError as error:
-            raise ConfigError(f"{path}: extends: {error}") from None
+            raise ConfigError(f"{path}: extends: {error}", file=path, key="extends") from None
         merged = merge(merged, _load(file, (*above, path.resolve())))
     return merge(merged, Config(mapping, _origins(mapping, os.path.normpath(path))))
 
@@ -187,11 +199,11 @@ def override(config: Config, assignments: Iterable[str]) -> Config:
         try:
             value = yaml.load(text, _Loader)  # noqa: S506  a SafeLoader
         except yaml.YAMLError:
-            raise ConfigError(f"{word}: expected a YAML value after '='") from None
+            raise ConfigError(f"{word}: expected a YAML value after '='", key=key) from None
         loc = _locate(config.mapping, key)
         mapping = _put(config.mapping, loc, value)
-        origin = {loc[:end]: "command line" for end in range(1, len(loc))} | config.origin
-        origin |= _origins(value, "command line", loc)
+        origin = {loc[:end]: COMMAND_LINE for end in range(1, len(loc))} | config.origin
+        origin |= _origins(value, COMMAND_LINE, loc)
         config = Config(mapping, {loc: file for loc, file in origin.items() if _holds(mapping, loc)})
     return config
 
@@ -205,7 +217,7 @@ def _locate(node: Any, dotted: str) -> tuple:
             index = int(word) if word.isdecimal() else names.index(word) if word in names else -1
             if not 0 <= index < len(node):
                 expected = ", ".join(str(n) for n in names if n) or f"0 to {len(node) - 1}"
-                raise ConfigError(f"command line: {dotted}: expected one of {expected} at '{word}'")
+                raise ConfigError(f"command line: {dotted}: expected one of {expected} at '{word}'", key=dotted)
             loc.append(index)
             node = node[index]
         else:
@@ -250,10 +262,11 @@ def parse(cls: type[Section], mapping: Any, where: str | Config, prefix: tuple =
         ):
             loc, line = (*loc, *words), rest
         file = where if isinstance(where, str) else where.where(loc)
-        raise ConfigError(f"{file}: {'.'.join(map(str, loc)) + ': ' if loc else ''}{line}") from None
+        place = ".".join(map(str, loc))
+        raise ConfigError(f"{file}: {place + ': ' if loc else ''}{line}", file=file, key=place or None) from None
     except (TypeError, ValueError) as problem:
         file = where if isinstance(where, str) else where.where(prefix)
-        raise ConfigError(f"{file}: {problem}") from None
+        raise ConfigError(f"{file}: {problem}", file=file, key=".".join(map(str, prefix)) or None) from None
 
 
 def _is_tag(part: Any, mapping: Any, loc: tuple) -> bool:

@@ -5,14 +5,27 @@ from __future__ import annotations
 import json
 import os
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
-Json = Annotated[bool, typer.Option("--json", help="print one JSON object on stdout")]
-Run = Annotated[str, typer.Argument(metavar="RUN.yaml", help="a run file, or the name of a packaged one")]
-Step = Annotated[int, typer.Option(help="a step of the run, from 1, as in metrics.jsonl")]
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="[dotted.key=value]...", help="changes to the run")]
+from crystal import completion
+
+Json = Annotated[bool, typer.Option("--json", help="print one JSON object on stdout, errors too")]
+Run = Annotated[
+    str,
+    typer.Argument(
+        metavar="RUN.yaml", help="a run file, or the name of a packaged one", autocompletion=completion.run_files
+    ),
+]
+Step = Annotated[int, typer.Option(metavar="STEP", help="a step of the run, from 1, as in metrics.jsonl")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="dotted.key=value", help="changes to the run, as many as wanted")
+]
+Checkpoint = Annotated[
+    Path, typer.Argument(metavar="CKPT|RUN", help="a checkpoint or run directory", autocompletion=completion.runs)
+]
 
 
 def is_first() -> bool:
@@ -22,10 +35,14 @@ def is_first() -> bool:
 
 def print_result(result: dict, as_json: bool, text: str) -> None:
     """The result as JSON, or the text that says the same."""
-    if not is_first():
-        return
+    if is_first():
+        print_out(json.dumps(result) if as_json else text)
+
+
+def print_out(text: str) -> None:
+    """Print on stdout, whose reader may have gone."""
     try:
-        print(json.dumps(result) if as_json else text, flush=True)
+        print(text, flush=True)
     except BrokenPipeError:  # `crystal … | head` has read enough; what is left in the buffer goes nowhere
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 

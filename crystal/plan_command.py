@@ -43,9 +43,7 @@ def plan_run(
             )
     backend, curriculum = run.config.backend, resolve(run.config.curriculum, run.source)
     if backend.name == "cuda" and backend.dtype == "fp32":
-        raise ConfigError(
-            f"{run.where('backend', 'dtype')}: expected bf16, which plans are made for, got {backend.dtype}"
-        )
+        raise run.error(("backend", "dtype"), f"expected bf16, which plans are made for, got {backend.dtype}")
     work = Work(run.config.model, curriculum.seq_len, curriculum.global_batch_size, curriculum.steps)
     given, devices = devices, max(n for n in sizes(work, device) if n <= devices)
     found = plan(work, devices, device)

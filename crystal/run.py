@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 class TrainConfig(Strict):
     """How the loop goes about it; steps are optimizer steps."""
 
-    seed: int = 1
+    seed: int = Field(1, description="of the first weights, the order of the data and FIM")
     micro_batch_size: int = Field(gt=0, description="rows that go through the model together")
     eval_every: int | None = Field(None, gt=0, description="validation every so many steps; always at stage ends")
     eval_rows: int = Field(32, gt=0, description="validation rows of each source")
@@ -39,14 +39,14 @@ class TrainConfig(Strict):
 class RunConfig(Strict):
     """The whole of a run file."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9._-]+$")
+    name: str = Field(pattern=r"^[A-Za-z0-9._-]+$", description="of the run, and of its directory")
     model: ModelConfig
     optimizer: OptimizerConfig = OptimizerConfig()
     curriculum: CurriculumConfig
     data: DataConfig
     backend: BackendConfig = CpuConfig()
     train: TrainConfig
-    run_dir: Path | None = Field(None, description="null: runs/NAME")
+    run_dir: Path | None = Field(None, description="where it is recorded; null: runs/NAME")
     provenance: dict[str, float | int | str | bool] = Field({}, description="where its values come from; recorded")
 
     @property
@@ -75,6 +75,10 @@ class RunFile:
         """`FILE: dotted.key`, for an error about that key."""
         return f"{self.source.where(loc)}: {'.'.join(loc)}"
 
+    def error(self, loc: Sequence[str], message: str) -> ConfigError:
+        """The mistake that the key at `loc` holds; to be raised."""
+        return ConfigError(f"{self.where(*loc)}: {message}", file=self.source.where(tuple(loc)), key=".".join(loc))
+
 
 def load_run(path: str | Path, overrides: Sequence[str] = ()) -> RunFile:
     """Read and check a run file. Raises ConfigError, one line, for any mistake in it."""
@@ -82,17 +86,13 @@ def load_run(path: str | Path, overrides: Sequence[str] = ()) -> RunFile:
     run = RunFile(parse(RunConfig, source.mapping, source), source, str(path))
     curriculum, model, train = run.config.curriculum, run.config.model, run.config.train
     if curriculum.seq_len > model.max_seq_len:
-        raise ConfigError(
-            f"{run.where('curriculum', 'seq_len')}: expected at most model.max_seq_len {model.max_seq_len}, "
-            f"got {curriculum.seq_len}"
-        )
+        expected = f"expected at most model.max_seq_len {model.max_seq_len}, got {curriculum.seq_len}"
+        raise run.error(("curriculum", "seq_len"), expected)
     if curriculum.global_batch_size % train.micro_batch_size:
-        raise ConfigError(
-            f"{run.where('train', 'micro_batch_size')}: expected a divisor of curriculum.global_batch_size "
-            f"{curriculum.global_batch_size}, got {train.micro_batch_size}"
-        )
+        expected = f"expected a divisor of curriculum.global_batch_size {curriculum.global_batch_size}"
+        raise run.error(("train", "micro_batch_size"), f"{expected}, got {train.micro_batch_size}")
     if run.config.backend.name == "cuda":
-        check_layout(model, run.config.backend, curriculum.global_batch_size, train.micro_batch_size, run.where)
+        check_layout(model, run.config.backend, curriculum.global_batch_size, train.micro_batch_size, run.error)
     return run
 
 

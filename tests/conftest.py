@@ -47,3 +47,20 @@ def train():
         return start(load_run(path, overrides), stage, until, Console(quiet=True, stderr=True))
 
     return run
+
+
+@pytest.fixture
+def crystal(capsys, monkeypatch):
+    """crystal(*words) → (exit code, stdout, stderr), in this process."""
+    from crystal.cli import main
+
+    def run(*words):
+        monkeypatch.setattr(sys, "argv", ["crystal", *map(str, words)])
+        try:
+            main()
+            code = 0
+        except SystemExit as stop:
+            code = stop.code or 0
+        return code, *capsys.readouterr()
+
+    return run

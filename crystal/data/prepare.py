@@ -47,16 +47,16 @@ _BATCH_CHARS = 1 << 21
 class TrainTokenizer(Strict):
     """A vocabulary trained here, on a sample of every source."""
 
-    vocab_size: int = Field(ge=300, le=1 << 20)
-    bytes_per_source: int = Field(default=10_000_000, gt=0)
+    vocab_size: int = Field(ge=300, le=1 << 20, description="pieces to train, before added tokens and padding")
+    bytes_per_source: int = Field(default=10_000_000, gt=0, description="text of each source to train on")
 
 
 class TokenizerConfig(Strict):
     """`train:` one, or the `path:` of a published one (sentencepiece `.model` or `tokenizer.json`)."""
 
     train: TrainTokenizer | None = None
-    path: Path | None = None
-    added_tokens: bool = True
+    path: Path | None = Field(None, description="file of a published vocabulary; null: one is trained")
+    added_tokens: bool = Field(True, description="whether CrystalCoder's 22 added tokens follow the vocabulary")
 
     @model_validator(mode="after")
     def _one_of_two(self) -> Self:
@@ -68,15 +68,15 @@ class TokenizerConfig(Strict):
 class DataConfig(Strict):
     """`data:` of a run. The row length comes from the curriculum, the sources from its stages."""
 
-    corpus: str
+    corpus: str = Field(description="a recipe file, or the name of a packaged one")
     tokenizer: TokenizerConfig
-    bos: bool = True
-    overlap: bool = True
-    min_tokens: int = Field(default=10, ge=0)
-    val_fraction: float = Field(default=0.01, ge=0, lt=1)
-    val_rows: int = Field(default=256, ge=0)
-    shuffle_seed: int = 0
-    dir: Path | None = None
+    bos: bool = Field(True, description="whether a document starts with the BOS token")
+    overlap: bool = Field(True, description="whether a row starts with the last token of the row before")
+    min_tokens: int = Field(default=10, ge=0, description="shorter documents are left out")
+    val_fraction: float = Field(default=0.01, ge=0, lt=1, description="share of documents held out for validation")
+    val_rows: int = Field(default=256, ge=0, description="validation rows of each source at most")
+    shuffle_seed: int = Field(0, description="of the order in which documents are packed into rows")
+    dir: Path | None = Field(None, description="where token stores are kept; null: in the cache")
 
 
 def prepare(
