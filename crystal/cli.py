@@ -309,7 +309,7 @@ def coord_check(
         float | None, typer.Option(metavar="X", help="base LR; default: a sixteenth of the base init sigma")
     ] = None,
     dtype: Annotated[
-        Literal["auto", "bf16", "fp32"], typer.Option(help="what it computes in; auto: bf16 from width 512 on if faster")
+        Literal["auto", "bf16", "fp32"], typer.Option(help="compute; auto: bf16 from width 512 on if faster")
     ] = "auto",
     data: Annotated[
         str | None, typer.Option(metavar="RUN.yaml", help="take rows of its token store instead of random ones")

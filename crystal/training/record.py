@@ -19,9 +19,13 @@ from crystal.mup.plan import Plan
 from crystal.run import RunConfig, RunFile
 
 _PACKAGES = ("torch", "numpy", "mup", "sentencepiece", "transformers", "safetensors", "triton")
-# what may change between two starts of one run, beside where its steps run (`backend`, all but its dtype)
+# what may change between two starts of one run, beside where its steps run (`backend`, all but its dtype);
+# where its text and vocabulary lie counts for nothing, what they hold does (manifest.json)
 _FREE = {
     ("run_dir",),
+    ("data", "corpus"),
+    ("data", "tokenizer", "path"),
+    ("data", "dir"),
     ("train", "checkpoint_every"),
     ("train", "keep_checkpoints"),
     ("train", "max_bad_steps"),
