@@ -318,7 +318,10 @@ def coord_check(
         Literal["compile", "fsdp", "tp"] | None,
         typer.Option(help="run it under torch.compile, or sharded over two gloo processes"),
     ] = None,
-    out: Annotated[Path | None, typer.Option(metavar="DIR", help="write JSON, PNG and a page, with SP beside")] = None,
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="write JSON, pictures and a page, SP beside")] = None,
+    formats: Annotated[
+        str | None, typer.Option("--format", metavar="png,pdf,svg", help="of the pictures, one or more; default png")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Coordinate check with a verdict for every tensor and activation, over widths x seeds x steps.
@@ -330,7 +333,7 @@ def coord_check(
     from crystal.check_command import run_check
 
     result, shown = run_check(
-        model, widths, depths, seeds, steps, parametrization, lr, dtype, data, under, out, _console()
+        model, widths, depths, seeds, steps, parametrization, lr, dtype, data, under, out, formats, _console()
     )
     _print(result, as_json, shown)
     if result["verdict"] != "PASS":
