@@ -6,6 +6,7 @@ Every command imports what it needs when it runs, so that `crystal --help` and a
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from pathlib import Path
@@ -17,7 +18,7 @@ from crystal import __version__, completion
 from crystal.bench import bench
 from crystal.cerebras import cerebras
 from crystal.complaints import complain, usage_message
-from crystal.config import ConfigError
+from crystal.config import ConfigError, cache_dir
 from crystal.config_command import config
 from crystal.data_commands import data
 from crystal.exchange import export, import_
@@ -36,18 +37,15 @@ app.add_typer(cerebras, name="cerebras")
 
 def main() -> None:
     """Entry point: a user's mistake, in a config or on the command line, becomes one line on stderr and exit 2."""
-    # A thread that waits looks up a thousand times, some 20 us, before it sleeps. Asleep at once, it costs an idle
-    # machine half of its speed where steps are short; awake for good, the default, it costs a busy one up to three
-    # quarters (docs/log.md, 2026-11-26). OpenMP reads this when torch is first imported.
     if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+        os.environ.setdefault("GOMP_SPINCOUNT", _spin_count())
     try:
         code = app(prog_name="crystal", standalone_mode=False)  # a number where typer stopped early
     except ConfigError as error:
         complain(str(error), error.file, error.key)
         sys.exit(2)
-    except ValueError as error:  # CRYSTAL_KERNELS is read where kernels are first imported
-        if not str(error).startswith("CRYSTAL_KERNELS="):
+    except ValueError as error:  # what the environment says of kernels is read when they are first used
+        if not str(error).startswith(("CRYSTAL_KERNELS=", "CRYSTAL_TUNING=")):
             raise
         complain(str(error))
         sys.exit(2)
@@ -64,6 +62,19 @@ def main() -> None:
     if code == 130:  # Ctrl-C outside training, which has its own end
         print("crystal: interrupted", file=sys.stderr)
     sys.exit(code or 0)
+
+
+def _spin_count() -> str:
+    """How often a thread that waits looks for work before it sleeps: what was measured here, or 1000 before that.
+
+    Asleep at once, it costs an idle machine half of its speed where steps are short; awake for good, the default, it
+    costs a busy one up to three quarters (docs/log.md, 2026-11-26). OpenMP reads it when torch is first imported.
+    """
+    try:
+        file = cache_dir() / "tuning" / f"waiting-{os.uname().nodename}.json"
+        return str(int(json.loads(file.read_text())["spin_count"]))
+    except (OSError, ValueError, KeyError, TypeError):
+        return "1000"
 
 
 def _version(wanted: bool) -> None:

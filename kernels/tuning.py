@@ -143,7 +143,7 @@ def remeasured(threads: int) -> Tuning:
     with contextlib.suppress(OSError):  # a cache that cannot be written costs a second at every start
         save(found, _file(found.identity))
     with contextlib.suppress(OSError, RuntimeError):
-        waiting.remember(waiting.measure(), processor())
+        waiting.remember(waiting.measure())
     _made.clear()
     _tunings[threads] = found
     return found
