@@ -6,14 +6,20 @@ Every command imports what it needs when it runs, so that `crystal --help` and a
 
 from __future__ import annotations
 
-import os
 import sys
+
+if __name__ == "__main__":  # before all other imports: Ctrl-C counts during them
+    from crystal.__main__ import main as command
+
+    sys.exit(command())
+
+import os
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
-from crystal import __version__
+from crystal import __version__, interrupts
 from crystal.bench import bench
 from crystal.cerebras import cerebras
 from crystal.config import ConfigError
@@ -21,6 +27,7 @@ from crystal.exchange import export, import_
 from crystal.options import Json, Overrides, Run, Step, is_first
 from crystal.options import console as _console
 from crystal.options import print_result as _print
+from crystal.printable import printable_line
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
 
@@ -32,14 +39,18 @@ app.add_typer(cerebras, name="cerebras")
 
 
 def main() -> None:
-    """Entry point: a user's mistake, in a config or on the command line, becomes one line on stderr and exit 2."""
+    """Entry point: a user's mistake is one line on stderr and exit 2; Ctrl-C or SIGTERM is one line and exit 130."""
     # A thread that waits looks up a thousand times, some 20 us, before it sleeps. Asleep at once, it costs an idle
     # machine half of its speed where steps are short; awake for good, the default, it costs a busy one up to three
     # quarters (docs/log.md, 2026-11-26). OpenMP reads this when torch is first imported.
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    for stream in (sys.stdout, sys.stderr):  # a name that has no bytes in the terminal's encoding is shown escaped
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     try:
-        code = app(prog_name="crystal", standalone_mode=False)  # a number where typer stopped early
+        # a number where typer stopped early
+        code = interrupts.obeyed(lambda: app(prog_name="crystal", standalone_mode=False))
     except ConfigError as error:
         _complain(str(error))
         sys.exit(2)
@@ -49,23 +60,25 @@ def main() -> None:
         _complain(str(error))
         sys.exit(2)
     except typer.Abort:
-        code = 130
+        code = interrupts.CODE
     except Exception as error:
         if type(error).__name__ == "NoArgsIsHelpError":  # a bare `crystal`
             print(error, file=sys.stderr)
         elif hasattr(error, "format_message"):  # a usage error of typer's
             command = error.ctx.command_path if error.ctx else "crystal"
-            print(f"crystal: {' '.join(error.format_message().split())} (see {command} --help)", file=sys.stderr)
+            message = f"{' '.join(error.format_message().split())} (see {command} --help)"
+            print(f"crystal: {printable_line(message)}", file=sys.stderr)
         else:
             raise
         sys.exit(2)
-    if code == 130:  # Ctrl-C outside training, which has its own end
-        print("crystal: interrupted", file=sys.stderr)
+    if code == interrupts.CODE and is_first():  # outside training, which has its own end
+        print(interrupts.line(), file=sys.stderr)
     sys.exit(code or 0)
 
 
 def _complain(message: str) -> None:
     """Of several processes the first speaks; once they train, any, for then the mistake may be its own."""
+    message = printable_line(message)
     distributed = sys.modules.get("torch.distributed")
     if is_first():
         print(f"crystal: {message}", file=sys.stderr)
@@ -198,14 +211,14 @@ def train(
     """Run a curriculum, or continue it from its last checkpoint. Ctrl-C saves and exits with 130."""
     from crystal import describe
     from crystal.run import load_run
+    from crystal.training.start import check_until, start
 
     loaded = load_run(run, overrides or ())
+    check_until(loaded, until)
     if dry_run:
         plan = describe.dry_run(loaded)
         _print(plan, as_json, describe.dry_run_text(plan))
         return
-    from crystal.training.start import start
-
     outcome = start(loaded, stage, until, _console())
     result = {
         "run_dir": str(outcome.directory),
@@ -217,9 +230,11 @@ def train(
     text = f"step {outcome.step}, {outcome.tokens_per_second:,.0f} tokens/s, peak {outcome.peak_rss_bytes / 1e9:.2f} GB"
     if not outcome.tokens_per_second:
         text = f"nothing to do: step {outcome.step} was reached before"
+    text = f"{text}\nrun directory: {outcome.directory}"
     if outcome.interrupted:
-        text = f"{outcome.interrupted}: stopped after {text}; the same command continues"
-    _print(result, as_json, f"{text}\nrun directory: {outcome.directory}")
+        text = f"run directory: {outcome.directory}\n{outcome.interrupted}: stopped after step {outcome.step}, saved"
+        text = f"{text if outcome.step else text.removesuffix(', saved')}; the same command continues"
+    _print(result, as_json, text)
     if outcome.interrupted:
         sys.exit(130)
 
@@ -375,8 +390,4 @@ def generate(
     from crystal.generate import generate_text
 
     result = generate_text(checkpoint, prompt, stage, max_new_tokens, temperature, top_k, top_p, seed)
-    _print(result, as_json, prompt + result["text"])
-
-
-if __name__ == "__main__":
-    main()
+    _print(result, as_json, prompt + result["text"], raw=not sys.stdout.isatty())

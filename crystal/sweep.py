@@ -24,6 +24,7 @@ from pydantic import Field, model_validator
 
 from crystal.backends.config import OptimizerConfig
 from crystal.config import Config, ConfigError, Strict, find, load_yaml, override, parse
+from crystal.interrupts import shielded
 from crystal.mup.transfer import Trial
 from crystal.run import RunFile, load_run
 from crystal.sweep_trial import Length, Point, Rows, run_trial
@@ -192,8 +193,9 @@ def run_sweep(sweep: Sweep, workers: int, show: Callable[[int, int, float], None
         total = enqueue(sweep)
         context = multiprocessing.get_context("spawn")
         processes = [context.Process(target=_work, args=(sweep,), daemon=True) for _ in range(workers)]
-        for process in processes:
-            process.start()
+        with shielded():
+            for process in processes:
+                process.start()
         studies = _studies(sweep)  # opened once: opening them costs ten times what counting does
         began, at_start = time.time(), len(_complete(studies))
         try:

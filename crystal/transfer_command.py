@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,8 +13,8 @@ import yaml
 from crystal.config import ConfigError
 from crystal.describe import flops_per_token, matmul_rate
 from crystal.mup.transfer import Transfer, Trial, forecast, judge
-from crystal.progress import Bar, has_bar
-from crystal.run import load_run
+from crystal.progress import Bar
+from crystal.run import load_run, prepare_run
 from crystal.sweep import Sweep, as_trials, finished, load_sweep, points, run_sweep
 from crystal.zoo.build import parameter_count
 
@@ -117,18 +116,13 @@ def plan_text(plan: dict) -> str:
 def transfer(path: str, overrides: list[str], workers: int, out: Path | None, console: Console) -> tuple[dict, str]:
     """Run what is left of a sweep and judge it. Returns (JSON object, text)."""
     sweep = load_sweep(path, tuple(overrides), out)
-    progress = Bar(console)
-    with progress:
-        task = progress.add_task(sweep.config.name, total=None, numbers="")
-        said = 0
+    prepare_run(sweep.run, console)
+    with Bar(console, sweep.config.name, lines=20, unit="trials", keep=True) as bar:
 
-        def show(done: int, total: int, seconds: float) -> None:
-            nonlocal said
-            left = "" if math.isinf(seconds) or done == total else f", {seconds / 60:.0f} min left"
-            progress.update(task, total=total, completed=done, numbers="trials")
-            if not has_bar(console) and done * 20 // total > said:
-                said = done * 20 // total
-                console.print(f"{sweep.config.name}: {done}/{total} trials{left}", highlight=False)
+        def show(done: int, total: int, _: float) -> None:
+            if bar.total is None:
+                bar.begin(sweep.config.name, total, done)
+            bar.reach(done)
 
         run_sweep(sweep, workers, show)
     return report(sweep)
