@@ -9,7 +9,7 @@ from pathlib import Path
 
 from crystal.compare import Curves
 from crystal.config import ConfigError
-from crystal.runs import printable
+from crystal.printable import printable_line
 from crystal.training.plots import COLOURS
 
 FORMATS = (".png", ".svg", ".pdf")
@@ -102,7 +102,7 @@ def _limit(axes, curves: list[list[float]]) -> None:
 
 def _plain(text: str) -> str:
     """As it stands: no formula in dollars, and no leading underscore, with which matplotlib hides a line."""
-    shown = printable(text).replace("$", r"\$")
+    shown = printable_line(text).replace("$", r"\$")
     return f" {shown}" if shown.startswith("_") else shown
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -55,4 +56,4 @@ def generate(
     from crystal.generate import generate_text
 
     result = generate_text(checkpoint, prompt, stage, max_new_tokens, temperature, top_k, top_p, seed)
-    print_result(result, as_json, prompt + result["text"])
+    print_result(result, as_json, prompt + result["text"], raw=not sys.stdout.isatty())
