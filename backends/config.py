@@ -11,7 +11,7 @@ from crystal.config import Strict
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Count = Annotated[int, Field(gt=0)]
-Compute = Literal["bf16", "fp32"]
+Compute = Literal["auto", "bf16", "fp32"]
 
 
 class OptimizerConfig(Strict):
@@ -33,7 +33,7 @@ class CpuConfig(Strict):
     """The reference backend."""
 
     name: Literal["cpu"] = Field("cpu", description="where steps run: cpu, cuda, weight_streaming or cerebras")
-    dtype: Compute = Field("bf16", description="compute; weights and moments are always fp32")
+    dtype: Compute = Field("auto", description="compute; auto: the faster here. Weights and moments are always fp32")
     compile: bool = Field(False, description="torch.compile of each block: a minute or so at the start")
     threads: Count | None = Field(None, description="null: torch's default")
 
@@ -57,7 +57,7 @@ class CudaConfig(Strict):
 
     name: Literal["cuda"] = Field(description="where steps run: cpu, cuda, weight_streaming or cerebras")
     device: Literal["cuda", "cpu"] = Field("cuda", description="cpu: the same layouts over gloo")
-    dtype: Compute = Field("bf16", description="compute; weights and moments are always fp32")
+    dtype: Compute = Field("auto", description="compute; auto: the faster here. Weights and moments are always fp32")
     parallel: Layout = Layout()
     compile: bool = Field(True, description="torch.compile of each block")
     recompute: Literal["none", "attention", "block"] = Field("none", description="activation checkpointing")
@@ -68,7 +68,7 @@ class WeightStreamingConfig(Strict):
 
     name: Literal["weight_streaming"] = Field(description="where steps run: cpu, cuda, weight_streaming or cerebras")
     device: Literal["cpu", "cuda"] = Field("cpu", description="what the blocks are computed on")
-    dtype: Compute = Field("bf16", description="compute; the store's weights are exact fp32")
+    dtype: Compute = Field("auto", description="compute; auto: the faster here. The store's weights are exact fp32")
     moments: Literal["fp32", "bf16", "int8"] = Field("fp32", description="AdamW's moments in the store")
     gradients: Literal["spilled", "recomputed"] = Field(
         "spilled", description="until the update: written to the store, or made again from what a block took and gave"

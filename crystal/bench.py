@@ -65,7 +65,9 @@ def stream(
     moments: Annotated[
         Literal["fp32", "bf16", "int8"], typer.Option(help="how the store keeps AdamW's moments")
     ] = "fp32",
-    dtype: Annotated[Literal["bf16", "fp32"], typer.Option(help="what it computes in")] = "bf16",
+    dtype: Annotated[
+        Literal["auto", "bf16", "fp32"], typer.Option(help="what it computes in; auto: the faster here")
+    ] = "auto",
     buffers_gb: Annotated[
         float | None, typer.Option(metavar="X", help="memory to read ahead in; default: a block's state")
     ] = None,

@@ -63,7 +63,7 @@ def bench_stream(
         "parameters": parameter_count(shape),
         "tokens": tokens * micro_batches,
         "micro_batches": micro_batches,
-        "dtype": config.dtype,
+        "dtype": made.config.dtype,
         "moments": config.moments,
         "store_bytes": made.store.layout.store_bytes,
         "gradient_bytes": made.store.layout.gradient_bytes,
@@ -79,7 +79,7 @@ def bench_stream(
         "peak_rss_bytes": peak_rss_bytes(),
     }
     text = (
-        f"{model}, {result['parameters']:,} parameters, {result['tokens']} tokens a step, {config.dtype} compute, "
+        f"{model}, {result['parameters']:,} parameters, {result['tokens']} tokens a step, {result['dtype']} compute, "
         f"{config.moments} moments, {result['store_bytes'] / 1e9:.1f} GB store\n"
         f"step {step_s:.2f} s = {result['step_over_floor']:.2f} x the larger of compute {compute_s:.2f} s and I/O "
         f"{io_s:.2f} s (overlap efficiency {result['overlap_efficiency']:.0%}), "

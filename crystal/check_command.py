@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from crystal.config import ConfigError
-from crystal.coordinates import DEPTH, WIDTHS, Asked, as_dict, check_model, text, write
+from crystal.coordinates import DEPTH, WIDTHS, Asked, as_dict, check_beside, check_model, text, write
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -26,9 +26,11 @@ def run_check(
     data: str | None,
     under: str | None,
     out: Path | None,
+    formats: str | None,
     console: Console,
 ) -> tuple[dict, str]:
     """(JSON object, text). under: compile, or fsdp or tp on two gloo processes. Raises ConfigError for a bad flag."""
+    pictures = _formats(formats, out)
     if lr is not None and not 0 < lr < math.inf:
         raise ConfigError(f"--lr: expected a positive number, got {lr:g}")
     if out is not None:
@@ -60,13 +62,26 @@ def run_check(
 
                 asked = dataclasses.replace(asked, wrap=torch.compile)
             checks = check_model(model, asked, parametrization, progress)
-        shown = text(checks)
+        shown = text(checks, out)
         if out is not None:
             plain = dataclasses.replace(asked, wrap=None, seeds=len({m.seed for m in checks[-1].measured}))
-            beside = [] if parametrization == "sp" else check_model(model, plain, "sp", progress)
-            files = write(checks, beside, out, f"coordinate check of {model}")
+            beside = check_beside(model, plain, parametrization, progress)
+            files = write(checks, beside, out, f"Coordinate check of {model}", pictures)
             shown += "".join(f"\nwritten: {file}" for file in files)
     return as_dict(checks), shown
+
+
+def _formats(given: str | None, out: Path | None) -> tuple[str, ...]:
+    from crystal.mup.coord_plots import FORMATS
+
+    if given is None:
+        return ("png",)
+    if out is None:
+        raise ConfigError("--format: expected --out DIR beside it, for the pictures to go to")
+    words = dict.fromkeys(word.strip().lower() for word in given.split(","))
+    if unknown := [word for word in words if word not in FORMATS]:
+        raise ConfigError(f"--format: expected {', '.join(FORMATS)}, or several of them, got {unknown[0] or given!r}")
+    return tuple(words)
 
 
 def _sizes(given: str | None, flag: str) -> tuple[int, ...] | None:

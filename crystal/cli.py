@@ -114,6 +114,24 @@ def models(
 
 
 @app.command()
+def doctor(
+    measure: Annotated[bool, typer.Option("--measure", help="measure anew; best on an idle machine")] = False,
+    directory: Annotated[Path, typer.Option("--dir", metavar="DIR", help="whose disk is timed")] = Path(),
+    as_json: Json = False,
+) -> None:
+    """Say what this machine is, how fast it is, what was chosen from that, and what is slow and why.
+
+    Examples:
+        crystal doctor
+        crystal doctor --measure --json
+    """
+    from crystal.doctor import doctor_text, examine
+
+    result = examine(measure, directory)
+    _print(result, as_json, doctor_text(result))
+
+
+@app.command()
 def prepare(run: Run, overrides: Overrides = None, as_json: Json = False) -> None:
     """Corpus → tokenizer → token store, for the sources that the run's curriculum names.
 
@@ -291,7 +309,7 @@ def coord_check(
         float | None, typer.Option(metavar="X", help="base LR; default: a sixteenth of the base init sigma")
     ] = None,
     dtype: Annotated[
-        Literal["auto", "bf16", "fp32"], typer.Option(help="what it computes in; auto: bf16 from width 512 on")
+        Literal["auto", "bf16", "fp32"], typer.Option(help="compute; auto: bf16 from width 512 on if faster")
     ] = "auto",
     data: Annotated[
         str | None, typer.Option(metavar="RUN.yaml", help="take rows of its token store instead of random ones")
@@ -300,7 +318,10 @@ def coord_check(
         Literal["compile", "fsdp", "tp"] | None,
         typer.Option(help="run it under torch.compile, or sharded over two gloo processes"),
     ] = None,
-    out: Annotated[Path | None, typer.Option(metavar="DIR", help="write JSON, PNG and a page, with SP beside")] = None,
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="write JSON, pictures and a page, SP beside")] = None,
+    formats: Annotated[
+        str | None, typer.Option("--format", metavar="png,pdf,svg", help="of the pictures, one or more; default png")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Coordinate check with a verdict for every tensor and activation, over widths x seeds x steps.
@@ -312,7 +333,7 @@ def coord_check(
     from crystal.check_command import run_check
 
     result, shown = run_check(
-        model, widths, depths, seeds, steps, parametrization, lr, dtype, data, under, out, _console()
+        model, widths, depths, seeds, steps, parametrization, lr, dtype, data, under, out, formats, _console()
     )
     _print(result, as_json, shown)
     if result["verdict"] != "PASS":

@@ -23,7 +23,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
-from crystal.config import Config, ConfigError, Strict, nearest
+from crystal.config import Config, ConfigError, Strict, found, mistake, nearest
 from crystal.data.order import StageOrder
 from crystal.schedule import Schedule, Segment, fit
 
@@ -79,7 +79,9 @@ class StageConfig(Strict):
     carry: tuple[Literal["weights", "optimizer"], ...] | None = Field(
         None, description="what is taken over from the stage before; null: both"
     )
-    checkpoint_every: Count = Field(description="steps from one checkpoint to the next, before scale")
+    checkpoint_every: Count | None = Field(
+        None, description="steps from one checkpoint to the next, before scale; null: a tenth of the stage"
+    )
 
     @field_validator("sources", mode="before", json_schema_input_type=dict[str, SourceConfig | Weight])
     @classmethod
@@ -106,8 +108,12 @@ class StageConfig(Strict):
     @field_validator("lr", mode="before", json_schema_input_type=tuple[LrSegment, ...] | Weight)
     @classmethod
     def _constant(cls, lr: Any) -> Any:
-        lr = tuple(lr) if isinstance(lr, list) else lr
-        return ({"from": lr, "to": lr},) if isinstance(lr, int | float) else lr
+        if isinstance(lr, int | float) and not isinstance(lr, bool):
+            return ({"from": lr, "to": lr},)
+        if not isinstance(lr, list | tuple):
+            pieces = "a list of pieces such as {from: 0, to: 0.01, steps: 20}"
+            raise ValueError(f"expected a number, or {pieces}, got {found(lr)}")
+        return tuple(lr)
 
     @field_validator("lr")
     @classmethod
@@ -130,7 +136,7 @@ class StageConfig(Strict):
 class CurriculumConfig(Strict):
     """The `curriculum:` section."""
 
-    name: str = Field(description="what reports call it")
+    name: str = Field("curriculum", description="what reports call it")
     seq_len: Count = Field(description="tokens of a sequence")
     global_batch_size: Count = Field(description="sequences of an optimizer step, over all devices")
     scale: Positive = Field(1.0, description="factor on the published steps, warm-ups and checkpoint cadences")
@@ -289,7 +295,7 @@ def resolve(
                 fim_rates=fim_rates,
                 spm_rate=stage.fim.spm,
                 carry_optimizer="optimizer" in carry,
-                checkpoint_every=max(1, round(stage.checkpoint_every * config.scale)),
+                checkpoint_every=max(1, round((stage.checkpoint_every or published / 10) * config.scale)),
             )
         )
     return Curriculum(config.name, config.seq_len, config.global_batch_size, tuple(stages))
@@ -329,10 +335,10 @@ def _segments(stage: StageConfig, published: int, scale: float, where: str | Con
         start = segments[-1].end if piece.start is None else piece.start
         if i == 0 and start < piece.to and steps > published:
             message = f"expected a warm-up within the stage's {published} steps, got {steps}"
-            raise _error(where, (*loc, i, "steps"), message)
+            raise mistake(where, (*loc, i, "steps"), message)
         if begin >= published:
             message = f"expected to start within the stage's {published} steps, starts at {begin}"
-            raise _error(where, (*loc, i), message)
+            raise mistake(where, (*loc, i), message)
         segments.append(Segment(start, piece.to, steps, piece.shape))
         begin += steps
     return [replace(s, start=s.start * scale, end=s.end * scale) for s in segments] if scale != 1 else segments
@@ -362,9 +368,9 @@ def _bind(
                     unbound.append(name)
                     continue
                 known = ", ".join(sorted(store_sources))
-                message = f"expected a source of the store ({known}), got {store_source!r}"
+                message = f"expected a source of the corpus ({known}), got {store_source!r}"
                 message += nearest(store_source, store_sources)
-                raise _error(where, ("curriculum", "bind", pattern), message)
+                raise mistake(where, ("curriculum", "bind", pattern), message)
             first, last = _fractions(source.subset)
             low, high = low + (high - low) * first, low + (high - low) * last
             whole = (low, high) == (0, 1)
@@ -372,12 +378,14 @@ def _bind(
             parts.setdefault(key, []).append(weights[name] * share)
             fim.setdefault(store_source, []).append((weights[name] * share, rate))
     if unbound:
-        raise _error(
-            where,
-            ("curriculum", "bind"),
-            f"expected a pattern for every source of stage {stage.name}, none for {', '.join(unbound)} "
-            f"(the store has {', '.join(sorted(store_sources))})",
-        )
+        known = ", ".join(sorted(store_sources))
+        if not config.bind:  # names of the corpus were meant
+            loc = ("curriculum", "stages", config.stages.index(stage), "sources", unbound[0])
+            message = f"expected a source of the corpus ({known}), or a pattern of curriculum.bind for it"
+            message += nearest(unbound[0], store_sources)
+            raise mistake(where, loc, message)
+        message = f"expected a pattern for every source of stage {stage.name}, none for {', '.join(unbound)} "
+        raise mistake(where, ("curriculum", "bind"), f"{message}(the corpus has {known})")
     rates = {}
     for key, pairs in fim.items():
         weight = math.fsum(w for w, _ in pairs)
@@ -389,9 +397,3 @@ def _pattern(name: str, bind: Mapping[str, Any]) -> str | None:
     """The most specific pattern of `bind` that matches: the one with the most literal characters."""
     matching = sorted(p for p in bind if fnmatchcase(name, p))
     return max(matching, key=lambda p: sum(c not in "*?" for c in p), default=None)
-
-
-def _error(where: str | Config, loc: tuple, message: str) -> ConfigError:
-    file = where if isinstance(where, str) else where.where(loc)
-    key = ".".join(map(str, loc))
-    return ConfigError(f"{file}: {key}: {message}", file=file, key=key)

@@ -94,7 +94,7 @@ def test_schedule_gives_base_and_group_rates(crystal):
     ("words", "message"),
     [
         (("models", "crystalcoder-8b"), "did you mean 'crystalcoder-7b'"),
-        (("train", "demo", "model.d_modle=3"), "command line: model.d_modle: unknown key; did you mean 'd_model'?"),
+        (("train", "demo", "model.d_modle=3"), "command line: model.d_modle=3: unknown key; did you mean 'd_model'?"),
         (("train", "nowhere.yaml"), "nowhere.yaml: no such file"),
         (("train", "demo", "seed"), "seed: expected dotted.key=value"),
         (("schedule", "demo", "--stage", "9"), "--stage: expected 1 to 3, got 9"),
@@ -105,7 +105,7 @@ def test_schedule_gives_base_and_group_rates(crystal):
         (("train", "amber-7b.yml", "--dry-run"), "amber-7b.yml: no such file; did you mean 'amber-7b'?"),
         (
             ("train", "demo", "model.n_heads=3", "--dry-run"),
-            "command line: model.n_heads: expected a divisor of d_model",
+            "command line: model.n_heads=3: expected a divisor of d_model",
         ),
         (("modles",), "No such command 'modles'"),
         (("data", "shwo"), "No such command 'shwo'"),

@@ -22,7 +22,7 @@ FLOORS = [
         "crystal", "crystal.config", "crystal.files", "crystal.memory", "crystal.progress", "crystal.schedule",
         "crystal.kernels",
     },
-    {"crystal.mup"},
+    {"crystal.mup", "crystal.pictures"},
     {"crystal.zoo", "crystal.data"},
     {"crystal.curriculum"},
     {"crystal.backends"},

@@ -31,7 +31,7 @@ from pydantic import Field, model_validator
 
 from crystal.config import ConfigError, Strict, cache_dir, nearest
 from crystal.data import corpus, pack, store
-from crystal.data.tokenizer import Tokenizer, train_tokenizer
+from crystal.data.tokenizer import Tokenizer, padded, train_tokenizer
 from crystal.files import sha256_of, sync
 
 if TYPE_CHECKING:
@@ -77,6 +77,13 @@ class DataConfig(Strict):
     val_rows: int = Field(default=256, ge=0, description="validation rows of each source at most")
     shuffle_seed: int = Field(0, description="of the order in which documents are packed into rows")
     dir: Path | None = Field(None, description="where token stores are kept; null: in the cache")
+
+
+def vocab_size(config: TokenizerConfig) -> int | None:
+    """How many ids the tokenizer has or will have, added tokens and padding counted; None where its file is missing."""
+    if config.train is not None:
+        return padded(config.train.vocab_size, config.added_tokens)
+    return Tokenizer.load(config.path, added_tokens=config.added_tokens).vocab_size if config.path.is_file() else None
 
 
 def prepare(

@@ -43,6 +43,11 @@ _BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
 _TRAIN_THREADS = 2  # written into the trained model, so a constant: same texts, same file anywhere
 
 
+def padded(n_base: int, added_tokens: bool) -> int:
+    """The size of a vocabulary of `n_base` ids with CrystalCoder's added tokens behind, as a multiple of 32."""
+    return -(-(n_base + (len(ADDED_TOKENS) if added_tokens else 0)) // 32) * 32
+
+
 class Tokenizer:
     """A vocabulary and its two directions.
 
@@ -59,7 +64,7 @@ class Tokenizer:
         self.n_base = len(pieces)
         names = ADDED_TOKENS if added_tokens else ()
         self.added = {name: self.n_base + i for i, name in enumerate(names)}
-        self.vocab_size = -(-(self.n_base + len(names)) // 32) * 32
+        self.vocab_size = padded(self.n_base, added_tokens)
         self.bos_id, self.eos_id = pieces.index("<s>"), pieces.index("</s>")
         self.pad_id = self.eos_id
         self.fim_prefix = self.added.get("<|fim_prefix|>")

@@ -17,6 +17,7 @@ from typing import Protocol
 
 from crystal.backends.base import Durable
 from crystal.backends.create import create
+from crystal.backends.machine import keep_choices
 from crystal.config import ConfigError
 from crystal.curriculum import Curriculum, Stage, resolve
 from crystal.data.store import TokenStore
@@ -26,7 +27,7 @@ from crystal.training import checkpoint
 from crystal.training.batches import Batches
 from crystal.training.guards import BadSteps, Interrupts, alone_in, plan_differences
 from crystal.training.metrics import Metrics, NoMetrics, event, read_metrics
-from crystal.training.record import open_run
+from crystal.training.record import open_run, recorded_choices, with_recorded_dtype
 from crystal.training.saving import Saver
 
 
@@ -55,6 +56,7 @@ class Trainer:
     """One start of a run. `position` is the number of steps done."""
 
     def __init__(self, run: RunFile, store: TokenStore, display: Display):
+        run = with_recorded_dtype(run)
         config = run.config
         self.run, self.config, self.display = run, config, display
         self.curriculum = resolve(config.curriculum, run.source, store.sources)
@@ -68,6 +70,7 @@ class Trainer:
         for stage in self.curriculum.stages:  # a stage without data is a mistake to hear of now, not days from now
             self.batches.order(stage)
         self.plan = config.plan()
+        choices = keep_choices(config.backend, recorded_choices(config.directory))
         self.backend = create(
             config.model, self.plan, config.optimizer, self.curriculum, config.train.seed, len(self.batches.sources),
             config.backend, config.directory, config.train.micro_batch_size,
@@ -77,7 +80,7 @@ class Trainer:
         self.batches.part, self.batches.parts = self.backend.place.part, self.backend.place.parts
         self.writes = self.backend.place.process == 0  # the run's files; the others only take steps
         if self.writes:
-            open_run(run, self.plan, store, self.backend.describe())
+            open_run(run, self.plan, store, self.backend.describe(), choices)
         self.directory = config.directory
         self.saver = Saver(self.backend)
         self.checkpoints = self.directory / "checkpoints"
