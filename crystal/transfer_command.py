@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,6 +13,7 @@ import torch
 from crystal.config import Config, ConfigError, override
 from crystal.describe import flops_per_token, matmul_rate
 from crystal.files import write_whole
+from crystal.kernels import tuning
 from crystal.mup.forecast import forecast
 from crystal.mup.transfer import Transfer, Trial, judge
 from crystal.progress import Bar, note
@@ -68,20 +68,12 @@ def plan_only(sweep: Sweep, workers: int) -> dict:
         "hours_estimated": round(flops / (rate * EFFICIENCY * at_once) / 3600, 3),
         "workers": workers,
         "matmul_flops_per_second": rate,
-        "machine": {"processor": processor(), "threads": 1, "dtype": sweep.dtype, "matmul_flops_per_second": rate},
+        "machine": {
+            "processor": tuning.processor(), "threads": 1, "dtype": sweep.dtype, "matmul_flops_per_second": rate,
+        },
         "reference": REFERENCE | {"hours": round(flops / (REFERENCE["flops_per_second"] * at_once) / 3600, 3)},
         "warnings": warnings(sweep, batch, tokens),
     }
-
-
-def processor() -> str:
-    """The processor's name, as the system gives it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def warnings(sweep: Sweep, batch: int, tokens: int) -> list[str]:
