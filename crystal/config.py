@@ -21,11 +21,19 @@ import yaml
 from crystal.mistakes import explain, found, nearest
 
 CONFIGS = Path(__file__).resolve().parent / "configs"
-COMMAND_LINE = "command line"
+COMMAND_LINE = "command line"  # how the origin of what an override set begins
 
 
 class ConfigError(Exception):
-    """A mistake of the user's; `str()` is the one line to show. The command exits with 2."""
+    """A mistake of the user's; `str()` is the one line to show. The command exits with 2.
+
+    file, key: where the mistake is, for `--json`: a config file's name, and the dotted key in it. None: not known.
+    """
+
+    def __init__(self, message: str = "", *, file: str | Path | None = None, key: str | None = None):
+        super().__init__(message)
+        self.file = None if file is None or str(file).startswith(COMMAND_LINE) else str(file)
+        self.key = key
 
 
 class Strict(pydantic.BaseModel):
@@ -45,7 +53,7 @@ class Config(NamedTuple):
 
     def where(self, loc: tuple) -> str:
         """The file that set the key at `loc`, or its nearest ancestor; `command line` for an override."""
-        return COMMAND_LINE if self._origin(loc).startswith(COMMAND_LINE) else self._origin(loc)
+        return COMMAND_LINE if self.set_by(loc).startswith(COMMAND_LINE) else self.set_by(loc)
 
     def place(self, loc: tuple, message: str = "") -> str:
         """How a line about the key at `loc` begins: `FILE: KEY`, or `command line: key=value` for an override.
@@ -53,14 +61,19 @@ class Config(NamedTuple):
         A packaged file is not at fault for what a user's file makes of it: the user's file is named. An override is
         named too where `message`, about another key, speaks of the one that it set.
         """
-        origin, key = self._origin(loc), _dotted(loc)
+        at_fault, key = self.at_fault(loc, message), _dotted(loc)
+        named = at_fault.startswith(f"{COMMAND_LINE}: {key}=")
+        return at_fault if named or not key else f"{at_fault}: {key}"
+
+    def at_fault(self, loc: tuple, message: str = "") -> str:
+        """The file, or the override, that such a line names."""
+        origin = self.set_by(loc)
         if not origin.startswith(COMMAND_LINE):
             origin = next((o for at, o in self.origin.items() if self._is_about(at, o, loc, message)), origin)
         if origin.startswith(COMMAND_LINE):
-            return origin if origin.removeprefix(f"{COMMAND_LINE}: ").startswith(f"{key}=") else f"{origin}: {key}"
+            return origin
         packaged = CONFIGS in Path(origin).parents or not Path(origin).is_file()  # or the name of a rung
-        file = self.origin.get((), origin) if packaged else origin
-        return f"{file}: {key}" if key else file
+        return self.origin.get((), origin) if packaged else origin
 
     def get(self, loc: tuple) -> Any:
         """The value at `loc`, None where there is none."""
@@ -70,7 +83,8 @@ class Config(NamedTuple):
         """The same with `value` at `loc`; whoever set the key remains the one who set it."""
         return Config(_put(self.mapping, loc, value), self.origin)
 
-    def _origin(self, loc: tuple) -> str:
+    def set_by(self, loc: tuple) -> str:
+        """The file or override that set the key at `loc`, or its nearest ancestor."""
         return next((self.origin[loc[:n]] for n in range(len(loc), -1, -1) if loc[:n] in self.origin), "config")
 
     def _is_about(self, at: tuple, origin: str, loc: tuple, message: str) -> bool:
@@ -130,7 +144,7 @@ def find(name: str | Path, *kinds: str) -> Path:
             return path
         is_directory = path.is_dir()
     except (OSError, ValueError) as error:  # a name that is too long or no name, a folder that is closed to us
-        raise ConfigError(f"{name!r}: {getattr(error, 'strerror', None) or error}") from None
+        raise ConfigError(f"{name!r}: {getattr(error, 'strerror', None) or error}", file=name) from None
     parts = path.parts[1:] if path.parts[:1] == ("configs",) else path.parts
     bare = Path(*parts) if parts and not path.is_absolute() else Path(path.name)
     kinds = kinds or tuple(sorted(p.name for p in CONFIGS.iterdir() if p.is_dir()))
@@ -139,9 +153,10 @@ def find(name: str | Path, *kinds: str) -> Path:
             if file.is_file():
                 return file
     if is_directory:
-        raise ConfigError(f"{name}: expected a file, it is a directory{nearest('.yaml', path.glob('*.yaml'))}")
+        hint = nearest(".yaml", path.glob("*.yaml"))
+        raise ConfigError(f"{name}: expected a file, it is a directory{hint}", file=name)
     names = [p.stem for kind in kinds for p in (CONFIGS / kind).glob("*.yaml")]
-    raise ConfigError(f"{name}: no such file{nearest(path.stem, names)}")
+    raise ConfigError(f"{name}: no such file{nearest(path.stem, names)}", file=name)
 
 
 def load_yaml(
@@ -157,25 +172,27 @@ def load_yaml(
 
 def _load(path: Path, kinds: Sequence[str], computed: Callable, above: tuple[Path, ...]) -> Config:
     if path.resolve() in above:
-        raise ConfigError(f"{path}: extends: expected no circle, but the file extends itself")
+        raise ConfigError(f"{path}: extends: expected no circle, but the file extends itself", file=path, key="extends")
     try:
         mapping = _yaml(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
         problem = getattr(error, "problem", None) or getattr(error, "reason", None) or error
-        raise ConfigError(f"{path}{line}: expected YAML, {problem}") from None
+        raise ConfigError(f"{path}{line}: expected YAML, {problem}", file=path) from None
     except UnicodeDecodeError as error:
-        wrong = f"byte 0x{error.object[error.start]:02x} at {error.start}"
-        raise ConfigError(f"{path}: cannot be read: expected UTF-8 text, found {wrong}") from None
+        byte = f"0x{error.object[error.start]:02x} at {error.start}"
+        raise ConfigError(f"{path}: cannot be read: expected UTF-8 text, found byte {byte}", file=path) from None
     except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}", file=path) from None
     if not isinstance(mapping, dict):
-        raise ConfigError(f"{path}: expected a mapping of keys, got {'nothing' if mapping is None else found(mapping)}")
+        got = "nothing" if mapping is None else found(mapping)
+        raise mistake(str(path), (), f"expected a mapping of keys, got {got}")
     parents = mapping.pop("extends", [])
     parents = [parents] if isinstance(parents, str) else parents
     if not isinstance(parents, list) or not all(isinstance(parent, str) for parent in parents):
-        raise ConfigError(f"{path}: extends: expected the name of a file, or a list of names, got {found(parents)}")
+        message = f"expected the name of a file, or a list of names, got {found(parents)}"
+        raise mistake(str(path), ("extends",), message)
     merged = Config({}, {})
     for parent in parents:
         beside = path.parent / parent
@@ -183,7 +200,7 @@ def _load(path: Path, kinds: Sequence[str], computed: Callable, above: tuple[Pat
             config = None if beside.is_file() else computed(parent)
             file = None if config else beside if beside.is_file() else find(parent, *kinds)
         except (ConfigError, OSError, ValueError) as error:
-            raise ConfigError(f"{path}: extends: {error}") from None
+            raise mistake(str(path), ("extends",), str(error)) from None
         merged = merge(merged, config or _load(file, kinds, computed, (*above, path.resolve())))
     return merge(merged, layer(mapping, os.path.normpath(path)))
 
@@ -249,7 +266,7 @@ def override(config: Config, assignments: Iterable[str]) -> Config:
         try:
             value = _yaml(text)
         except yaml.YAMLError:
-            raise ConfigError(f"{word}: expected a YAML value after '='") from None
+            raise ConfigError(f"{word}: expected a YAML value after '='", key=key) from None
         loc = _locate(config.mapping, key)
         mapping = _put(config.mapping, loc, value)
         said = f"{COMMAND_LINE}: {word}"
@@ -267,7 +284,7 @@ def _locate(node: Any, dotted: str) -> tuple:
             index = int(word) if word.isdecimal() else names.index(word) if word in names else -1
             if not 0 <= index < len(node):
                 expected = ", ".join(str(n) for n in names if n) or f"0 to {len(node) - 1}"
-                raise ConfigError(f"{COMMAND_LINE}: {dotted}: expected one of {expected} at '{word}'")
+                raise ConfigError(f"{COMMAND_LINE}: {dotted}: expected one of {expected} at '{word}'", key=dotted)
             loc.append(index)
             node = node[index]
         else:
@@ -304,9 +321,10 @@ def parse(cls: type[Section], mapping: Any, where: str | Config, prefix: tuple =
 
 def mistake(where: str | Config, loc: tuple, message: str) -> ConfigError:
     """The one line about the key at `loc`: `FILE: KEY: message`. where: as in `parse`."""
+    key = _dotted(loc) or None
     if isinstance(where, Config):
-        return ConfigError(f"{where.place(loc, message)}: {message}")
-    return ConfigError(": ".join([where, *([_dotted(loc)] if loc else []), message]))
+        return ConfigError(f"{where.place(loc, message)}: {message}", file=where.at_fault(loc, message), key=key)
+    return ConfigError(": ".join([where, *([key] if key else []), message]), file=where, key=key)
 
 
 def _dotted(loc: tuple) -> str:

@@ -37,20 +37,20 @@ SUM_TOLERANCE = 1e-6
 class LrSegment(Strict):
     """One piece of a learning-rate schedule: `{from: 0.0, to: 0.012, steps: 86}`."""
 
-    start: Weight | None = Field(None, alias="from")  # None: where the piece before ended
-    to: Weight
-    steps: Count | None = None  # None: up to the end of the stage (last piece only)
-    shape: Literal["linear", "cosine", "sqrt"] = "linear"
-    jump: bool = False  # a start that is not the end of the piece before is meant
+    start: Weight | None = Field(None, alias="from", description="rate at its start; null: where the one before ended")
+    to: Weight = Field(description="rate at its end")
+    steps: Count | None = Field(None, description="length; null: up to the end of the stage, in the last piece only")
+    shape: Literal["linear", "cosine", "sqrt"] = Field("linear", description="how it goes from one rate to the other")
+    jump: bool = Field(False, description="whether a start that is not the end of the piece before is meant")
 
 
 class SourceConfig(Strict):
     """One data source of a stage; a bare number in YAML is its weight."""
 
-    weight: Weight | None = None
-    tokens: Count | None = None  # instead of weights, for all sources of a stage
-    subset: str = "0.0-1.0"  # the published part of the source's rows
-    fim: Rate | None = None  # instead of the stage's FIM rate
+    weight: Weight | None = Field(None, description="its share of the stage's sequences; the shares sum to 1")
+    tokens: Count | None = Field(None, description="instead of weights, for all sources of a stage")
+    subset: str = Field("0.0-1.0", description="which part of the source's rows: 0.0-0.5 is the first half")
+    fim: Rate | None = Field(None, description="share of its documents that FIM rearranges; null: the stage's fim.rate")
 
     @field_validator("subset")
     @classmethod
@@ -62,24 +62,28 @@ class SourceConfig(Strict):
 class FimConfig(Strict):
     """Fill-in-the-middle: the share of documents rearranged, and the share of those in SPM order."""
 
-    rate: Rate = 0.0
-    spm: Rate = 0.5
-    only: tuple[str, ...] = ("*",)  # patterns of the published sources that it applies to
+    rate: Rate = Field(0.0, description="share of documents that are rearranged")
+    spm: Rate = Field(0.5, description="share of those in suffix-prefix-middle order; the rest is prefix-suffix-middle")
+    only: tuple[str, ...] = Field(("*",), description="patterns of the published sources that it applies to")
 
 
 class StageConfig(Strict):
     """One stage as published."""
 
-    name: str
-    steps: Count | None = None
-    tokens: Count | None = None  # instead of steps; rounded up to whole steps
-    sources: dict[str, SourceConfig]
-    lr: tuple[LrSegment, ...]
+    name: str = Field(description="unique in the curriculum")
+    steps: Count | None = Field(None, description="length in optimizer steps, before scale")
+    tokens: Count | None = Field(None, description="instead of steps: length in tokens, rounded up to whole steps")
+    sources: dict[str, SourceConfig] = Field(description="what it trains on; a bare number is the source's weight")
+    lr: tuple[LrSegment, ...] = Field(description="base learning rate, piece after piece; a bare number is constant")
     fim: FimConfig = FimConfig()
-    carry: tuple[Literal["weights", "optimizer"], ...] | None = None  # from the stage before; None: both
-    checkpoint_every: Count | None = Field(None, description="steps, as published; null: a tenth of the stage")
+    carry: tuple[Literal["weights", "optimizer"], ...] | None = Field(
+        None, description="what is taken over from the stage before; null: both"
+    )
+    checkpoint_every: Count | None = Field(
+        None, description="steps from one checkpoint to the next, before scale; null: a tenth of the stage"
+    )
 
-    @field_validator("sources", mode="before")
+    @field_validator("sources", mode="before", json_schema_input_type=dict[str, SourceConfig | Weight])
     @classmethod
     def _bare_weights(cls, sources: Any) -> Any:
         if not isinstance(sources, dict):
@@ -101,7 +105,7 @@ class StageConfig(Strict):
             raise ValueError(f"expected weights that sum to 1 (within {SUM_TOLERANCE:g}), got {total:.9g}")
         return sources
 
-    @field_validator("lr", mode="before")
+    @field_validator("lr", mode="before", json_schema_input_type=tuple[LrSegment, ...] | Weight)
     @classmethod
     def _constant(cls, lr: Any) -> Any:
         if isinstance(lr, int | float) and not isinstance(lr, bool):
@@ -132,15 +136,17 @@ class StageConfig(Strict):
 class CurriculumConfig(Strict):
     """The `curriculum:` section."""
 
-    name: str = "curriculum"
-    seq_len: Count
-    global_batch_size: Count  # sequences
-    scale: Positive = 1.0  # of the published steps
-    lr_scale: Positive = 1.0  # of every learning rate, as when a tuned one is transferred
-    min_warmup_steps: Count = 1  # what `scale` leaves of a warm-up at least
-    lr_counts_from: Literal[0, 1] = 1  # the first step of a stage uses lr(0) or lr(1)
-    bind: dict[str, str | dict[str, Positive]] = Field({})
-    stages: tuple[StageConfig, ...] = Field(min_length=1)
+    name: str = Field("curriculum", description="what reports call it")
+    seq_len: Count = Field(description="tokens of a sequence")
+    global_batch_size: Count = Field(description="sequences of an optimizer step, over all devices")
+    scale: Positive = Field(1.0, description="factor on the published steps, warm-ups and checkpoint cadences")
+    lr_scale: Positive = Field(1.0, description="factor on every learning rate, as when a tuned one is transferred")
+    min_warmup_steps: Count = Field(1, description="what scale leaves of a warm-up at least")
+    lr_counts_from: Literal[0, 1] = Field(1, description="whether the first step of a stage uses lr(0) or lr(1)")
+    bind: dict[str, str | dict[str, Positive]] = Field(
+        {}, description="patterns of published sources, and the corpus' source, or sources with shares, for each"
+    )
+    stages: tuple[StageConfig, ...] = Field(min_length=1, description="one after the other")
 
     @field_validator("bind")
     @classmethod

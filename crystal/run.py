@@ -28,7 +28,7 @@ MICRO_BATCH_TOKENS = 8192  # what goes through a model at once where the run doe
 class TrainConfig(Strict):
     """How the loop goes about it; steps are optimizer steps."""
 
-    seed: int = 1
+    seed: int = Field(1, description="of the first weights, the order of the data and FIM")
     micro_batch_size: int = Field(
         1,
         gt=0,
@@ -47,14 +47,14 @@ class TrainConfig(Strict):
 class RunConfig(Strict):
     """The whole of a run file."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9._-]+$")
+    name: str = Field(pattern=r"^[A-Za-z0-9._-]+$", description="of the run, and of its directory")
     model: ModelConfig
     optimizer: OptimizerConfig = OptimizerConfig()
     curriculum: CurriculumConfig
     data: DataConfig
     backend: BackendConfig = CpuConfig()
     train: TrainConfig = TrainConfig()
-    run_dir: Path | None = Field(None, description="null: runs/NAME")
+    run_dir: Path | None = Field(None, description="where it is recorded; null: runs/NAME")
     provenance: dict[str, float | int | str | bool] = Field({}, description="where its values come from; recorded")
 
     @property
@@ -83,6 +83,10 @@ class RunFile:
         """`FILE: dotted.key`, for an error about that key."""
         return self.source.place(loc)
 
+    def error(self, loc: Sequence[str], message: str) -> ConfigError:
+        """The mistake that the key at `loc` holds; to be raised."""
+        return mistake(self.source, tuple(loc), message)
+
 
 def load_run(path: str | Path, overrides: Sequence[str] = ()) -> RunFile:
     """Read and check a run file. Raises ConfigError, one line, for any mistake in it."""
@@ -91,14 +95,13 @@ def load_run(path: str | Path, overrides: Sequence[str] = ()) -> RunFile:
     run = RunFile(parse(RunConfig, source.mapping, source), source, str(path))
     curriculum, model, train = run.config.curriculum, run.config.model, run.config.train
     if curriculum.seq_len > model.max_seq_len:
-        message = f"expected at most model.max_seq_len {model.max_seq_len}, got {curriculum.seq_len}"
-        raise mistake(source, ("curriculum", "seq_len"), message)
+        expected = f"expected at most model.max_seq_len {model.max_seq_len}, got {curriculum.seq_len}"
+        raise run.error(("curriculum", "seq_len"), expected)
     if curriculum.global_batch_size % train.micro_batch_size:
-        batch = f"curriculum.global_batch_size {curriculum.global_batch_size}"
-        message = f"expected a divisor of {batch}, got {train.micro_batch_size}"
-        raise mistake(source, ("train", "micro_batch_size"), message)
+        expected = f"expected a divisor of curriculum.global_batch_size {curriculum.global_batch_size}"
+        raise run.error(("train", "micro_batch_size"), f"{expected}, got {train.micro_batch_size}")
     if run.config.backend.name == "cuda":
-        check_layout(model, run.config.backend, curriculum.global_batch_size, train.micro_batch_size, run.where)
+        check_layout(model, run.config.backend, curriculum.global_batch_size, train.micro_batch_size, run.error)
     return run
 
 
@@ -151,7 +154,7 @@ def corpus_of(run: RunFile) -> Recipe:
         return load_recipe(run.config.data.corpus)
     except ConfigError as error:
         if str(error).startswith(f"{run.config.data.corpus}: "):  # the file itself, not something in it
-            raise mistake(run.source, ("data", "corpus"), str(error)) from None
+            raise run.error(("data", "corpus"), str(error)) from None
         raise
 
 
@@ -162,7 +165,7 @@ def check_vocabulary(run: RunFile) -> None:
         trained = run.config.data.tokenizer.train
         how = f" with data.tokenizer.train.vocab_size {trained.vocab_size}" if trained else ""
         message = f"expected {expected}, the tokenizer's padded vocabulary{how}, got {got}; auto takes it as it is"
-        raise mistake(run.source, ("model", "vocab_size"), message)
+        raise run.error(("model", "vocab_size"), message)
 
 
 def prepare_run(run: RunFile, console: Console | None = None) -> Path:

@@ -1,29 +1,26 @@
-"""Causal attention, softmax(scale q k^T) v; for short sequences on a CPU, with the probabilities kept.
+"""Causal attention, softmax(scale q k^T) v, by the way that is fastest on its device.
 
-torch's CPU kernel computes the scores again in backward, and in bf16 spends most of its time on conversions. Up to
-LONGEST tokens the probabilities of all heads are no more than the activations beside them: kept, backward is four
-batched products and one pass of softmax's gradient. Queries are worked through ROWS at a time, with the keys that
-the causal mask lets them see, and HEADS heads together, so that scores stay in the cache between one product and the
-next. At 256 tokens this takes 0.75 of the time of torch's kernel in fp32, and 0.4 in bf16.
-
-In bf16 the scores are rounded before the softmax, whose exponentials and sums are fp32: the arithmetic of the
-published LLaMA code.
+On a CPU there are three: `native`, the C of attention.c; `kept`, batched products with the probabilities kept; and
+`torch`, F.scaled_dot_product_attention, which is also the one on every other device.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import crystal.kernels.native as native
-from crystal.kernels.dispatch import differentiable
+from crystal.kernels import attention_native as native
+from crystal.kernels import tuning
+from crystal.kernels.attention_kept import attention_kept
+from crystal.kernels.attention_native import attention_native
 
-LONGEST = 512  # tokens; beyond, the probabilities outweigh the other activations
-ROWS = {torch.float32: 64, torch.bfloat16: 128}  # queries at a time: smaller blocks waste less on the masked half
-HEADS = 64  # at a time
+LONGEST = 512  # tokens; beyond, kept probabilities outweigh the other activations
+
+Path = Literal["native", "kept", "torch"]
 
 
 def attention_reference(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
@@ -33,84 +30,33 @@ def attention_reference(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor
     return scores.masked_fill(future, float("-inf")).softmax(-1) @ v
 
 
-def _blocks(q: Tensor) -> Iterator[tuple[slice, int, int]]:
-    """(heads, first query, end of the queries) of each block of q [B H, T, K]."""
-    heads, length, _ = q.shape
-    for first in range(0, heads, HEADS):
-        for start in range(0, length, ROWS[q.dtype]):
-            yield slice(first, min(first + HEADS, heads)), start, min(start + ROWS[q.dtype], length)
+def attention_torch(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """softmax(scale q k^T) v, causal, by torch's own kernel."""
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
 
 
-def _kept(q: Tensor) -> int:
-    """Number of probabilities: of each query and the keys up to the end of its block."""
-    return sum((heads.stop - heads.start) * (end - start) * end for heads, start, end in _blocks(q))
+PATHS: dict[Path, Callable[[Tensor, Tensor, Tensor, float], Tensor]] = {
+    "native": attention_native,
+    "kept": attention_kept,
+    "torch": attention_torch,
+}
+
+@torch.compiler.assume_constant_result  # a compiler cannot look into files
+def _chosen(dtype: torch.dtype, tokens: int, d_head: int) -> Path:
+    """The path that was measured to be the fastest here, of those that there are."""
+    chosen = tuning.chosen(tuning.attention_key(dtype, tokens, d_head), "native")
+    if chosen == "native" and not native.available():
+        chosen = "kept"
+    return "torch" if chosen == "kept" and tokens > LONGEST else chosen
 
 
-def _forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """(y [B, H, T, K], probabilities of the blocks one after another)."""
-    shape = q.shape
-    q, k, v = (x.flatten(0, 1) for x in (q, k, v))
-    future = q.new_full((ROWS[q.dtype],) * 2, float("-inf")).triu_(1)
-    fast = native.use_native(q)
-    y, probabilities, at = torch.empty_like(q), q.new_empty(_kept(q)), 0
-    for heads, start, end in _blocks(q):
-        rows, size = end - start, (heads.stop - heads.start, end - start, end)
-        p = probabilities[at : at + size[0] * rows * end].view(size)
-        torch.bmm(q[heads, start:end], k[heads, :end].transpose(1, 2), out=p)
-        if fast:
-            native.causal_softmax(p, start, scale)
-        else:
-            p.mul_(scale)
-            p[:, :, start:] += future[:rows, :rows]
-            torch.softmax(p, -1, out=p)
-        torch.bmm(p, v[heads, :end], out=y[heads, start:end])
-        at += p.numel()
-    return y.view(shape), probabilities
-
-
-def _backward(
-    dy: Tensor, q: Tensor, k: Tensor, v: Tensor, probabilities: Tensor, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(dq, dk, dv): with P the probabilities, dS = scale P (dP - rowsum(P dP)) and dP = dy v^T."""
-    shape = q.shape
-    dy, q, k, v = (x.flatten(0, 1) for x in (dy, q, k, v))
-    dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-    at, fast = 0, native.use_native(q)
-    for heads, start, end in _blocks(q):
-        size, own = (heads.stop - heads.start, end - start, end), (heads, slice(start, end))
-        p = probabilities[at : at + size[0] * size[1] * end].view(size)
-        dv[heads, :end].baddbmm_(p.transpose(1, 2), dy[own])
-        dp = torch.bmm(dy[own], v[heads, :end].transpose(1, 2))
-        if fast:
-            native.softmax_backward(p, dp, scale)
-            ds = dp
-        else:
-            ds = torch._softmax_backward_data(dp, p, -1, p.dtype).mul_(scale)
-        torch.bmm(ds, k[heads, :end], out=dq[own])
-        dk[heads, :end].baddbmm_(ds.transpose(1, 2), q[own])
-        at += p.numel()
-    return dq.view(shape), dk.view(shape), dv.view(shape)
-
-
-def _forward_shapes(q, k, v, scale):
-    return q.new_empty(q.shape), q.new_empty(_kept(q.flatten(0, 1)))
-
-
-def _backward_shapes(dy, q, k, v, probabilities, scale):
-    return tuple(x.new_empty(x.shape) for x in (q, k, v))
-
-
-def _save(ctx, inputs, output):
-    *qkv, ctx.scale = inputs
-    ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(*qkv, output[1])
-
-
-def _gradients(ctx, backward, dy, _probabilities):
-    return (*backward(dy, *ctx.saved_tensors, ctx.scale), None)
-
-
-_attention = differentiable("attention", _forward, _backward, _save, _gradients, _forward_shapes, _backward_shapes)
+def path(q: Tensor) -> Path:
+    """How causal attention of queries [B, H, T, K], with keys and values of the same shape, is computed."""
+    if q.device.type != "cpu" or q.dtype not in (torch.float32, torch.bfloat16) or q.numel() == 0:
+        return "torch"
+    if not (torch.compiler.is_compiling() or type(q) in (Tensor, torch.nn.Parameter)):  # a DTensor, say
+        return "torch"
+    return _chosen(q.dtype, q.shape[2], q.shape[3])
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None = None) -> Tensor:
@@ -118,7 +64,6 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None
 
     q, k, v [B, H, T, K] (k and v [B, H, S, K]) of one dtype, any strides. Returns [B, H, T, K].
     """
-    short = mask is None and q.shape == k.shape == v.shape and 0 < q.shape[2] <= LONGEST
-    if short and q.device.type == "cpu" and q.dtype in ROWS:
-        return _attention(q.contiguous(), k.contiguous(), v.contiguous(), scale)[0]
+    if mask is None and q.shape == k.shape == v.shape:
+        return PATHS[path(q)](q, k, v, scale)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale)

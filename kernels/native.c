@@ -1,47 +1,10 @@
 /* The passes between matrix products on a CPU, each element read and written once, computed in fp32.
 
-   Compiled by native.py for the processor it runs on: with -DBF16 tensors are bf16, else fp32. Rows go to threads;
-   sums over rows are made in PARTS whatever the number of threads, so that results do not depend on it. */
+   Compiled by native.py, after real.h, for the processor it runs on: with -DBF16 tensors are bf16, else fp32. Rows go
+   to threads; sums over rows are made in PARTS whatever the number of threads, so that results do not depend on it. */
 
 #include <math.h>
-#include <stdint.h>
-#include <stdlib.h>
 #include <string.h>
-
-typedef int64_t i64;
-
-#ifdef BF16
-typedef uint16_t real;
-static inline float get(real x) { uint32_t bits = (uint32_t)x << 16; float y; memcpy(&y, &bits, 4); return y; }
-static inline real put(float x) { /* to the nearest, ties to even */
-    uint32_t bits; memcpy(&bits, &x, 4);
-    uint32_t up = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-    return x != x ? 0x7fc0 : up;
-}
-#else
-typedef float real;
-static inline float get(real x) { return x; }
-static inline real put(float x) { return x; }
-#endif
-
-/* e^x to one unit in the last place: 2^n times a polynomial in the rest, |rest| <= ln 2 / 2. 0 below -87.3. */
-static inline float exp_(float x) {
-    float n = (x < 88.7f ? x : 88.7f) * 1.44269504f + 12582912.f;
-    int32_t whole; memcpy(&whole, &n, 4);
-    n -= 12582912.f;
-    float r = fmaf(n, -1.42860677e-6f, fmaf(n, -0.693145752f, x));
-    float p = 1.38888889e-3f;
-    p = fmaf(p, r, 8.33333333e-3f);
-    p = fmaf(p, r, 4.16666667e-2f);
-    p = fmaf(p, r, 0.166666667f);
-    p = fmaf(p, r, 0.5f);
-    p = fmaf(p, r, 1.f);
-    p = fmaf(p, r, 1.f);
-    int32_t exponent = (whole + 127) << 23; /* the low bits of 12582912 + n are n */
-    float power; memcpy(&power, &exponent, 4);
-    float y = p * power;
-    return x < -87.3f ? 0.f : x > 88.7f ? INFINITY : y;
-}
 
 #define ROWS_PARALLEL(count) _Pragma("omp parallel for num_threads(threads) if (threads > 1) schedule(static)")
 enum { PARTS = 64 };

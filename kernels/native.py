@@ -37,25 +37,31 @@ _SIGNATURES = {
 _RESULTS = {"score": _INT, "square_sum": _REAL}
 
 
-@functools.cache
-def _libraries() -> dict[torch.dtype, ctypes.CDLL]:
-    """By dtype; none where there is no gcc."""
+def load(
+    file: str, signatures: dict[str, list], *options: str, results: dict[str, type] | None = None
+) -> dict[torch.dtype, ctypes.CDLL]:
+    """A C file of this directory compiled for each dtype, its functions declared; {} where that cannot be done."""
     if not sys.platform.startswith("linux"):
         return {}
-    source = Path(__file__).with_name("native.c").read_text()
+    source = "".join(Path(__file__).with_name(name).read_text() for name in ("real.h", file))
     try:
         found = {
-            dtype: build(source, "native", "-ffp-contract=off", *options)
-            for dtype, options in ((torch.float32, ()), (torch.bfloat16, ("-DBF16",)))
+            dtype: build(source, "native", *options, *kind)
+            for dtype, kind in ((torch.float32, ()), (torch.bfloat16, ("-DBF16",)))
         }
     except (RuntimeError, OSError) as error:
         print(f"crystal: CPU kernels by torch, which is slower: {error}", file=sys.stderr)
         return {}
     for library in found.values():
-        for name, kinds in _SIGNATURES.items():
+        for name, kinds in signatures.items():
             function = getattr(library, name)
-            function.argtypes, function.restype = kinds, _RESULTS.get(name)
+            function.argtypes, function.restype = kinds, (results or {}).get(name)
     return found
+
+
+@functools.cache
+def _libraries() -> dict[torch.dtype, ctypes.CDLL]:
+    return load("native.c", _SIGNATURES, "-ffp-contract=off", results=_RESULTS)
 
 
 def available() -> bool:

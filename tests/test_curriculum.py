@@ -216,7 +216,7 @@ MISTAKES = [
     (
         small(sources={"a": 1.5, "b": -0.5}),
         "stages.0.sources.b",
-        "expected a number of at least 0 or null, got -0.5",
+        "expected a mapping of keys or a number of at least 0, got -0.5",
     ),
     (
         small(sources={"a": 0.5, "b": {"tokens": 5}}),

@@ -8,14 +8,14 @@ is ever held whole.
 from __future__ import annotations
 
 import codecs
+import contextlib
 import csv
 import errno
 import glob
 import gzip
 import json
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,35 @@ def row_format(file: Path) -> str | None:
     for packed in _PACKED:
         name = name.removesuffix(packed)
     return next((suffix for suffix in ROW_FORMATS if name.endswith(suffix)), None)
+
+
+class Reading:
+    """How much of some files has been read, for a progress bar: `share` goes from 0 to 1 with their bytes.
+
+    skipped: how many rows and files without text were passed over; first: what was wrong with the first of them.
+    """
+
+    def __init__(self) -> None:
+        self.total = 0
+        self.skipped, self.first = 0, ""
+        self._done = 0
+        self._at: Callable[[], float] = lambda: 0
+
+    @contextlib.contextmanager
+    def of(self, file: Path, at: Callable[[], float]) -> Iterator[None]:
+        """While `file` is read; at() is how many of its bytes have been."""
+        self._at = at
+        yield
+        self._done, self._at = self._done + file.stat().st_size, lambda: 0
+
+    def skip(self, what: str) -> None:
+        """Count something that was passed over."""
+        self.first = self.first or what
+        self.skipped += 1
+
+    @property
+    def share(self) -> float:
+        return min((self._done + self._at()) / max(self.total, 1), 1.0)
 
 
 def files(entry: Entry) -> list[tuple[str, Path]]:
@@ -67,46 +96,35 @@ def _held_by(directory: Path) -> str:
     return f"it has {kinds}; name plain files by a glob, such as {directory}/**/*{suffix}"
 
 
-@dataclass
-class Skipped:
-    """How many rows and files were passed over, and what was wrong with the first."""
-
-    count: int = 0
-    first: str = ""
-
-    def add(self, what: str) -> None:
-        self.first = self.first or what
-        self.count += 1
-
-
-def rows(entry: Entry, skipped: Skipped | None = None) -> Iterator[tuple[str, str, str]]:
+def rows(entry: Entry, reading: Reading | None = None) -> Iterator[tuple[str, str, str]]:
     """(path, text, licence) of each row that `entry.where` lets through, and of each piece of a plain file.
 
     The path is "file.jsonl:line" ("file.parquet:row"; both from 1), or "file.jsonl:ID" with `id_key`; of a plain file
     "file.txt", or "file.txt:line" where a piece begins. Raises ConfigError naming file and line for what gives no
-    text, or with `skip_bad` passes over it; and naming the file for one that cannot be read.
+    text, or with `skip_bad` passes over it; and naming the file for one that cannot be read. reading: is told how far
+    it is.
     """
-    skipped = Skipped() if skipped is None else skipped
+    reading = reading or Reading()
     for name, file in files(entry):
         if row_format(file) is None:
-            for line, text in plain(file, entry, skipped):
+            for line, text in plain(file, entry, reading):
                 yield f"{name}:{line}" if line else name, text, entry.license
             continue
-        for number, row in read(file, entry, skipped):
+        for number, row in read(file, entry, reading):
             if any(str(_get(row, key)) != value for key, value in entry.where.items()):
                 continue
             text = _get(row, entry.text_key)
             if not isinstance(text, str):
-                _refuse(f"{file}:{number}: {_textless(row, entry.text_key)}", entry, skipped)
+                _refuse(f"{file}:{number}: {_textless(row, entry.text_key)}", entry, reading)
                 continue
             ident = _get(row, entry.id_key) if entry.id_key else None
             yield f"{name}:{number if ident is None else ident}", text, _license(entry, row)
 
 
-def _refuse(message: str, entry: Entry, skipped: Skipped) -> None:
+def _refuse(message: str, entry: Entry, reading: Reading) -> None:
     if not entry.skip_bad:
         raise ConfigError(message)
-    skipped.add(message)
+    reading.skip(message)
 
 
 def _textless(row: Any, key: str) -> str:
@@ -144,30 +162,31 @@ def _get(row: Any, key: str) -> Any:
 # ------------------------------------------------------------------------------------------------- reading
 
 
-def read(file: Path, entry: Entry, skipped: Skipped | None = None) -> Iterator[tuple[int, Any]]:
+def read(file: Path, entry: Entry, reading: Reading | None = None) -> Iterator[tuple[int, Any]]:
     """(row number from 1, row) of a file of rows. Raises ConfigError naming the file when it cannot be read."""
-    skipped = Skipped() if skipped is None else skipped
+    reading = reading or Reading()
     kind = row_format(file)
     if kind == ".parquet":
-        return _told(file, _parquet_rows(file, entry))
+        return _told(file, _parquet_rows(file, entry, reading))
     if kind in (".csv", ".tsv"):
-        return _told(file, _csv_rows(file, entry, "\t" if kind == ".tsv" else ","))
-    return _told(file, _json_rows(file, entry, skipped))
+        return _told(file, _csv_rows(file, entry, reading, "\t" if kind == ".tsv" else ","))
+    return _told(file, _json_rows(file, entry, reading))
 
 
-def plain(file: Path, entry: Entry, skipped: Skipped | None = None) -> Iterator[tuple[int, str]]:
+def plain(file: Path, entry: Entry, reading: Reading | None = None) -> Iterator[tuple[int, str]]:
     """(line of its beginning, text) of each piece of a plain file; 0 for a file that is one piece.
 
     Raises ConfigError, or with `skip_bad` ends the file there, at the first line that is not UTF-8 text.
     """
-    pieces = _told(file, _pieces(file))
+    reading = reading or Reading()
+    pieces = _told(file, _pieces(file, reading))
     held: list[tuple[int, str]] = []
     try:
         for line, text in pieces:
             yield from held
             held = [(line, text)]
     except NotTextError as error:
-        _refuse(str(error), entry, Skipped() if skipped is None else skipped)
+        _refuse(str(error), entry, reading)
     yield from ((0 if line == 1 else line, text) for line, text in held)
 
 
@@ -202,23 +221,23 @@ def _reason(file: Path, number: int, error: Exception) -> str:
     return f"expected {kind} data, found {found} ({' '.join(str(error).split())[:200]})"
 
 
-def _json_rows(file: Path, entry: Entry, skipped: Skipped) -> Iterator[tuple[int, Any]]:
+def _json_rows(file: Path, entry: Entry, reading: Reading) -> Iterator[tuple[int, Any]]:
     blank = 0  # the first of the blank lines just read; at the end of a file they do no harm
-    for number, line in enumerate(_lines(file), 1):
+    for number, line in enumerate(_lines(file, reading), 1):
         if not line.strip():
             blank = blank or number
             continue
         if blank:
-            _refuse(f"{file}:{blank}: expected an object with '{entry.text_key}', found a blank line", entry, skipped)
+            _refuse(f"{file}:{blank}: expected an object with '{entry.text_key}', found a blank line", entry, reading)
             blank = 0
         try:
             row = json.loads(line.rstrip())
         except json.JSONDecodeError as error:
-            _refuse(f"{file}:{number}: {_no_json(line, number, error)}", entry, skipped)
+            _refuse(f"{file}:{number}: {_no_json(line, number, error)}", entry, reading)
         except UnicodeDecodeError as error:
-            _refuse(f"{file}:{number}: {_not_text(error.object[error.start])}", entry, skipped)
+            _refuse(f"{file}:{number}: {_not_text(error.object[error.start])}", entry, reading)
         except (ValueError, RecursionError) as error:
-            _refuse(f"{file}:{number}: expected a line of JSON ({error})", entry, skipped)
+            _refuse(f"{file}:{number}: expected a line of JSON ({error})", entry, reading)
         else:
             yield number, row
 
@@ -229,9 +248,9 @@ def _no_json(line: bytes, number: int, error: json.JSONDecodeError) -> str:
     return f"expected a line of JSON ({error.msg} at column {error.colno})"
 
 
-def _csv_rows(file: Path, entry: Entry, delimiter: str) -> Iterator[tuple[int, Any]]:
+def _csv_rows(file: Path, entry: Entry, reading: Reading, delimiter: str) -> Iterator[tuple[int, Any]]:
     csv.field_size_limit(1 << 30)  # a document is a field
-    table = csv.DictReader((line for _, line in _text_lines(file)), delimiter=delimiter, restkey="")
+    table = csv.DictReader((line for _, line in _text_lines(file, reading)), delimiter=delimiter, restkey="")
     _check_columns(file, entry, table.fieldnames or [])
     yield from enumerate(table, 1)
 
@@ -242,7 +261,7 @@ def _check_columns(file: Path, entry: Entry, names: list[str]) -> None:
         raise ConfigError(f"{file}: expected a column '{entry.text_key}', found {listed or 'none'}")
 
 
-def _parquet_rows(file: Path, entry: Entry) -> Iterator[tuple[int, dict]]:
+def _parquet_rows(file: Path, entry: Entry, reading: Reading) -> Iterator[tuple[int, dict]]:
     import pyarrow.parquet
 
     with pyarrow.parquet.ParquetFile(file) as table:
@@ -251,17 +270,18 @@ def _parquet_rows(file: Path, entry: Entry) -> Iterator[tuple[int, dict]]:
         keys = [entry.text_key, entry.id_key, entry.license_key, *entry.where]
         wanted = {key for key in keys if key} | {key.partition(".")[0] for key in keys if key}
         columns = [name for name in names if name in wanted]
-        number = 0
-        for batch in table.iter_batches(batch_size=256, columns=columns):
-            for row in batch.to_pylist():
-                number += 1
-                yield number, row
+        number, each = 0, file.stat().st_size / max(table.metadata.num_rows, 1)
+        with reading.of(file, lambda: number * each):
+            for batch in table.iter_batches(batch_size=256, columns=columns):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield number, row
 
 
-def _pieces(file: Path) -> Iterator[tuple[int, str]]:
+def _pieces(file: Path, reading: Reading) -> Iterator[tuple[int, str]]:
     held: list[str] = []
     size, start = 0, 1
-    for number, line in _text_lines(file):
+    for number, line in _text_lines(file, reading):
         if size >= _PIECE and (not held[-1].strip() or size >= 2 * _PIECE):
             yield start, "".join(held)
             held, size, start = [], 0, number
@@ -271,10 +291,10 @@ def _pieces(file: Path) -> Iterator[tuple[int, str]]:
         yield start, "".join(held)
 
 
-def _text_lines(file: Path) -> Iterator[tuple[int, str]]:
+def _text_lines(file: Path, reading: Reading) -> Iterator[tuple[int, str]]:
     """(number, line) of a text file, line ends as \\n, without a byte order mark; very long lines come in parts."""
     decoder, number = codecs.getincrementaldecoder("utf-8-sig")(), 1
-    for line in _lines(file, 1 << 16):
+    for line in _lines(file, reading, 1 << 16):
         try:
             text = decoder.decode(line)
         except UnicodeDecodeError as error:
@@ -292,15 +312,16 @@ def _not_text(byte: int) -> str:
     return f"expected UTF-8 text, found the byte 0x{byte:02x}" + (": is it a binary file?" if byte == 0 else "")
 
 
-def _lines(file: Path, most: int = -1) -> Iterator[bytes]:
+def _lines(file: Path, reading: Reading, most: int = -1) -> Iterator[bytes]:
     """Lines with their ends; most: of about so many bytes at most, longer ones come in parts."""
     if file.suffix.lower() != ".zst":
-        with gzip.open(file) if file.suffix.lower() == ".gz" else file.open("rb") as stream:
+        with file.open("rb") as raw, reading.of(file, raw.tell):
+            stream = gzip.GzipFile(fileobj=raw) if file.suffix.lower() == ".gz" else raw
             while line := stream.readline(most):
                 yield line
         return
     rest = b""
-    for chunk in _zstandard_chunks(file):
+    for chunk in _zstandard_chunks(file, reading):
         *lines, rest = (rest + chunk).split(b"\n")
         for line in lines:
             yield line + b"\n"
@@ -311,13 +332,13 @@ def _lines(file: Path, most: int = -1) -> Iterator[bytes]:
         yield rest
 
 
-def _zstandard_chunks(file: Path) -> Iterator[bytes]:
+def _zstandard_chunks(file: Path, reading: Reading) -> Iterator[bytes]:
     """The content of all frames. The library's own reader takes a file cut short for a whole one."""
     import zstandard
 
     frame = zstandard.ZstdDecompressor().decompressobj()
     inside = False
-    with file.open("rb") as stream:
+    with file.open("rb") as stream, reading.of(file, stream.tell):
         while block := stream.read(1 << 18):
             while block:
                 yield frame.decompress(block)

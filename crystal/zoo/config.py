@@ -15,13 +15,15 @@ from crystal.config import CONFIGS, Config, ConfigError, Strict, layer, load_yam
 class MupConfig(Strict):
     """The parametrization and its tuned multipliers (Yang et al. 2022, "Tensor Programs V")."""
 
-    parametrization: Literal["sp", "mup", "crystalcoder", "completep"] = "sp"
+    parametrization: Literal["sp", "mup", "crystalcoder", "completep"] = Field(
+        "sp", description="standard, muP, muP in Cerebras' form, or CompleteP"
+    )
     base_d_model: int = Field(256, gt=0, description="width at which lr and init_std were tuned")
     base_n_layers: int | None = Field(None, gt=0, description="depth at which they were tuned (completep only)")
     depth_alpha: float = Field(1.0, ge=0.5, le=1.0, description="CompleteP: residual branches x m_L^-alpha")
-    embedding_multiplier: float = Field(1.0, gt=0)
+    embedding_multiplier: float = Field(1.0, gt=0, description="embedding output x this")
     output_alpha: float = Field(1.0, gt=0, description="logits x output_alpha / m")
-    attention_scale: Literal["1/d", "1/sqrt_d"] = "1/sqrt_d"
+    attention_scale: Literal["1/d", "1/sqrt_d"] = Field("1/sqrt_d", description="attention scores x this; d: of a head")
     init_std: float = Field(0.02, gt=0, description="parent-normal sigma at the base width")
     init_truncate: float | None = Field(None, gt=0, description="cut the normal at this many sigmas")
     residual_init_2l: bool = Field(False, description="residual-out matrices: sigma / sqrt(2 n_layers)")
@@ -39,21 +41,23 @@ class MupConfig(Strict):
 class ModelConfig(Strict):
     """One decoder-only transformer. Sizes in elements; see `docs/models.md` for the presets."""
 
-    d_model: int = Field(gt=0)
-    n_layers: int = Field(gt=0)
-    n_heads: int = Field(gt=0)
-    n_kv_heads: int | None = Field(None, gt=0, description="None: as many as n_heads")
-    d_ff: int = Field(gt=0)
-    vocab_size: int = Field(gt=0, description="in a run also auto: the tokenizer's padded vocabulary")
-    max_seq_len: int = Field(2048, gt=0)
-    norm: Literal["layernorm", "rmsnorm"] = "rmsnorm"
-    norm_eps: float = Field(1e-6, gt=0)
-    bias: bool = Field(False, description="biases on every linear but the head")
-    rotary_fraction: float = Field(1.0, gt=0, le=1)
-    rotary_base: float = Field(10000.0, gt=0)
-    rotary_style: Literal["interleaved", "half"] = "half"
-    tie_embeddings: bool = False
-    document_mask: bool = Field(False, description="True: packed documents do not see each other")
+    d_model: int = Field(gt=0, description="width of the residual stream")
+    n_layers: int = Field(gt=0, description="blocks")
+    n_heads: int = Field(gt=0, description="attention heads, of d_model / n_heads each")
+    n_kv_heads: int | None = Field(None, gt=0, description="heads of keys and values; null: as many as n_heads")
+    d_ff: int = Field(gt=0, description="width of the feed-forward layer (SwiGLU)")
+    vocab_size: int = Field(gt=0, description="token ids, the tokenizer's padded vocabulary; in a run also auto")
+    max_seq_len: int = Field(2048, gt=0, description="longest sequence that it is built for, in tokens")
+    norm: Literal["layernorm", "rmsnorm"] = Field("rmsnorm", description="before attention, feed-forward and head")
+    norm_eps: float = Field(1e-6, gt=0, description="added to the variance in the norms")
+    bias: bool = Field(False, description="whether every linear but the head has a bias")
+    rotary_fraction: float = Field(1.0, gt=0, le=1, description="part of each head that is rotated by position")
+    rotary_base: float = Field(10000.0, gt=0, description="of the rotation's wavelengths (theta)")
+    rotary_style: Literal["interleaved", "half"] = Field(
+        "half", description="which dimensions are pairs: 2i, 2i+1 or i, i+d/2"
+    )
+    tie_embeddings: bool = Field(False, description="whether the head's weight is the embedding's")
+    document_mask: bool = Field(False, description="whether packed documents are kept from seeing each other")
     mup: MupConfig = MupConfig()
 
     @model_validator(mode="after")

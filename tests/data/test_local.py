@@ -164,10 +164,10 @@ def test_a_line_without_text_says_where_and_what_was_found_and_can_be_passed_ove
     packers = {".gz": gzip.compress, ".zst": zstandard.compress}
     file.write_bytes(packers.get(file.suffix, bytes)(content))
     assert fails(file).startswith(f"{file}:4: {message}")
-    skipped = local.Skipped()
-    texts = [text for _, text, _ in local.rows(entry(file, skip_bad=True), skipped)]
+    reading = local.Reading()
+    texts = [text for _, text, _ in local.rows(entry(file, skip_bad=True), reading)]
     assert texts == [row["text"] for row in ROWS] * 2
-    assert (skipped.count, skipped.first.startswith(f"{file}:4: {message}")) == (1, True)
+    assert (reading.skipped, reading.first.startswith(f"{file}:4: {message}")) == (1, True)
 
 
 def test_blank_lines_at_the_end_do_no_harm(tmp_path):
@@ -247,10 +247,10 @@ def test_a_plain_file_that_is_no_text_says_so_and_can_be_passed_over(tmp_path, c
     (tmp_path / "a.txt").write_bytes(content)
     (tmp_path / "b.txt").write_text("good")
     assert fails(tmp_path / "*.txt") == f"{tmp_path / 'a.txt'}{message}"
-    skipped = local.Skipped()
-    found = list(local.rows(entry(tmp_path / "*.txt", skip_bad=True), skipped))
+    reading = local.Reading()
+    found = list(local.rows(entry(tmp_path / "*.txt", skip_bad=True), reading))
     assert found == [("b.txt", "good", "CC0-1.0")]
-    assert skipped == local.Skipped(1, f"{tmp_path / 'a.txt'}{message}")
+    assert (reading.skipped, reading.first) == (1, f"{tmp_path / 'a.txt'}{message}")
 
 
 @pytest.mark.parametrize(

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
 import random
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from crystal.config import ConfigError, parse
 from crystal.data import corpus, pack
@@ -125,15 +127,17 @@ def test_validation_rows_are_capped_and_the_rest_is_trained_on(recipe):
     assert (none.rows("english", "val"), none.manifest["sources"]["english"]["documents"]) == (0, 120)
 
 
-def said(capsys) -> str:
-    return capsys.readouterr().err
+def prepare_and_listen(data, seq_len) -> tuple[TokenStore, str]:
+    """The store, and what the console was told on the way."""
+    console = Console(file=io.StringIO(), width=40)
+    return TokenStore.open(prepare(data, seq_len, console=console)), console.file.getvalue()
 
 
-def test_a_small_source_holds_out_the_documents_that_come_first_and_says_so(recipe, capsys):
+def test_a_small_source_holds_out_the_documents_that_come_first_and_says_so(recipe):
     """A share of a thousandth is no document here; what is held out does not depend on the shuffle or the row."""
     held = []
     for changes, seq_len in (({}, 32), ({}, 100), ({"shuffle_seed": 3}, 100)):
-        store = TokenStore.open(prepare(config(recipe, val_fraction=0.001, **changes), seq_len))
+        store, said = prepare_and_listen(config(recipe, val_fraction=0.001, **changes), seq_len)
         ids = {s: {d["id"] for d in store.documents("python", s)} for s in ("train", "val")}
         assert store.rows("python", "val") >= 1
         assert len(ids["train"] | ids["val"]) == 60
@@ -141,11 +145,11 @@ def test_a_small_source_holds_out_the_documents_that_come_first_and_says_so(reci
         order = sorted(ids["train"] | ids["val"], key=lambda i: pack.hash_fraction("validation", i))
         assert ids["val"] == set(order[: len(ids["val"])])
         held.append(ids["val"])
-        assert "python: a small source: documents with" in said(capsys)
+        assert "python: a small source: documents with" in said
     assert held[0] <= held[1] == held[2]
 
 
-def test_a_source_of_few_documents_keeps_at_least_as_much_for_training(recipe, tmp_path, capsys):
+def test_a_source_of_few_documents_keeps_at_least_as_much_for_training(recipe, tmp_path):
     lines = [json.dumps({"text": " ".join(WORDS[:12]) * n}) for n in (60, 2, 3, 4)]
     (tmp_path / "python.jsonl").write_text("\n".join(lines))
     store = TokenStore.open(prepare(config(recipe, val_fraction=0.001), 16))
@@ -154,9 +158,9 @@ def test_a_source_of_few_documents_keeps_at_least_as_much_for_training(recipe, t
     assert sum(sizes["val"]) <= sum(sizes["train"])
     assert max(sizes["train"]) > max(sizes["val"])
     (tmp_path / "python.jsonl").write_text(lines[0])
-    store = TokenStore.open(prepare(config(recipe, val_fraction=0.001), 16))
+    store, said = prepare_and_listen(config(recipe, val_fraction=0.001), 16)
     assert store.rows("python", "val") == 0
-    assert "python: too little text to hold a row of it out: all of it is trained on" in said(capsys)
+    assert "python: too little text to hold a row of it out: all of it is trained on" in said
 
 
 def test_too_little_for_a_validation_row_is_trained_on(recipe):
@@ -168,11 +172,11 @@ def test_too_little_for_a_validation_row_is_trained_on(recipe):
     assert store.manifest["sources"]["python"]["documents"] == 60
 
 
-def test_documents_without_text_are_counted_and_a_bad_row_is_not_the_tokenizers_fault(recipe, tmp_path, capsys):
+def test_documents_without_text_are_counted_and_a_bad_row_is_not_the_tokenizers_fault(recipe, tmp_path):
     with (tmp_path / "python.jsonl").open("a") as file:
         file.write('{"text": ""}\n{"text": " \\n"}\n')
-    prepare(config(recipe), 32)
-    assert "python: 2 without text passed over; the first: python.jsonl:61: an empty document" in said(capsys)
+    _, said = prepare_and_listen(config(recipe), 32)
+    assert "python: 2 without text passed over; the first: python.jsonl:61: an empty document" in said
     with (tmp_path / "python.jsonl").open("a") as file:
         file.write('{"text": null}\n')
     with pytest.raises(ConfigError, match=rf"^{tmp_path}/python.jsonl:63: expected text under 'text', found null"):
