@@ -137,7 +137,7 @@ def verify(run: Run, overrides: Overrides = None, as_json: Json = False) -> None
     """Compare every file of the run's token store with its sha256."""
     store = _ledger(run, overrides).store
     try:
-        files = store.verify()
+        files = store.verify(_console())
     except ConfigError as mismatch:
         result = {"verdict": "FAIL", "store": str(store.directory), "message": str(mismatch)}
         _print(result, as_json, f"FAIL {mismatch}")
@@ -389,5 +389,5 @@ def generate(
     """Continue a text from a checkpoint, greedily or sampled, with a KV cache."""
     from crystal.generate import generate_text
 
-    result = generate_text(checkpoint, prompt, stage, max_new_tokens, temperature, top_k, top_p, seed)
+    result = generate_text(checkpoint, prompt, stage, max_new_tokens, temperature, top_k, top_p, seed, _console())
     _print(result, as_json, prompt + result["text"], raw=not sys.stdout.isatty())
