@@ -73,7 +73,7 @@ def two_threads():
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_every_weight_starts_at_a_multiple_of_64_bytes(tmp_path, dtype):
     """As torch's own memory does: without it a product's last bits are nobody's promise (closeness.py)."""
-    made = streaming(tmp_path, config("amber", d_ff=171), dtype)
+    made = streaming(tmp_path, config(d_ff=171), dtype)
     made.initialise()
     made.stream.open()
     for piece, flat in made.stream.weights(made.store.layout.pieces):
