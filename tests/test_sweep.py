@@ -84,7 +84,7 @@ def test_a_killed_sweep_goes_on_without_loss(sweep_file, tmp_path):
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     sweep = load(sweep_file, *settings)
     try:
-        deadline = time.time() + 240
+        deadline = time.time() + 600
         while time.time() < deadline and not ((out / "trials.sqlite").is_file() and _finished(sweep)):
             time.sleep(0.5)
         with pytest.raises(ConfigError, match="another process"):
