@@ -13,9 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from crystal.kernels import attention_native as native
 from crystal.kernels.attention_kept import attention_kept
-from crystal.kernels.attention_native import attention_native
+from crystal.kernels.attention_native import attention_native, available
 
 LONGEST = 512  # tokens; beyond, kept probabilities outweigh the other activations
 
@@ -40,7 +39,7 @@ PATHS: dict[Path, Callable[[Tensor, Tensor, Tensor, float], Tensor]] = {
     "torch": attention_torch,
 }
 
-_native_available = torch.compiler.assume_constant_result(native.available)
+_native_available = torch.compiler.assume_constant_result(available)  # compilers need not look into it
 
 
 def path(q: Tensor) -> Path:
