@@ -13,10 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from crystal.kernels import attention_native as native
 from crystal.kernels import tuning
 from crystal.kernels.attention_kept import attention_kept
-from crystal.kernels.attention_native import attention_native
+from crystal.kernels.attention_native import attention_native, available
 
 LONGEST = 512  # tokens; beyond, kept probabilities outweigh the other activations
 
@@ -45,7 +44,7 @@ PATHS: dict[Path, Callable[[Tensor, Tensor, Tensor, float], Tensor]] = {
 def _chosen(dtype: torch.dtype, tokens: int, d_head: int) -> Path:
     """The path that was measured to be the fastest here, of those that there are."""
     chosen = tuning.chosen(tuning.attention_key(dtype, tokens, d_head), "native")
-    if chosen == "native" and not native.available():
+    if chosen == "native" and not available():
         chosen = "kept"
     return "torch" if chosen == "kept" and tokens > LONGEST else chosen
 
