@@ -66,6 +66,7 @@ def lower(
     from crystal.backends.cerebras.lower import lower as lower_step
     from crystal.backends.config import CerebrasConfig
     from crystal.curriculum import resolve
+    from crystal.progress import Bar
     from crystal.run import load_run
 
     loaded = load_run(run, overrides or ())
@@ -74,7 +75,7 @@ def lower(
     if section.device == "cpu":  # lowering is for the systems
         section = section.model_copy(update={"device": "csx", "dtype": None})
     curriculum = resolve(config.curriculum, loaded.source)
-    with console().status("tracing and lowering"):
+    with Bar(console(), "tracing and lowering"):
         lowered = lower_step(
             config.model, config.plan(), config.optimizer, curriculum, section,
             rows or curriculum.global_batch_size, out or config.directory / "cerebras",

@@ -6,24 +6,31 @@ Every command imports what it needs when it runs, so that `crystal --help` and a
 
 from __future__ import annotations
 
-import os
 import sys
+
+if __name__ == "__main__":  # before all other imports: Ctrl-C counts during them
+    from crystal.__main__ import main as command
+
+    sys.exit(command())
+
+import json
+import os
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
-from crystal import __version__, completion
+from crystal import __version__, completion, interrupts
 from crystal.bench import bench
 from crystal.cerebras import cerebras
 from crystal.complaints import complain, usage_message
-from crystal.config import ConfigError
+from crystal.config import ConfigError, cache_dir
 from crystal.config_command import config
 from crystal.data_commands import data
 from crystal.exchange import export, import_
 from crystal.help import Commands
 from crystal.inference_commands import generate, logits
-from crystal.options import Json, Overrides, Run
+from crystal.options import Json, Overrides, Run, is_first
 from crystal.options import console as _console
 from crystal.options import print_result as _print
 from crystal.runs_commands import compare, runs
@@ -35,24 +42,25 @@ app.add_typer(cerebras, name="cerebras")
 
 
 def main() -> None:
-    """Entry point: a user's mistake, in a config or on the command line, becomes one line on stderr and exit 2."""
-    # A thread that waits looks up a thousand times, some 20 us, before it sleeps. Asleep at once, it costs an idle
-    # machine half of its speed where steps are short; awake for good, the default, it costs a busy one up to three
-    # quarters (docs/log.md, 2026-11-26). OpenMP reads this when torch is first imported.
+    """Entry point: a user's mistake is one line on stderr and exit 2; Ctrl-C or SIGTERM is one line and exit 130."""
     if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+        os.environ.setdefault("GOMP_SPINCOUNT", _spin_count())
+    for stream in (sys.stdout, sys.stderr):  # a name that has no bytes in the terminal's encoding is shown escaped
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     try:
-        code = app(prog_name="crystal", standalone_mode=False)  # a number where typer stopped early
+        # a number where typer stopped early
+        code = interrupts.obeyed(lambda: app(prog_name="crystal", standalone_mode=False))
     except ConfigError as error:
         complain(str(error), error.file, error.key)
         sys.exit(2)
-    except ValueError as error:  # CRYSTAL_KERNELS is read where kernels are first imported
-        if not str(error).startswith("CRYSTAL_KERNELS="):
+    except ValueError as error:  # what the environment says of kernels is read when they are first used
+        if not str(error).startswith(("CRYSTAL_KERNELS=", "CRYSTAL_TUNING=")):
             raise
         complain(str(error))
         sys.exit(2)
     except typer.Abort:
-        code = 130
+        code = interrupts.CODE
     except Exception as error:
         if type(error).__name__ == "NoArgsIsHelpError":  # a bare `crystal`
             print(error, file=sys.stderr)
@@ -61,9 +69,22 @@ def main() -> None:
         else:
             raise
         sys.exit(2)
-    if code == 130:  # Ctrl-C outside training, which has its own end
-        print("crystal: interrupted", file=sys.stderr)
+    if code == interrupts.CODE and is_first():  # outside training, which has its own end
+        print(interrupts.line(), file=sys.stderr)
     sys.exit(code or 0)
+
+
+def _spin_count() -> str:
+    """How often a thread that waits looks for work before it sleeps: what was measured here, or 1000 before that.
+
+    Asleep at once, it costs an idle machine half of its speed where steps are short; awake for good, the default, it
+    costs a busy one up to three quarters (docs/log.md, 2026-11-26). OpenMP reads it when torch is first imported.
+    """
+    try:
+        file = cache_dir() / "tuning" / f"waiting-{os.uname().nodename}.json"
+        return str(int(json.loads(file.read_text())["spin_count"]))
+    except (OSError, ValueError, KeyError, TypeError):
+        return "1000"
 
 
 def _version(wanted: bool) -> None:
@@ -169,14 +190,14 @@ def train(
     """
     from crystal import describe
     from crystal.run import load_run
+    from crystal.training.start import check_until, start
 
     loaded = load_run(run, overrides or ())
+    check_until(loaded, until)
     if dry_run:
         plan = describe.dry_run(loaded)
         _print(plan, as_json, describe.dry_run_text(plan))
         return
-    from crystal.training.start import start
-
     outcome = start(loaded, stage, until, _console())
     result = {
         "run_dir": str(outcome.directory),
@@ -188,9 +209,11 @@ def train(
     text = f"step {outcome.step}, {outcome.tokens_per_second:,.0f} tokens/s, peak {outcome.peak_rss_bytes / 1e9:.2f} GB"
     if not outcome.tokens_per_second:
         text = f"nothing to do: step {outcome.step} was reached before"
+    text = f"{text}\nrun directory: {outcome.directory}"
     if outcome.interrupted:
-        text = f"{outcome.interrupted}: stopped after {text}; the same command continues"
-    _print(result, as_json, f"{text}\nrun directory: {outcome.directory}")
+        text = f"run directory: {outcome.directory}\n{outcome.interrupted}: stopped after step {outcome.step}, saved"
+        text = f"{text if outcome.step else text.removesuffix(', saved')}; the same command continues"
+    _print(result, as_json, text)
     if outcome.interrupted:
         sys.exit(130)
 
@@ -383,7 +406,3 @@ app.command()(generate)
 app.command()(config)
 app.command()(runs)
 app.command()(compare)
-
-
-if __name__ == "__main__":
-    main()

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from crystal.config import ConfigError
-from crystal.runs import losses, number, parse_record, printable, read_config, short
+from crystal.printable import printable_line
+from crystal.runs import losses, number, parse_record, read_config, short
 
 ROWS = 10  # of the table of training losses
 
@@ -208,7 +209,7 @@ def _text(result: dict, sources: list[str]) -> str:
     """Runs are called A, B, C … in the tables, so that these stay narrow."""
     runs = result["runs"]
     letters = {run["label"]: _letter(i) for i, run in enumerate(runs)}
-    name_width = max(len(printable(label)) for label in letters)
+    name_width = max(len(printable_line(label)) for label in letters)
     lines = []
     for run in runs:
         if run["step"] is None:
@@ -217,7 +218,7 @@ def _text(result: dict, sources: list[str]) -> str:
             seen = f"step {run['step']:,}, {short(run['tokens'])} tokens, loss {run['loss']:.4f}"
         if not run["config_read"]:
             seen += ", config.yaml cannot be read"
-        lines.append(f"{letters[run['label']]}  {printable(run['label']):{name_width}}  {seen}")
+        lines.append(f"{letters[run['label']]}  {printable_line(run['label']):{name_width}}  {seen}")
     if result["at"]:
         rows = [
             [short(row["tokens"]), _same(row["step"]), *(_cell(row["loss"].get(label)) for label in letters)]
@@ -225,7 +226,7 @@ def _text(result: dict, sources: list[str]) -> str:
         ]
         lines += ["", "training loss, mean since the row above", *_table(["TOKENS", "STEP", *letters.values()], rows)]
     final = result["validation"][-1]["val_loss"] if result["validation"] else {r["label"]: r["val_loss"] for r in runs}
-    rows = [[printable(source), *(_cell(final.get(label, {}).get(source)) for label in letters)] for source in sources]
+    rows = [[printable_line(source), *(_cell(final.get(label, {}).get(source)) for label in letters)] for source in sources]
     if rows:
         common = result["validation"]
         where = f"at {short(common[-1]['tokens'])} tokens" if common else "each run's last, at different tokens"
@@ -254,7 +255,7 @@ def _cell(value: float | None) -> str:
 
 
 def _value(values: dict, label: str) -> str:
-    return "not there" if label not in values else printable(str(values[label]))
+    return "not there" if label not in values else printable_line(str(values[label]))
 
 
 def _table(head: list[str], rows: list[list[str]], left: int = 0) -> list[str]:

@@ -9,6 +9,7 @@ import sys
 from typing import Any
 
 from crystal.options import is_first, print_out
+from crystal.printable import printable_line
 
 _PLAIN = {
     "greater than or equal to": "at least",
@@ -24,13 +25,13 @@ def complain(message: str, file: str | None = None, key: str | None = None) -> N
     file, key: the config file and the dotted key it is about, where they are known. Whether the command line asks for
     JSON is read off its words, for the mistake may be one in the words themselves.
     """
-    distributed = sys.modules.get("torch.distributed")
+    distributed, shown = sys.modules.get("torch.distributed"), printable_line(message)
     if is_first():
         if _wants_json(sys.argv[1:]):
             print_out(json.dumps({"error": {"kind": "config", "message": message, "file": file, "key": key}}))
-        print(f"crystal: {message}", file=sys.stderr)
+        print(f"crystal: {shown}", file=sys.stderr)
     elif distributed is not None and distributed.is_initialized():
-        print(f"crystal: process {os.environ['RANK']}: {message}", file=sys.stderr)
+        print(f"crystal: process {os.environ['RANK']}: {shown}", file=sys.stderr)
 
 
 def usage_message(error: Any) -> str:

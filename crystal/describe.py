@@ -210,6 +210,10 @@ def schedule(run: RunFile, stage: int, at: str | None, plot: Path | None) -> dic
     curriculum = resolve(run.config.curriculum, run.source)
     chosen = curriculum.numbered(stage)
     steps = sorted({0, *chosen.schedule.knots}) if at is None else _steps(at)
+    if max(steps) > chosen.steps:
+        raise ConfigError(
+            f"--at: expected steps up to {chosen.steps}, the last of stage {stage} {chosen.name}, got {max(steps)}"
+        )
     lr = {str(t): chosen.lr_at(t) for t in steps}
     groups = {
         name: {t: value * rows[0].lr_multiplier for t, value in lr.items()}

@@ -76,7 +76,7 @@ def _waiting() -> dict | None:
     except (RuntimeError, OSError):
         return None
     with contextlib.suppress(OSError):
-        waiting.remember(found, tuning.processor())
+        waiting.remember(found)
     in_force = os.environ.get("GOMP_SPINCOUNT") or os.environ.get("OMP_WAIT_POLICY")
     return {key: round(value, 1) for key, value in asdict(found).items()} | {"in_force": in_force}
 

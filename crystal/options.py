@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from crystal import completion
+from crystal.printable import printable
 
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object on stdout, errors too")]
 Run = Annotated[
@@ -33,10 +34,10 @@ def is_first() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def print_result(result: dict, as_json: bool, text: str) -> None:
-    """The result as JSON, or the text that says the same."""
+def print_result(result: dict, as_json: bool, text: str, raw: bool = False) -> None:
+    """The result as JSON, or the text that says the same; control characters in it are escaped, unless it is raw."""
     if is_first():
-        print_out(json.dumps(result) if as_json else text)
+        print_out(json.dumps(result) if as_json else text if raw else printable(text))
 
 
 def print_out(text: str) -> None:

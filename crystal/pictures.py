@@ -68,11 +68,18 @@ def save(make: Callable[[], Figure], path: Path) -> None:
     form = path.suffix.lower().removeprefix(".") or "png"
     if form not in FORMATS:
         raise ConfigError(f"{path}: expected a picture's name that ends in .png, .pdf or .svg")
+    try:
+        file = path.resolve()  # a link's target is written, the link stays
+        if file.exists() and not file.is_file():  # never renamed over, as a directory or /dev/null would be
+            raise ConfigError(f"{path}: expected the name of a picture, this is no ordinary file")
+    except (OSError, RuntimeError) as error:  # RuntimeError: links that lead in a circle
+        why = getattr(error, "strerror", None) or error
+        raise ConfigError(f"{path}: the picture cannot be written: {why}") from None
     content = io.BytesIO()
     with matplotlib.rc_context({"text.parse_math": False, "pdf.fonttype": 42}), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing from")  # a name in letters that the font lacks
         make().savefig(content, format=form, dpi=120)
     try:
-        write_whole(path, content.getvalue())
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path}: the picture cannot be written: {getattr(error, 'strerror', error)}") from None
+        write_whole(file, content.getvalue())
+    except OSError as error:
+        raise ConfigError(f"{path}: the picture cannot be written: {error.strerror}") from None

@@ -25,6 +25,7 @@ import yaml
 
 from crystal.config import ConfigError, parse
 from crystal.curriculum import CurriculumConfig, resolve
+from crystal.printable import printable_line
 
 DEPTH = 4  # how far below the directory runs are looked for
 _FILES = ("manifest.json", "metrics.jsonl", "events.jsonl", "checkpoints")  # one of which a run has beside config.yaml
@@ -277,7 +278,7 @@ def runs_text(runs: list[RunState], directory: Path) -> str:
     if not runs:
         return f"no runs in {directory}"
     columns = [
-        ("RUN", [printable(str(run.path)) for run in runs]),
+        ("RUN", [printable_line(str(run.path)) for run in runs]),
         ("STATE", [run.state for run in runs]),
         ("STEP", [_steps(run) for run in runs]),
         ("LOSS", [_loss(run.loss) for run in runs]),
@@ -286,7 +287,7 @@ def runs_text(runs: list[RunState], directory: Path) -> str:
         ("LEFT", [duration(run.seconds_left) for run in runs]),
         ("DISK", [short(run.disk_bytes) for run in runs]),
         ("AGO", [duration(run.last_activity and max(time.time() - run.last_activity, 0), 1) for run in runs]),
-        ("BACKEND", [printable(" ".join(str(w) for w in (run.backend, run.dtype) if w)) or "-" for run in runs]),
+        ("BACKEND", [printable_line(" ".join(str(w) for w in (run.backend, run.dtype) if w)) or "-" for run in runs]),
     ]
     width = shutil.get_terminal_size().columns
     widths = [max(len(cell) for cell in (head, *cells)) for head, cells in columns]
@@ -338,8 +339,3 @@ def duration(seconds: float | None, parts: int = 2) -> str:
             whole, rest = divmod(int(seconds), size)
             return f"{whole}{unit}" + (f"{rest // small_size:02d}{smaller}" if parts > 1 and whole < 100 else "")
     return f"{seconds:.0f}s"
-
-
-def printable(text: str) -> str:
-    """The text with its control characters escaped, for a terminal."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)

@@ -11,7 +11,7 @@ import json
 import math
 import os
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -19,6 +19,7 @@ from pydantic import Field, model_validator
 
 from crystal.backends.config import OptimizerConfig
 from crystal.config import CONFIGS, Config, ConfigError, Strict, find, load_yaml, override, parse
+from crystal.kernels import tuning
 from crystal.mup.transfer import Trial
 from crystal.run import RunFile, load_run
 from crystal.sweep_trial import Length, Rows
@@ -79,7 +80,7 @@ class SweepConfig(Strict):
     warmup_fraction: float = Field(0.1, ge=0, le=1)
     final_fraction: float = Field(0.1, ge=0, le=1)
     eval_rows: Count = 16
-    dtype: Literal["bf16", "fp32"] = "bf16"
+    dtype: Literal["auto", "bf16", "fp32"] = Field("auto", description="compute; auto: the faster where it begins")
     seeds: tuple[int, ...] = Field((1, 2, 3), min_length=1)
     sampler: Literal["grid", "random", "tpe"] = "grid"
     trials: Count | None = Field(None, description="random and tpe: points of each width and depth")
@@ -113,10 +114,16 @@ class Sweep:
     target: RunFile | None
     directory: Path
 
-    @property
+    @cached_property
     def dtype(self) -> str:
-        """What all its trials multiply in: "bf16" or "fp32"."""
-        return self.config.dtype
+        """What all its trials multiply in, "bf16" or "fp32": auto is what it began with, or what is faster here."""
+        if self.config.dtype != "auto":
+            return self.config.dtype
+        try:
+            began = json.loads((self.directory / "sweep.json").read_text(encoding="utf-8"))["dtype"]
+        except (OSError, ValueError, KeyError, TypeError):  # not begun, or damaged, which `read_record` says
+            began = None
+        return began if began in tuning.DTYPES else tuning.tuning(threads=1).dtype
 
     @cached_property
     def data(self) -> dict:
@@ -216,6 +223,7 @@ def name_from(directory: Path, file: str | Path) -> str:
     return name if meant.samefile(whole) else str(whole)  # another file has the packaged one's name, here
 
 
+@cache
 def family(name: str) -> tuple[ModelConfig, OptimizerConfig]:
     """The proxy that a ladder starts from, and its published optimizer."""
     source = preset(f"{name}-proxy")

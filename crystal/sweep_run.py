@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import signal
 import sys
 import threading
 import time
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from crystal.config import ConfigError
 from crystal.files import write_whole
+from crystal.interrupts import shielded
 from crystal.sweep import Sweep, family, name_from
 from crystal.sweep_store import open_trials
 from crystal.sweep_trial import Point, run_trial
@@ -104,7 +104,7 @@ def run_sweep(sweep: Sweep, workers: int, show: Callable[[int, int, float], None
     context = multiprocessing.get_context("spawn")
     failures = context.SimpleQueue()
     processes = [context.Process(target=_work, args=(sweep, failures), daemon=True) for _ in range(workers)]
-    with _ctrl_c_is_ours():
+    with shielded():
         for process in processes:
             process.start()
     try:
@@ -121,19 +121,6 @@ def run_sweep(sweep: Sweep, workers: int, show: Callable[[int, int, float], None
         raise ConfigError(failures.get())
     if len(trials.finished()) < total:
         raise ConfigError(f"{sweep.directory}: a worker stopped before the sweep's end; the same command goes on")
-
-
-@contextmanager
-def _ctrl_c_is_ours() -> Iterator[None]:
-    """Processes that start in here leave Ctrl-C to this one, which ends them."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def _work(sweep: Sweep, failures: SimpleQueue) -> None:

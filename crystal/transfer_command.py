@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import math
 import os
-import platform
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,9 +13,11 @@ import torch
 from crystal.config import Config, ConfigError, override
 from crystal.describe import flops_per_token, matmul_rate
 from crystal.files import write_whole
+from crystal.kernels import tuning
 from crystal.mup.forecast import forecast
 from crystal.mup.transfer import Transfer, Trial, judge
-from crystal.progress import Bar, has_bar
+from crystal.progress import Bar, note
+from crystal.run import prepare_run
 from crystal.sweep import Sweep, as_trials, load_sweep, points, sweep_of
 from crystal.sweep_run import held, read_record, run_sweep
 from crystal.sweep_store import finished, open_trials
@@ -68,20 +68,12 @@ def plan_only(sweep: Sweep, workers: int) -> dict:
         "hours_estimated": round(flops / (rate * EFFICIENCY * at_once) / 3600, 3),
         "workers": workers,
         "matmul_flops_per_second": rate,
-        "machine": {"processor": processor(), "threads": 1, "dtype": sweep.dtype, "matmul_flops_per_second": rate},
+        "machine": {
+            "processor": tuning.processor(), "threads": 1, "dtype": sweep.dtype, "matmul_flops_per_second": rate,
+        },
         "reference": REFERENCE | {"hours": round(flops / (REFERENCE["flops_per_second"] * at_once) / 3600, 3)},
         "warnings": warnings(sweep, batch, tokens),
     }
-
-
-def processor() -> str:
-    """The processor's name, as the system gives it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def warnings(sweep: Sweep, batch: int, tokens: int) -> list[str]:
@@ -144,31 +136,24 @@ def transfer(path: str, overrides: list[str], workers: int, out: Path | None, co
         return judge_again(Path(path), overrides, out)
     sweep = load_sweep(path, tuple(overrides), out)
     check_target(sweep)
+    prepare_run(sweep.run, console)
     with held(sweep):
         stale = open_trials(sweep).stale()
         if stale:
-            console.print(
-                f"{sweep.directory}: {stale} finished trial{'s' * (stale > 1)} of other settings kept, not counted",
-                highlight=False, markup=False, soft_wrap=True,
-            )  # fmt: skip
+            trials = f"{stale} finished trial{'s' * (stale > 1)}"
+            note(console, f"{sweep.directory}: {trials} of other settings kept, not counted")
         _run(sweep, workers, console)
         result, shown = report(sweep)
     return result | {"stale": stale}, shown
 
 
 def _run(sweep: Sweep, workers: int, console: Console) -> None:
-    progress = Bar(console)
-    with progress:
-        task = progress.add_task(sweep.config.name, total=None, numbers="")
-        said = 0
+    with Bar(console, sweep.config.name, lines=20, unit="trials", keep=True) as bar:
 
-        def show(done: int, total: int, seconds: float) -> None:
-            nonlocal said
-            left = "" if math.isinf(seconds) or done == total else f", {seconds / 60:.0f} min left"
-            progress.update(task, total=total, completed=done, numbers="trials")
-            if not has_bar(console) and done * 20 // total > said:
-                said = done * 20 // total
-                console.print(f"{sweep.config.name}: {done}/{total} trials{left}", highlight=False)
+        def show(done: int, total: int, _: float) -> None:
+            if bar.total is None:
+                bar.begin(sweep.config.name, total, done)
+            bar.reach(done)
 
         run_sweep(sweep, workers, show)
 

@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from crystal.kernels import attention_native as native
+from crystal.kernels import tuning
 from crystal.kernels.attention_kept import attention_kept
-from crystal.kernels.attention_native import attention_native
+from crystal.kernels.attention_native import attention_native, available
 
 LONGEST = 512  # tokens; beyond, kept probabilities outweigh the other activations
 
@@ -40,7 +40,13 @@ PATHS: dict[Path, Callable[[Tensor, Tensor, Tensor, float], Tensor]] = {
     "torch": attention_torch,
 }
 
-_native_available = torch.compiler.assume_constant_result(native.available)
+@torch.compiler.assume_constant_result  # a compiler cannot look into files
+def _chosen(dtype: torch.dtype, tokens: int, d_head: int) -> Path:
+    """The path that was measured to be the fastest here, of those that there are."""
+    chosen = tuning.chosen(tuning.attention_key(dtype, tokens, d_head), "native")
+    if chosen == "native" and not available():
+        chosen = "kept"
+    return "torch" if chosen == "kept" and tokens > LONGEST else chosen
 
 
 def path(q: Tensor) -> Path:
@@ -49,9 +55,7 @@ def path(q: Tensor) -> Path:
         return "torch"
     if not (torch.compiler.is_compiling() or type(q) in (Tensor, torch.nn.Parameter)):  # a DTensor, say
         return "torch"
-    if _native_available():
-        return "native"
-    return "kept" if q.shape[2] <= LONGEST else "torch"
+    return _chosen(q.dtype, q.shape[2], q.shape[3])
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None = None) -> Tensor:

@@ -11,7 +11,9 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from crystal.kernels import attention_native as native
 from crystal.kernels import tuning
+from crystal.kernels.attention import PATHS
 from crystal.kernels.gcc import cache
 from crystal.kernels.linear import FORWARD, INPUT_GRADIENT, WEIGHT_GRADIENT, names_of
 
@@ -22,8 +24,14 @@ D_FF = 43 / 16  # LLaMA's feed-forward width, in widths: a product's larger side
 VOCABULARY, CHUNK = 4096, 256  # words and tokens of the loss head's products
 SMALL = 384  # both sides of a product that tells a processor's rates roughly
 FASTER = 0.9  # bf16 is `auto` where its products take less than this of fp32's time: its rounding costs passes
+SEQUENCE = 256  # tokens of a short one
 READ = 16 << 20  # bytes from disk
 _PRODUCTS = {"forward": FORWARD, "input_gradient": INPUT_GRADIENT, "weight_gradient": WEIGHT_GRADIENT}
+
+
+def compile_kernels() -> None:
+    """Have the C kernels compiled, or read from the cache: no part of what is timed."""
+    native.available()
 
 
 def cases() -> Iterator[tuple[str, float, tuning.Candidates]]:
@@ -41,6 +49,9 @@ def cases() -> Iterator[tuple[str, float, tuning.Candidates]]:
         for size in tuning.HEADS:
             for operation in _PRODUCTS:
                 yield _product(operation, dtype, max(FEWEST, int(pace * CHUNK)), size, VOCABULARY, hopeless)
+        for d_head in tuning.HEAD_SIZES:
+            yield _attention(dtype, SEQUENCE, d_head)
+        yield _attention(dtype, 2 * tuning.LONG, 64)
     a = torch.ones(SMALL, SMALL, dtype=torch.bfloat16)
     yield "bf16 small", 2.0 * SMALL**3, {name: _call(FORWARD[name], a, a) for name in names_of(FORWARD, a.dtype)}
     with contextlib.suppress(OSError):  # a cache without room, or a file system that has no O_DIRECT
@@ -77,6 +88,27 @@ def _product(
     calls = {name: _call(candidates[name], *of[operation]) for name in names}
     key = tuning.product_key(operation, dtype, features_in, features_out)
     return key, 2.0 * rows * features_in * features_out, calls
+
+
+def _attention(dtype: torch.dtype, tokens: int, d_head: int) -> tuple[str, float, tuning.Candidates]:
+    """Forward and backward of as many heads as two threads can share."""
+    heads = 2 * max(1, SEQUENCE // tokens * 4)
+    q, k, v, dy = torch.randn(4, 1, heads, tokens, d_head, generator=torch.Generator().manual_seed(0)).to(dtype)
+    can = {"native": native.available(), "kept": tokens <= tuning.LONG}
+
+    def both(path: Callable[..., Tensor]) -> Callable[[], None]:
+        leaves = [x.requires_grad_() for x in (q, k, v)]
+
+        def call() -> None:
+            with torch.enable_grad():
+                torch.autograd.grad(path(*leaves, d_head**-0.5), leaves, dy)
+
+        return call
+
+    # two products forward and four backward, over the half that the causal mask leaves
+    work = 6.0 * heads * tokens * tokens * d_head
+    calls = {name: both(path) for name, path in PATHS.items() if can.get(name, True)}
+    return tuning.attention_key(dtype, tokens, d_head), work, calls
 
 
 def _call(function: Callable[..., Tensor], *tensors: Tensor) -> Callable[[], Tensor]:

@@ -33,11 +33,12 @@ ROUNDS = 3  # timings of each candidate to begin with
 SPREAD = 0.10  # the two best timings of a candidate differ by at most this, or it is timed again
 LEAD = 0.05  # a candidate must beat the one before it by this, so that noise does not decide
 SHORT = 2e-3  # seconds that one timing lasts at least
-HOPELESS = 2.5  # times the best: not timed a second time
+HOPELESS = 2.5  # times the best: not timed again and again
 UNSETTLED_FOR = 3600.0  # seconds that a result is used which a busy machine kept from settling
 SIZES = (128, 256, 512, 1024)  # of a product's narrower side: those a choice is made for
 HEADS = (256, 512)  # the same where the wider side is a vocabulary, WIDE times the narrower or more
 WIDE = 8
+HEAD_SIZES, LONG = (32, 64, 128), 512  # of attention: sizes of a head, and tokens beyond which a sequence is long
 FEW = 64  # rows below which a product is bound by memory, in generation: torch's
 LIMITS = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS", "CRYSTAL_MARCH")
 INSTRUCTIONS = (
@@ -143,7 +144,7 @@ def remeasured(threads: int) -> Tuning:
     with contextlib.suppress(OSError):  # a cache that cannot be written costs a second at every start
         save(found, _file(found.identity))
     with contextlib.suppress(OSError, RuntimeError):
-        waiting.remember(waiting.measure(), processor())
+        waiting.remember(waiting.measure())
     _made.clear()
     _tunings[threads] = found
     return found
@@ -176,6 +177,14 @@ def product_key(operation: str, dtype: torch.dtype, features_in: int, features_o
     size = min(HEADS if head else SIZES, key=lambda s: max(s, narrow) / min(s, narrow))
     down = operation == "weight_gradient" and features_out < features_in
     return f"{NAMES[dtype]} {operation} {size}{' head' if head else ' down' if down else ''}"
+
+
+def attention_key(dtype: torch.dtype, tokens: int, d_head: int) -> str:
+    """The case that decides attention's path: long sequences, or short ones by the heads' size."""
+    if tokens > LONG:
+        return f"{NAMES[dtype]} attention long"
+    size = min(HEAD_SIZES, key=lambda s: max(s, d_head) / min(s, d_head))
+    return f"{NAMES[dtype]} attention heads of {size}"
 
 
 def product_choice(operation: str, dtype: torch.dtype, rows: int, features_in: int, features_out: int) -> str:
@@ -243,8 +252,9 @@ def _cached(threads: int) -> Tuning | None:
 
 def measure(threads: int) -> Tuning:
     """Time every candidate of every case."""
-    from crystal.kernels.candidates import cases, faster_dtype
+    from crystal.kernels.candidates import cases, compile_kernels, faster_dtype
 
+    compile_kernels()
     begun = time.perf_counter()
     with torch.no_grad():
         timed = list(_timed(cases(), begun + LONGEST))
@@ -271,7 +281,11 @@ def _timed(
             calls[name] = max(1, min(64, int(SHORT / once))) if once > 0 else 64
             seconds[name] = [once]
         best = min(min(taken) for taken in seconds.values())
-        running = [name for name in seconds if seconds[name][0] < HOPELESS * best]
+        for name, taken in seconds.items():
+            for _ in range(2):  # it may have been disturbed
+                if min(taken) > HOPELESS * best:
+                    taken.append(seconds_of(candidates[name], 1))
+        running = [name for name, taken in seconds.items() if min(taken) <= HOPELESS * best]
         rounds = 0
         while rounds < ROUNDS or (not _decided(work, seconds).settled and rounds < 4 * ROUNDS):
             if rounds and time.perf_counter() > deadline:

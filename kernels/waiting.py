@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -31,8 +32,8 @@ class Waiting:
 
 
 def file() -> Path:
-    """Where the count is kept for the command's next start."""
-    return cache("tuning") / "waiting.json"
+    """Where the count is kept for the command's next start on this machine; `crystal.cli` reads it."""
+    return cache("tuning") / f"waiting-{os.uname().nodename}.json"
 
 
 def measure() -> Waiting:
@@ -44,10 +45,10 @@ def measure() -> Waiting:
     return Waiting(look, wake, max(LEAST, min(MOST, round(wake / max(look, 0.1)))))
 
 
-def remember(found: Waiting, processor: str) -> None:
+def remember(found: Waiting) -> None:
     """Write it for the command's next start. Raises OSError."""
     path = file()
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_suffix(".tmp")
-    aside.write_text(json.dumps(asdict(found) | {"processor": processor}))
+    aside.write_text(json.dumps(asdict(found)))
     aside.replace(path)

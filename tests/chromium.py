@@ -66,7 +66,8 @@ class Chromium:
         return self
 
     def __exit__(self, *_):
-        self.process.terminate()
+        self.session = None
+        self.ask("Browser.close")
         self.process.wait(SECONDS)
         os.close(self.write)
         self.answers.close()

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from sweeps import crystal, fill, load, run, write_sweep
 
 from crystal.config import ConfigError
+from crystal.kernels import tuning
 from crystal.sweep import Sweep, family, load_sweep, points
 from crystal.sweep_store import finished, open_trials
 from crystal.sweep_trial import Length, Point, run_trial
@@ -83,7 +84,7 @@ def test_a_killed_sweep_goes_on_without_loss(sweep_file, tmp_path):
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     sweep = load(sweep_file, *settings)
     try:
-        deadline = time.time() + 240
+        deadline = time.time() + 600
         while time.time() < deadline and not ((out / "trials.sqlite").is_file() and _finished(sweep)):
             time.sleep(0.5)
         with pytest.raises(ConfigError, match="another process"):
@@ -171,7 +172,8 @@ def test_a_changed_sweep_runs_what_is_new_and_counts_what_it_wants(sweep_file, c
     assert fill(before) == 3
     old = finished(before)
     wanted = len(after.shapes()) * len(points(after.config))
-    same = [row for row in old if row in finished(after)]  # those of its trials that ran already
+    known = finished(after)
+    same = [row for row in old if row in known]  # those of its trials that ran already
     assert fill(after) == wanted - len(same)
     rows = finished(after)
     assert len(rows) == wanted == open_trials(after).wanted()
@@ -259,7 +261,7 @@ def test_the_plan_says_what_was_measured_here_beside_the_documented_sweep(monkey
     from crystal import transfer_command
 
     monkeypatch.setattr(transfer_command, "matmul_rate", lambda dtype: 2e11)
-    monkeypatch.setattr(transfer_command, "processor", lambda: "A Processor 9000")
+    monkeypatch.setattr(tuning, "processor", lambda: "A Processor 9000")
     monkeypatch.setattr(transfer_command.os, "cpu_count", lambda: 2)
     plan = transfer_command.plan_only(load_sweep("transfer-mup"), 2)
     documented = json.loads((DOCS / "transfer-mup" / "transfer.json").read_text())
@@ -290,3 +292,11 @@ def test_plan_only_sizes_the_packaged_sweeps_and_warns():
         assert plan["proxies"][0]["trials"] % 27 == 0
         assert any("tokens a parameter" in w for w in plan["warnings"])
         assert any("critical batch" in w for w in plan["warnings"])
+
+
+def test_auto_is_the_faster_dtype_where_a_sweep_begins_and_stays(tmp_path, monkeypatch):
+    monkeypatch.setattr(tuning, "_tunings", {1: tuning.Tuning({}, "fp32", {})})
+    assert load_sweep("transfer-mup", (), tmp_path).dtype == "fp32"
+    (tmp_path / "sweep.json").write_text('{"dtype": "bf16"}')
+    assert load_sweep("transfer-mup", (), tmp_path).dtype == "bf16"
+    assert load_sweep("transfer-mup", ("dtype=fp32",), tmp_path).dtype == "fp32"

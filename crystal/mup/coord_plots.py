@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import math
+import textwrap
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -26,6 +28,7 @@ from crystal.mup.coord_panels import (
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
 Format = Literal["png", "pdf", "svg"]
 FORMATS: tuple[Format, ...] = ("png", "pdf", "svg")
@@ -38,40 +41,54 @@ def figure(checks: Sequence[CoordCheck]) -> Figure:
     The y axis is shared along a row. Lines are named at their right end, expected slopes are dashed, and what fails is
     vermilion, thicker and on top.
     """
-    from matplotlib.figure import Figure
-    from matplotlib.lines import Line2D
-
     shown = quantities(checks[0])
-    fig = Figure(figsize=(4.6 * len(checks) + 0.7, 1.75 * len(shown) + 1.2), layout="constrained")
-    axes = fig.subplots(len(shown), len(checks), squeeze=False, sharey="row", sharex=True)
     drawn = [panels(check, shown) for check in checks]
+    said = textwrap.wrap(caption(checks[0]), 78 * len(checks))
+    keys = _keys(checks, {line.kind for column in drawn for panel in column for line in panel.lines})
+    lines_below = len(said) + math.ceil(len(keys) / (4 * len(checks)))
+    fig, axes = _grid(len(shown), len(checks), 0.65 + 0.15 * lines_below)
     for line in range(len(shown)):
         row = [column[line] for column in drawn]
-        for ax, check, panel in zip(axes[line], checks, row, strict=True):
-            _draw(ax, check, panel)
         axes[line][0].set_ylabel(row[0].statistic, fontsize=8)
         low, high = limits(row, checks[0].sizes[-1] / checks[0].sizes[0])
-        axes[line][0].set_ylim(low, high)
-        for ax, panel in zip(axes[line], row, strict=True):
+        for ax, check, panel in zip(axes[line], checks, row, strict=True):
+            _draw(ax, check, panel)
             _name(ax, panel, low, high)
+        axes[line][0].set_ylim(low, high)
     for ax, check in zip(axes[0], checks, strict=True):
         beside = "" if check is checks[0] else " (for comparison)"
         title = f"{check.label or 'model'}: {check.verdict}{beside}"
         ax.annotate(title, (0.5, 1.2), xycoords="axes fraction", ha="center", fontsize=10, parse_math=False)
     for ax, check in zip(axes[-1], checks, strict=True):
         ax.set_xlabel(check.along, fontsize=8)
-    kinds = {line.kind for column in drawn for panel in column for line in panel.lines}
-    handles = [Line2D([], [], color=color, marker=".", label=k) for k, color in COLORS.items() if k in kinds]
-    handles.append(Line2D([], [], color=FAILS, marker="x", lw=1.8, label="fails"))
-    if any(row.verdict == "INCONCLUSIVE" for check in checks for row in check.rows):
-        handles.append(Line2D([], [], color=OPEN, marker="o", mfc="white", label="inconclusive"))
-    handles.append(Line2D([], [], color="0.35", ls="--", lw=1, label="expected slope"))
-    said = fig.legend(
-        handles=handles, loc="outside lower center", ncols=len(handles), fontsize=7.5, frameon=False,
-        title=caption(checks[0]), title_fontsize=7.5,
+    below = fig.legend(
+        handles=keys, loc="lower center", ncols=4 * len(checks), fontsize=7.5, frameon=False,
+        title="\n".join(said), title_fontsize=7.5,
     )  # fmt: skip
-    said.get_title().set_parse_math(False)
+    below.get_title().set_parse_math(False)
     return fig
+
+
+def _grid(rows: int, columns: int, below: float) -> tuple[Figure, Sequence[Sequence[Axes]]]:
+    """Axes with room for names at their right and `below` inches for what stands under them. Places are set, not found
+    by a layout engine, which takes as long as the drawing."""
+    from matplotlib.figure import Figure
+
+    width, height = 0.8 + (3.1 + 1.7) * columns, 0.5 + 1.75 * rows - 0.35 + below
+    fig = Figure(figsize=(width, height))
+    spaces = {"left": 0.8 / width, "right": 1 - 1.7 / width, "wspace": 1.7 / 3.1}
+    spaces |= {"top": 1 - 0.5 / height, "bottom": below / height, "hspace": 0.35 / 1.4}
+    return fig, fig.subplots(rows, columns, squeeze=False, sharey="row", sharex=True, gridspec_kw=spaces)
+
+
+def _keys(checks: Sequence[CoordCheck], kinds: set[str]) -> list[Line2D]:
+    from matplotlib.lines import Line2D
+
+    keys = [Line2D([], [], color=color, marker=".", label=kind) for kind, color in COLORS.items() if kind in kinds]
+    keys.append(Line2D([], [], color=FAILS, marker="x", lw=1.8, label="fails"))
+    if any(row.verdict == "INCONCLUSIVE" for check in checks for row in check.rows):
+        keys.append(Line2D([], [], color=OPEN, marker="o", mfc="white", label="inconclusive"))
+    return [*keys, Line2D([], [], color="0.35", ls="--", lw=1, label="expected slope")]
 
 
 def render(checks: Sequence[CoordCheck], form: Format) -> bytes:
@@ -79,7 +96,8 @@ def render(checks: Sequence[CoordCheck], form: Format) -> bytes:
     import matplotlib
 
     buffer = io.BytesIO()
-    with matplotlib.rc_context({"pdf.fonttype": 42}):
+    with matplotlib.rc_context({"pdf.fonttype": 42}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from")  # a name in letters that the font lacks
         figure(checks).savefig(buffer, format=form, dpi=130, metadata={"Title": "coordinate check"})
     return buffer.getvalue()
 
@@ -118,15 +136,15 @@ def _draw(ax: Axes, check: CoordCheck, panel: Panel) -> None:
 
 def _name(ax: Axes, panel: Panel, low: float, high: float) -> None:
     """Names at the right ends of the lines, pushed apart where they would touch."""
+    from matplotlib.collections import LineCollection
+
     bottom, top = math.log2(low), math.log2(high)
     found = bundles(panel, top - bottom, _LABELS, _LETTERS)
     places = spread([bundle.end for bundle in found], (top - bottom) / _LABELS, bottom)
+    colors = [{"FAIL": FAILS, "INCONCLUSIVE": OPEN}.get(b.verdict, COLORS[b.kind]) for b in found]
+    beside = {"transform": ax.get_yaxis_transform(), "clip_on": False}  # x of the axes, y of the data
+    leaders = [[(1.0, 2.0**bundle.end), (1.035, 2.0**place)] for bundle, place in zip(found, places, strict=True)]
+    ax.add_collection(LineCollection(leaders, colors=colors, linewidths=0.9, **beside), autolim=False)
     for bundle, place in zip(found, places, strict=True):
-        line = {"FAIL": FAILS, "INCONCLUSIVE": OPEN}.get(bundle.verdict, COLORS[bundle.kind])
-        ax.annotate(
-            bundle.label, (1.0, 2.0**bundle.end), xycoords=("axes fraction", "data"),
-            xytext=(1.045, 2.0**place), textcoords=("axes fraction", "data"), fontsize=6, va="center",
-            color="#B34700" if bundle.verdict == "FAIL" else "0.15",  # a line's own color is too pale for small text
-            arrowprops={"arrowstyle": "-", "color": line, "lw": 0.9, "shrinkA": 1, "shrinkB": 0, "relpos": (0, 0.5)},
-            annotation_clip=False, parse_math=False,
-        )  # fmt: skip
+        dark = "#B34700" if bundle.verdict == "FAIL" else "0.15"  # a line's own color is too pale for small text
+        ax.text(1.045, 2.0**place, bundle.label, fontsize=6, va="center", color=dark, parse_math=False, **beside)

@@ -8,9 +8,10 @@ backend's. So a run that was killed anywhere goes on from its last checkpoint to
 
 from __future__ import annotations
 
-import contextlib
 import signal
 import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -25,7 +26,7 @@ from crystal.memory import peak_rss_bytes
 from crystal.run import RunFile
 from crystal.training import checkpoint
 from crystal.training.batches import Batches
-from crystal.training.guards import BadSteps, Interrupts, alone_in, plan_differences
+from crystal.training.guards import BadSteps, Interrupts, plan_differences
 from crystal.training.metrics import Metrics, NoMetrics, event, read_metrics
 from crystal.training.record import open_run, recorded_choices, with_recorded_dtype
 from crystal.training.saving import Saver
@@ -37,6 +38,10 @@ class Display(Protocol):
     def begin(self, curriculum: Curriculum, step: int, stop: int) -> None: ...
 
     def step(self, stage: Stage, record: dict) -> None: ...
+
+    def doing(self, what: str) -> AbstractContextManager: ...
+
+    def stopping(self) -> None: ...
 
     def note(self, text: str) -> None: ...
 
@@ -105,7 +110,8 @@ class Trainer:
                     f"step {stage.first_step}; train that stage first"
                 )
         if not found:
-            self.backend.initialise()
+            with self.display.doing("initializing the weights"):
+                self.backend.initialise()
             return
         self.position = found[-1]
         self.display.note(f"continuing from step {self.position}")
@@ -115,13 +121,16 @@ class Trainer:
         saved = checkpoint.read(checkpoint.step_directory(self.checkpoints, self.position))
         if "backend" not in saved.state:
             raise ConfigError(f"{saved.directory}: expected a checkpoint of this run, it has no optimizer state")
-        self.backend.load(saved.tensors, saved.state["backend"])
+        with self.display.doing(f"reading {saved.directory.name}"):
+            self.backend.load(saved.tensors, saved.state["backend"])
 
     def train(self, stage: Stage | None = None, until: int | None = None) -> Outcome:
-        """Run to the end of the curriculum, of `stage`, or to global step `until`. Raises ConfigError."""
+        """Run to the end of the curriculum, of `stage`, or to global step `until`. Raises ConfigError.
+
+        The caller holds the run directory (`alone_in`).
+        """
         try:
-            with alone_in(self.directory) if self.writes else contextlib.nullcontext():
-                return self._train(stage, until)
+            return self._train(stage, until)
         except OSError as error:
             raise ConfigError(f"{self.directory}: the run cannot be recorded: {error}") from None
 
@@ -132,15 +141,20 @@ class Trainer:
         if start >= stop and not self.held:
             return Outcome(self.directory, start, None, peak_rss_bytes(), 0.0)
         self._event("start", step=start, stop=stop, backend=self.backend.describe())
-        self.display.begin(self.curriculum, start, stop)
         metrics = Metrics(self.directory, start or None) if self.writes else NoMetrics()
         bad, busy, interrupted = BadSteps(self.config.train.max_bad_steps), 0.0, None
         try:
-            with Interrupts() as interrupts:
+            with Interrupts(self.display.stopping) as interrupts:
                 if start == 0 and stop > 0:
-                    metrics.write({"step": 0, "stage": 1, "val_loss": self.validate()})
+                    losses, received = self._first_validation(interrupts)
+                    if received:  # there is nothing to save yet
+                        interrupted, stop = self._interrupted(received), start
+                    else:
+                        metrics.write({"step": 0, "stage": 1, "val_loss": losses})
                 if self.held and start:
                     self._catch_up(metrics)
+                if not interrupted:
+                    self.display.begin(self.curriculum, start, stop)
                 since = time.perf_counter()
                 for micro_batches in self.batches.ahead(start, stop - 1):
                     now = self.curriculum.stage_at(self.position)
@@ -167,11 +181,12 @@ class Trainer:
                     if stage_ended or self.position == stop or due:
                         self.save(now, stage_ended, drop_old=sound)
                     if received:
-                        interrupted = signal.Signals(received).name
-                        self._event("interrupted", step=self.position, signal=interrupted)
+                        interrupted = self._interrupted(received)
                         break
                     since = time.perf_counter()
                 self.saver.finish()
+                if interrupts.received and not interrupted:  # while the last step was saved
+                    interrupted = self._interrupted(interrupts.received)
         finally:
             metrics.close()
         tokens = (self.position - start) * self.curriculum.global_batch_size * self.curriculum.seq_len
@@ -179,6 +194,11 @@ class Trainer:
         rate = tokens / busy if busy else 0.0
         self._event("stop", step=self.position, peak_rss_bytes=peak, tokens_per_second=round(rate, 1))
         return Outcome(self.directory, self.position, interrupted, peak, rate)
+
+    def _interrupted(self, number: int) -> str:
+        name = signal.Signals(number).name
+        self._event("interrupted", step=self.position, signal=name)
+        return name
 
     def _catch_up(self, metrics: Metrics | NoMetrics) -> None:
         """Record and save the step that the store stands at, where the process before ended in between."""
@@ -223,14 +243,28 @@ class Trainer:
             "source_loss": self._by_source(result["source_nll"], result["source_tokens"]),
         }
 
-    def validate(self) -> dict[str, float]:
-        """Mean loss per held-out token of every source, in nats."""
+    def validate(self, go_on: Callable[[], bool] = lambda: True) -> dict[str, float]:
+        """Mean loss per held-out token of every source, in nats. go_on: asked after every batch."""
         nll_S, tokens_S = None, None
-        for batch in self.batches.validation(self.config.train.eval_rows):
-            nll, tokens = self.backend.eval_step(batch)
+        for number, batch in enumerate(self.batches.validation(self.config.train.eval_rows), 1):
+            with self.display.doing(f"validating, batch {number}"):
+                nll, tokens = self.backend.eval_step(batch)
             nll_S = nll if nll_S is None else nll_S + nll
             tokens_S = tokens if tokens_S is None else tokens_S + tokens
+            if not go_on():
+                break
         return {} if nll_S is None else self._by_source(nll_S.tolist(), tokens_S.tolist())
+
+    def _first_validation(self, interrupts: Interrupts) -> tuple[dict[str, float], int]:
+        """The losses before the first step, and the signal that cut them short, or 0."""
+        received = 0
+
+        def go_on() -> bool:
+            nonlocal received
+            received = self.saver.meet(interrupts.received)
+            return not received
+
+        return self.validate(go_on), received
 
     def _by_source(self, nll: list[float], tokens: list[float]) -> dict[str, float]:
         return {s: n / t for s, n, t in zip(self.batches.sources, nll, tokens, strict=True) if t}
@@ -262,7 +296,8 @@ class Trainer:
                 for old in [s for s in checkpoint.steps(self.checkpoints) if s not in ends][:-keep]:
                     checkpoint.remove(checkpoint.step_directory(self.checkpoints, old))
 
-        self.saver.save(directory, state, [self.tokenizer_file], sealed)
+        with self.display.doing(f"saving {directory.name}"):
+            self.saver.save(directory, state, [self.tokenizer_file], sealed)
 
     def _event(self, kind: str, **details) -> None:
         if self.writes:
