@@ -11,7 +11,7 @@ from crystal.config import Strict
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Count = Annotated[int, Field(gt=0)]
-Compute = Literal["bf16", "fp32"]
+Compute = Literal["auto", "bf16", "fp32"]
 
 
 class OptimizerConfig(Strict):
@@ -21,19 +21,19 @@ class OptimizerConfig(Strict):
     was trained with does (backends/adamw.py).
     """
 
-    name: Literal["adamw", "adamw_cerebras"] = "adamw"
-    betas: tuple[Beta, Beta] = (0.9, 0.95)
-    eps: float = Field(1e-8, gt=0)
-    weight_decay: float = Field(0.1, ge=0)
-    decay_norms_and_biases: bool = False
+    name: Literal["adamw", "adamw_cerebras"] = Field("adamw", description="torch's formula, or Cerebras'")
+    betas: tuple[Beta, Beta] = Field((0.9, 0.95), description="decay of the first and of the second moment")
+    eps: float = Field(1e-8, gt=0, description="added to the root of the second moment")
+    weight_decay: float = Field(0.1, ge=0, description="decoupled, times the learning rate")
+    decay_norms_and_biases: bool = Field(False, description="whether norms and biases are decayed too")
     grad_clip: float | None = Field(1.0, gt=0, description="bound on the global gradient norm; null: none")
 
 
 class CpuConfig(Strict):
     """The reference backend."""
 
-    name: Literal["cpu"] = "cpu"
-    dtype: Compute = Field("bf16", description="compute; weights and moments are always fp32")
+    name: Literal["cpu"] = Field("cpu", description="where steps run: cpu, cuda, weight_streaming or cerebras")
+    dtype: Compute = Field("auto", description="compute; auto: the faster here. Weights and moments are always fp32")
     compile: bool = Field(False, description="torch.compile of each block: a minute or so at the start")
     threads: Count | None = Field(None, description="null: torch's default")
 
@@ -55,9 +55,9 @@ class Layout(Strict):
 class CudaConfig(Strict):
     """GPUs under torchrun, one process each; device cpu runs the same layouts over gloo."""
 
-    name: Literal["cuda"]
-    device: Literal["cuda", "cpu"] = "cuda"
-    dtype: Compute = Field("bf16", description="compute; weights and moments are always fp32")
+    name: Literal["cuda"] = Field(description="where steps run: cpu, cuda, weight_streaming or cerebras")
+    device: Literal["cuda", "cpu"] = Field("cuda", description="cpu: the same layouts over gloo")
+    dtype: Compute = Field("auto", description="compute; auto: the faster here. Weights and moments are always fp32")
     parallel: Layout = Layout()
     compile: bool = Field(True, description="torch.compile of each block")
     recompute: Literal["none", "attention", "block"] = Field("none", description="activation checkpointing")
@@ -66,14 +66,14 @@ class CudaConfig(Strict):
 class WeightStreamingConfig(Strict):
     """Weights and moments live in a store, on disk or in memory, and pass through the device layer by layer."""
 
-    name: Literal["weight_streaming"]
-    device: Literal["cpu", "cuda"] = "cpu"
-    dtype: Compute = Field("bf16", description="compute; the store's weights are exact fp32")
+    name: Literal["weight_streaming"] = Field(description="where steps run: cpu, cuda, weight_streaming or cerebras")
+    device: Literal["cpu", "cuda"] = Field("cpu", description="what the blocks are computed on")
+    dtype: Compute = Field("auto", description="compute; auto: the faster here. The store's weights are exact fp32")
     moments: Literal["fp32", "bf16", "int8"] = Field("fp32", description="AdamW's moments in the store")
     gradients: Literal["spilled", "recomputed"] = Field(
         "spilled", description="until the update: written to the store, or made again from what a block took and gave"
     )
-    store: Literal["disk", "memory"] = "disk"
+    store: Literal["disk", "memory"] = Field("disk", description="where weights and moments are kept")
     path: Path | None = Field(None, description="directory of the store, the run's own; null: in the run directory")
     buffers_gb: float | None = Field(
         None, gt=0, description="memory to read ahead and write behind in; null: a block's whole state"
@@ -87,12 +87,12 @@ class ClusterConfig(Strict):
     """A Cerebras system; keys are those of cerebras.pytorch's own ClusterConfig."""
 
     mgmt_address: str = Field(description="address of the cluster's management node")
-    mgmt_namespace: str | None = None
-    credentials_path: Path | None = None
+    mgmt_namespace: str | None = Field(None, description="namespace of the job on the cluster; null: the cluster's")
+    credentials_path: Path | None = Field(None, description="the cluster's TLS certificate; null: the system's")
     num_csx: Count = Field(1, description="systems; the global batch is divided among them")
     mount_dirs: tuple[Path, ...] = Field((), description="shared directories, besides the spool and this package")
-    job_labels: tuple[str, ...] = ()
-    micro_batch_size: Literal["auto", "explore"] | Count = "auto"
+    job_labels: tuple[str, ...] = Field((), description="labels of the job, KEY=VALUE")
+    micro_batch_size: Literal["auto", "explore"] | Count = Field("auto", description="rows that a system takes at once")
     session_steps: Count = Field(100, description="steps between points where weights can be read back")
     spool: Path | None = Field(None, description="directory that the cluster sees too; null: in the run directory")
 
@@ -100,8 +100,8 @@ class ClusterConfig(Strict):
 class CerebrasConfig(Strict):
     """cerebras.pytorch in its own environment; device cpu is its CPU backend, csx its systems."""
 
-    name: Literal["cerebras"]
-    device: Literal["cpu", "csx"] = "cpu"
+    name: Literal["cerebras"] = Field(description="where steps run: cpu, cuda, weight_streaming or cerebras")
+    device: Literal["cpu", "csx"] = Field("cpu", description="Cerebras' CPU backend, or its systems")
     dtype: Literal["bf16", "fp32", "cbfloat16"] | None = Field(
         None, description="compute; weights and moments are always fp32. null: fp32 on cpu, bf16 on csx"
     )

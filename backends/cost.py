@@ -67,7 +67,7 @@ def streaming_bytes(config: ModelConfig, backend: WeightStreamingConfig, micro_b
     from crystal.backends.weight_streaming.store import Store
     from crystal.backends.weight_streaming.stream import Stream
 
-    dtype = torch.bfloat16 if backend.dtype == "bf16" else torch.float32
+    dtype = torch.float32 if backend.dtype == "fp32" else torch.bfloat16
     gradients = dtype if micro_batches == 1 else torch.float32
     store = Store(plan_for(config), None, backend.moments, gradients, spilled=backend.gradients == "spilled")
     ring = None if backend.buffers_gb is None else int(backend.buffers_gb * 1e9)

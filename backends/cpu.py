@@ -17,7 +17,9 @@ from crystal.backends.adamw import adamw_, gradient_norm
 from crystal.backends.base import MicroBatch, OneProcess, Schedule, StepResult
 from crystal.backends.cast import round_to_bf16
 from crystal.backends.config import CpuConfig, OptimizerConfig
+from crystal.backends.machine import with_dtype
 from crystal.config import ConfigError
+from crystal.kernels import tuning
 from crystal.memory import keep_heap
 from crystal.mup.plan import Plan
 from crystal.zoo.build import build, initial_weights
@@ -40,6 +42,7 @@ class CpuBackend(OneProcess):
     ):
         if config.threads:
             torch.set_num_threads(config.threads)
+        config = with_dtype(config)
         keep_heap()
         self.plan, self.optimizer_config, self.schedule, self.seed = plan, optimizer, schedule, seed
         self.n_sources, self.config = n_sources, config
@@ -193,6 +196,7 @@ class CpuBackend(OneProcess):
             "threads": torch.get_num_threads(),
             "compute_dtype": self.config.dtype,
             "kernels": "native.c" if native.available() else "torch",
+            "choices": tuning.choices(),
             "weights_dtype": "fp32",
             "exact_clipping": True,
             "gradient_accumulation": True,

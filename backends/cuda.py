@@ -18,6 +18,7 @@ from torch import Tensor
 from crystal.backends.adamw import make_optimizer
 from crystal.backends.base import MicroBatch, Part, Schedule, StepResult
 from crystal.backends.config import CudaConfig, OptimizerConfig
+from crystal.backends.machine import with_dtype
 from crystal.backends.parallel import Held, held_by, parallelise
 from crystal.backends.pipeline import Pipeline, Straight
 from crystal.backends.processes import join, place_in
@@ -45,8 +46,9 @@ class CudaBackend:
         config: CudaConfig,
     ):
         self.plan, self.optimizer_config, self.schedule, self.seed = plan, optimizer, schedule, seed
-        self.n_sources, self.config, self.model_config = n_sources, config, model
         self.mesh = join(config)
+        config = with_dtype(config)
+        self.n_sources, self.config, self.model_config = n_sources, config, model
         self.place = place_in(self.mesh)
         self.device = torch.device(config.device)
         pipeline = self.mesh["pp"]

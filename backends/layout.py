@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from crystal.backends.config import CudaConfig
 from crystal.config import ConfigError
@@ -14,11 +14,11 @@ def check_layout(
     backend: CudaConfig,
     global_batch_size: int,
     micro_batch_size: int,
-    where: Callable[..., str],
+    error: Callable[[Sequence[str], str], ConfigError],
 ) -> None:
     """Raise ConfigError, naming the key, for a layout that this model or batch cannot have.
 
-    where: `RunFile.where`, the file and name of a key.
+    error: `RunFile.error`, which names the file that set a key.
     """
     layout = backend.parallel
     for key, size in (
@@ -28,25 +28,26 @@ def check_layout(
         ("vocab_size", model.vocab_size),
     ):
         if size % layout.tp:
-            raise ConfigError(
-                f"{where('backend', 'parallel', 'tp')}: expected a divisor of model.{key} {size}, got {layout.tp}"
-            )
+            message = f"expected a divisor of model.{key} {size}, got {layout.tp}"
+            raise error(("backend", "parallel", "tp"), message)
     stages = layout.pp * layout.interleave
     if layout.pp > 1 and model.n_layers < stages:
-        raise ConfigError(
-            f"{where('backend', 'parallel', 'pp')}: {layout.pp} processes with interleave {layout.interleave} make "
-            f"{stages} stages, expected at most model.n_layers {model.n_layers}"
+        message = (
+            f"{layout.pp} processes with interleave {layout.interleave} make {stages} stages, "
+            f"expected at most model.n_layers {model.n_layers}"
         )
+        raise error(("backend", "parallel", "pp"), message)
     parts = layout.dp * layout.fsdp
     if global_batch_size % (parts * micro_batch_size):
-        raise ConfigError(
-            f"{where('train', 'micro_batch_size')}: expected a divisor of a process's share of a step, "
-            f"curriculum.global_batch_size {global_batch_size} / (dp {layout.dp} x fsdp {layout.fsdp}), "
-            f"got {micro_batch_size}"
+        message = (
+            f"expected a divisor of a process's share of a step, curriculum.global_batch_size {global_batch_size} / "
+            f"(dp {layout.dp} x fsdp {layout.fsdp}), got {micro_batch_size}"
         )
+        raise error(("train", "micro_batch_size"), message)
     micro_batches = global_batch_size // (parts * micro_batch_size)
     if micro_batches % layout.pp:
-        raise ConfigError(
-            f"{where('backend', 'parallel', 'pp')}: expected a divisor of the {micro_batches} micro-batches that a "
-            f"process has in a step, got {layout.pp}; a smaller train.micro_batch_size makes more"
+        message = (
+            f"expected a divisor of the {micro_batches} micro-batches that a process has in a step, got {layout.pp}; "
+            "a smaller train.micro_batch_size makes more"
         )
+        raise error(("backend", "parallel", "pp"), message)

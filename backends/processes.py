@@ -24,7 +24,7 @@ DIMENSIONS = ("pp", "dp", "fsdp", "tp")
 def join(config: CudaConfig) -> DeviceMesh:
     """The mesh of a layout over all processes that torchrun started (RANK, WORLD_SIZE, … in the environment).
 
-    Without torchrun it is a mesh of this process alone. A process group that is there already is used.
+    Without torchrun it is a mesh of this process alone.
     Raises ConfigError when the layout is for another number of processes, or there is no CUDA device.
     """
     sizes = {name: getattr(config.parallel, name) for name in DIMENSIONS}
@@ -35,16 +35,25 @@ def join(config: CudaConfig) -> DeviceMesh:
             f"backend.parallel: expected a layout of the {started} processes that torchrun started, "
             f"got {product} = {config.parallel.processes}"
         )
-    if config.device == "cuda":
+    meet(config.device)
+    return init_device_mesh(config.device, tuple(sizes.values()), mesh_dim_names=DIMENSIONS)
+
+
+def meet(device: str) -> None:
+    """Join the process group of all processes that torchrun started, unless this one is in a group already.
+
+    device: cuda, whose group has NCCL for its tensors, or cpu. Raises ConfigError when there is no CUDA device.
+    """
+    if device == "cuda":
         if not torch.cuda.is_available():
             raise ConfigError("backend.device: expected a CUDA device, this machine has none; set backend.device=cpu")
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    if not dist.is_initialized():
-        store, rank, processes = _meeting_place()
-        backend = "cpu:gloo,cuda:nccl" if config.device == "cuda" else "gloo"
-        dist.init_process_group(backend, store=store, rank=rank, world_size=processes)
-        atexit.register(_leave)
-    return init_device_mesh(config.device, tuple(sizes.values()), mesh_dim_names=DIMENSIONS)
+    if dist.is_initialized():
+        return
+    store, rank, processes = _meeting_place()
+    backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=processes)
+    atexit.register(_leave)
 
 
 def _meeting_place() -> tuple[dist.Store, int, int]:

@@ -14,6 +14,7 @@ import torch
 from crystal.config import ConfigError
 from crystal.kernels.catalog import OPERATORS
 from crystal.kernels.dispatch import DTYPES, HAS_TRITON
+from crystal.progress import Bar, note
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -94,11 +95,11 @@ def _refuse(asked: Asked) -> None:
 def _shown(records: Iterable[dict], console: Console, words: str) -> list[dict]:
     """All records, each named on stderr as it comes."""
     found = []
-    with console.status(words) as status:
+    with Bar(console, words) as bar:
         for record in records:
             found.append(record)
             keys = ("provider", "op", "shape", "direction", "dtype", "number", "what")
-            status.update(f"{words}: {' '.join(str(record[key]) for key in keys if key in record)}")
+            bar.advance(what=f"{words}: {' '.join(str(record[key]) for key in keys if key in record)}")
     return found
 
 
@@ -156,7 +157,7 @@ def _measure(ops, shapes, out: Path | None, console: Console) -> tuple[dict, str
     with torch.cuda.stream(timer.stream):
         before, speed = clocks(), CopySpeed(timer, "cuda")
         copy = speed(1 << 30)
-        console.print(f"{device()['name']}: a copy of 512 MiB moves {copy / 1e9:.0f} GB/s, read and written")
+        note(console, f"{device()['name']}: a copy of 512 MiB moves {copy / 1e9:.0f} GB/s, read and written")
         found = _shown(rows(timer, "cuda", speed, ops, shapes or SHAPES), console, "measured")
     verdict = "FAIL" if any(row["provider"] == "ours" and "failed" in row for row in found) else "PASS"
     result = {

@@ -19,6 +19,7 @@ from crystal.backends.weight_streaming.store import Update
 from crystal.config import ConfigError, parse
 from crystal.memory import peak_rss_bytes
 from crystal.mup.plan import Plan
+from crystal.progress import note
 from crystal.zoo.build import parameter_count, plan_for
 from crystal.zoo.config import ModelConfig, preset
 
@@ -43,7 +44,7 @@ def bench_stream(
     try:
         inside = config.model_copy(update={"path": None})
         made = WeightStreamingBackend(shape, plan, optimizer, lambda step: 1e-4, 1, 1, inside, scratch, micro_batches)
-        console.print(f"{model}: {made.store.layout.store_bytes / 1e9:.1f} GB of weights and moments in {scratch}")
+        note(console, f"{model}: {made.store.layout.store_bytes / 1e9:.1f} GB of weights and moments in {scratch}")
         made.load(lambda kind: random_weights(plan), None)
         batches = random_batches(shape.vocab_size, tokens, micro_batches)
         times = {"step_s": [], "compute_s": [], "io_s": []}
@@ -53,7 +54,7 @@ def bench_stream(
             with _WithoutFiles(made):
                 times["compute_s"].append(_timed(lambda: made.train_step(made.step + 1, batches)))
             times["io_s"].append(_timed(lambda: _transfers(made)))
-            console.print("  ".join(f"{key} {values[-1]:.2f}" for key, values in times.items()))
+            note(console, "  ".join(f"{key} {values[-1]:.2f}" for key, values in times.items()))
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     step_s, compute_s, io_s = (statistics.median(times[key]) for key in ("step_s", "compute_s", "io_s"))
@@ -63,7 +64,7 @@ def bench_stream(
         "parameters": parameter_count(shape),
         "tokens": tokens * micro_batches,
         "micro_batches": micro_batches,
-        "dtype": config.dtype,
+        "dtype": made.config.dtype,
         "moments": config.moments,
         "store_bytes": made.store.layout.store_bytes,
         "gradient_bytes": made.store.layout.gradient_bytes,
@@ -79,7 +80,7 @@ def bench_stream(
         "peak_rss_bytes": peak_rss_bytes(),
     }
     text = (
-        f"{model}, {result['parameters']:,} parameters, {result['tokens']} tokens a step, {config.dtype} compute, "
+        f"{model}, {result['parameters']:,} parameters, {result['tokens']} tokens a step, {result['dtype']} compute, "
         f"{config.moments} moments, {result['store_bytes'] / 1e9:.1f} GB store\n"
         f"step {step_s:.2f} s = {result['step_over_floor']:.2f} x the larger of compute {compute_s:.2f} s and I/O "
         f"{io_s:.2f} s (overlap efficiency {result['overlap_efficiency']:.0%}), "

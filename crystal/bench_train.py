@@ -22,6 +22,7 @@ import torch
 from rich.console import Console
 
 from crystal.config import ConfigError
+from crystal.progress import Bar
 
 OURS = "crystal"
 PEERS = ("litgpt", "transformers", "trainer", "nanogpt")
@@ -110,7 +111,12 @@ def start(name: str, python: str, shape: dict, dtype: str, threads: int, compile
         except OSError as error:
             raise ConfigError(f"--python {name}={python}: {error.strerror}") from error
         worker = Worker(name, process)
-        if process.stdout.readline():
+        try:
+            ready = process.stdout.readline()
+        except BaseException:
+            worker.close()
+            raise
+        if ready:
             return worker
         worker.close()
         said.seek(0)
@@ -128,8 +134,8 @@ def bench_train(
     workers, missing = [], {}
     try:
         for name in [OURS, *peers]:
-            console.print(f"{name}: starting")
-            started = start(name, pythons.get(name, sys.executable), shape, dtype, threads, compile)
+            with Bar(console, f"starting {name}"):
+                started = start(name, pythons.get(name, sys.executable), shape, dtype, threads, compile)
             if isinstance(started, Worker):
                 workers.append(started)
             elif name == OURS:
@@ -137,9 +143,13 @@ def bench_train(
             else:
                 missing[name] = started
         load = os.getloadavg()[0]
-        for turn in range(rounds):
-            for i in range(len(workers)):
-                workers[(turn + i) % len(workers)].turn(steps)
+        with Bar(console, "turns", rounds * len(workers)) as bar:
+            for turn in range(rounds):
+                for i in range(len(workers)):
+                    worker = workers[(turn + i) % len(workers)]
+                    bar.what = f"{worker.name}: {steps} steps"
+                    worker.turn(steps)
+                    bar.advance()
     finally:
         for worker in workers:
             worker.close()

@@ -8,18 +8,35 @@ from typing import Annotated
 import typer
 
 from crystal.config import ConfigError
+from crystal.help import Commands
 from crystal.options import Json, Overrides, Run, console, print_result
 
-cerebras = typer.Typer(no_args_is_help=True, help="Cerebras' software: its environment, and steps lowered to its IR.")
+cerebras = Commands(
+    help="""Cerebras' software: its environment, and steps lowered to its IR.
+
+Examples:
+    crystal cerebras setup
+    crystal cerebras lower crystalcoder-7b
+"""
+)
 
 
 @cerebras.command()
 def setup(
-    python: Annotated[str | None, typer.Option(help="a Python 3.11; default: this one, or python3.11")] = None,
-    directory: Annotated[Path | None, typer.Option("--dir", help="default: in crystal's cache")] = None,
+    python: Annotated[
+        str | None, typer.Option(metavar="FILE", help="a Python 3.11; default: this one, or python3.11")
+    ] = None,
+    directory: Annotated[
+        Path | None, typer.Option("--dir", metavar="DIR", help="where to make it; default: in crystal's cache")
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Make the environment that cerebras-pytorch wants for itself (5.7 GiB); does nothing when it is there."""
+    """Make the environment that cerebras-pytorch wants for itself (5.7 GiB); does nothing when it is there.
+
+    Examples:
+        crystal cerebras setup
+        crystal cerebras setup --python /usr/bin/python3.11 --dir cerebras-env
+    """
     from crystal.backends.cerebras import environment
 
     result = environment.setup(directory, python, console())
@@ -32,14 +49,24 @@ def setup(
 def lower(
     run: Run,
     overrides: Overrides = None,
-    rows: Annotated[int | None, typer.Option(min=1, help="sequences of the batch; default: the run's batch")] = None,
-    out: Annotated[Path | None, typer.Option(metavar="DIR", help="default: RUN_DIR/cerebras")] = None,
+    rows: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="sequences of the batch; default: the run's batch")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="where the IR goes; default: RUN_DIR/cerebras")
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Lower a run's whole training step to Cerebras IR, no system needed, and check the IR tensor by tensor."""
+    """Lower a run's whole training step to Cerebras IR, no system needed, and check the IR tensor by tensor.
+
+    Examples:
+        crystal cerebras lower crystalcoder-7b
+        crystal cerebras lower demo --rows 4 --out ir
+    """
     from crystal.backends.cerebras.lower import lower as lower_step
     from crystal.backends.config import CerebrasConfig
     from crystal.curriculum import resolve
+    from crystal.progress import Bar
     from crystal.run import load_run
 
     loaded = load_run(run, overrides or ())
@@ -48,16 +75,19 @@ def lower(
     if section.device == "cpu":  # lowering is for the systems
         section = section.model_copy(update={"device": "csx", "dtype": None})
     curriculum = resolve(config.curriculum, loaded.source)
-    with console().status("tracing and lowering"):
+    with Bar(console(), "tracing and lowering"):
         lowered = lower_step(
             config.model, config.plan(), config.optimizer, curriculum, section,
             rows or curriculum.global_batch_size, out or config.directory / "cerebras",
         )  # fmt: skip
-    print_result(lowered.as_dict(), as_json, _lowered_text(lowered))
+    # a system that was named and cannot be had is an error; with --json it is then the one object
+    unrun = section.cluster is not None and lowered.stopped and not lowered.problems
+    if not (unrun and as_json):
+        print_result(lowered.as_dict(), as_json, _lowered_text(lowered))
     if lowered.problems:
         raise typer.Exit(1)
-    if section.cluster is not None and lowered.stopped:
-        raise ConfigError(f"backend.cluster: {lowered.stopped}; lowered to {lowered.ir}")
+    if unrun:
+        raise ConfigError(f"backend.cluster: {lowered.stopped}; lowered to {lowered.ir}", key="backend.cluster")
 
 
 def _lowered_text(lowered) -> str:

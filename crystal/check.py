@@ -184,5 +184,9 @@ def audit_text(name: str, report: Report, plan: Plan) -> str:
     )
     checks = f"{len(report.rows)} checks of {len(plan.tensors)} tensors in {report.seconds:.1f} s"
     lines.append(f"{report.verdict}  {name}: {plan.parametrization}, {checks}")
-    lines += [f"  {line}" for line in summary([r for r in report.rows if r.verdict != "PASS"], 20)]
+    bad = [row for row in report.rows if row.verdict != "PASS"]
+    said = summary(bad, 20)
+    lines += [f"  {line}" for line in said]
+    if len(bad) > len(said):
+        lines.append(f"  all {len(bad)} rows that do not pass: --json")
     return "\n".join(lines)

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from crystal.config import ConfigError
-from crystal.coordinates import DEPTH, WIDTHS, Asked, as_dict, check_model, text, write
+from crystal.coordinates import DEPTH, WIDTHS, Asked, as_dict, check_beside, check_model, text, write
+from crystal.interrupts import finishing
+from crystal.mup.coord_check import MIN_SEEDS
+from crystal.progress import Bar
+from crystal.run import load_run, prepare_run
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -26,9 +31,11 @@ def run_check(
     data: str | None,
     under: str | None,
     out: Path | None,
+    formats: str | None,
     console: Console,
 ) -> tuple[dict, str]:
     """(JSON object, text). under: compile, or fsdp or tp on two gloo processes. Raises ConfigError for a bad flag."""
+    pictures = _formats(formats, out)
     if lr is not None and not 0 < lr < math.inf:
         raise ConfigError(f"--lr: expected a positive number, got {lr:g}")
     if out is not None:
@@ -45,11 +52,10 @@ def run_check(
         dtype=dtype,
         data=data,
     )
-    with console.status("") as status:
-
-        def progress(size: int, seed: int) -> None:
-            status.update(f"{model}: size {size}, seed {seed}")
-
+    if data is not None:
+        prepare_run(load_run(data), console)  # before the bar: it draws its own
+    with Bar(console, model, unit="models") as bar:
+        progress = _shown_on(bar, model, asked, 1 + (out is not None))
         if under in ("fsdp", "tp"):
             from crystal.check_sharded import check_sharded
 
@@ -60,13 +66,44 @@ def run_check(
 
                 asked = dataclasses.replace(asked, wrap=torch.compile)
             checks = check_model(model, asked, parametrization, progress)
-        shown = text(checks)
+        shown = text(checks, out)
         if out is not None:
             plain = dataclasses.replace(asked, wrap=None, seeds=len({m.seed for m in checks[-1].measured}))
-            beside = [] if parametrization == "sp" else check_model(model, plain, "sp", progress)
-            files = write(checks, beside, out, f"coordinate check of {model}")
+            beside = check_beside(model, plain, parametrization, progress)
+            with bar.doing(f"writing {out}"), finishing():
+                files = write(checks, beside, out, f"Coordinate check of {model}", pictures)
             shown += "".join(f"\nwritten: {file}" for file in files)
     return as_dict(checks), shown
+
+
+def _formats(given: str | None, out: Path | None) -> tuple[str, ...]:
+    from crystal.mup.coord_plots import FORMATS
+
+    if given is None:
+        return ("png",)
+    if out is None:
+        raise ConfigError("--format: expected --out DIR beside it, for the pictures to go to")
+    words = dict.fromkeys(word.strip().lower() for word in given.split(","))
+    if unknown := [word for word in words if word not in FORMATS]:
+        raise ConfigError(f"--format: expected {', '.join(FORMATS)}, or several of them, got {unknown[0] or given!r}")
+    return tuple(words)
+
+
+def _shown_on(bar: Bar, model: str, asked: Asked, checks: int) -> Callable[[int, int], None]:
+    """What a check calls with (size, seed) before each model it trains. checks: how many there will be."""
+    both = (asked.widths if len(asked.depths) == 1 or asked.widths != WIDTHS else ()), asked.depths[1:] and asked.depths
+    expected = sum(map(len, both)) * (asked.seeds or MIN_SEEDS) * checks
+    begun = 0
+
+    def progress(size: int, seed: int) -> None:
+        nonlocal begun
+        if not begun:
+            bar.begin(model, expected)
+        bar.total = max(bar.total, begun + 1)  # more seeds where the verdict needs them
+        bar.reach(begun, f"{model}: size {size}, seed {seed}")
+        begun += 1
+
+    return progress
 
 
 def _sizes(given: str | None, flag: str) -> tuple[int, ...] | None:

@@ -21,6 +21,7 @@ from torch.distributed.fsdp import fully_shard
 from crystal.backends.parallel import split_blocks
 from crystal.config import ConfigError
 from crystal.coordinates import Asked, check_model
+from crystal.interrupts import shielded
 from crystal.mup.coord_check import CoordCheck
 
 PROCESSES = 2
@@ -37,12 +38,17 @@ def check_sharded(name: str, asked: Asked, parametrization: str | None, layout: 
         context.Process(target=_worker, args=(rank, port, results, name, asked, parametrization, layout))
         for rank in range(PROCESSES)
     ]
-    for process in processes:
-        process.start()
-    outcome = results.get()  # from rank 0, or from the first that fails
-    for process in processes:
-        process.join(timeout=60)
-        process.kill()
+    try:
+        with shielded():
+            for process in processes:
+                process.start()
+        outcome = results.get()  # from rank 0, or from the first that fails
+        for process in processes:
+            process.join(timeout=60)
+    finally:
+        for process in processes:
+            if process.pid is not None:
+                process.kill()
     if isinstance(outcome, str):
         raise ConfigError(outcome)
     return outcome

@@ -8,22 +8,32 @@ the file that the key really came from. Classes live beside the code that reads 
 
 from __future__ import annotations
 
-import difflib
 import json
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar, get_args
+from typing import Any, NamedTuple, TypeVar
 
 import pydantic
 import yaml
 
+from crystal.mistakes import explain, found, nearest
+
 CONFIGS = Path(__file__).resolve().parent / "configs"
+COMMAND_LINE = "command line"  # how the origin of what an override set begins
 
 
 class ConfigError(Exception):
-    """A mistake of the user's; `str()` is the one line to show. The command exits with 2."""
+    """A mistake of the user's; `str()` is the one line to show. The command exits with 2.
+
+    file, key: where the mistake is, for `--json`: a config file's name, and the dotted key in it. None: not known.
+    """
+
+    def __init__(self, message: str = "", *, file: str | Path | None = None, key: str | None = None):
+        super().__init__(message)
+        self.file = None if file is None or str(file).startswith(COMMAND_LINE) else str(file)
+        self.key = key
 
 
 class Strict(pydantic.BaseModel):
@@ -36,17 +46,53 @@ Section = TypeVar("Section", bound=Strict)
 
 
 class Config(NamedTuple):
-    """A merged mapping, and for each key path (a tuple) the file that set it."""
+    """A merged mapping, and for each key path (a tuple) what set it: a file's name, or `command line: key=value`."""
 
     mapping: dict
     origin: dict[tuple, str]
 
     def where(self, loc: tuple) -> str:
-        """The file that set the key at `loc`, or its nearest ancestor."""
-        for end in range(len(loc), -1, -1):
-            if loc[:end] in self.origin:
-                return self.origin[loc[:end]]
-        return "config"
+        """The file that set the key at `loc`, or its nearest ancestor; `command line` for an override."""
+        return COMMAND_LINE if self.set_by(loc).startswith(COMMAND_LINE) else self.set_by(loc)
+
+    def place(self, loc: tuple, message: str = "") -> str:
+        """How a line about the key at `loc` begins: `FILE: KEY`, or `command line: key=value` for an override.
+
+        A packaged file is not at fault for what a user's file makes of it: the user's file is named. An override is
+        named too where `message`, about another key, speaks of the one that it set.
+        """
+        at_fault, key = self.at_fault(loc, message), _dotted(loc)
+        named = at_fault.startswith(f"{COMMAND_LINE}: {key}=")
+        return at_fault if named or not key else f"{at_fault}: {key}"
+
+    def at_fault(self, loc: tuple, message: str = "") -> str:
+        """The file, or the override, that such a line names."""
+        origin = self.set_by(loc)
+        if not origin.startswith(COMMAND_LINE):
+            origin = next((o for at, o in self.origin.items() if self._is_about(at, o, loc, message)), origin)
+        if origin.startswith(COMMAND_LINE):
+            return origin
+        packaged = CONFIGS in Path(origin).parents or not Path(origin).is_file()  # or the name of a rung
+        return self.origin.get((), origin) if packaged else origin
+
+    def get(self, loc: tuple) -> Any:
+        """The value at `loc`, None where there is none."""
+        return _value(self.mapping, loc)
+
+    def filled(self, loc: tuple, value: Any) -> Config:
+        """The same with `value` at `loc`; whoever set the key remains the one who set it."""
+        return Config(_put(self.mapping, loc, value), self.origin)
+
+    def set_by(self, loc: tuple) -> str:
+        """The file or override that set the key at `loc`, or its nearest ancestor."""
+        return next((self.origin[loc[:n]] for n in range(len(loc), -1, -1) if loc[:n] in self.origin), "config")
+
+    def _is_about(self, at: tuple, origin: str, loc: tuple, message: str) -> bool:
+        """Whether the key at `at` was overridden and `message`, about the key at `loc`, speaks of it."""
+        if not (at and origin.startswith(f"{COMMAND_LINE}: {_dotted(at)}=")):
+            return False
+        name = str(at[-1]) if at[:-1] == loc[: len(at) - 1] and len(loc) > 1 else _dotted(at) if len(at) > 1 else None
+        return name is not None and re.search(rf"(?<![\w.]){re.escape(name)}(?!\w)", message) is not None
 
 
 class _Loader(yaml.SafeLoader):
@@ -86,74 +132,99 @@ def cache_dir() -> Path:
     return Path(os.environ.get("CRYSTAL_CACHE") or Path.home() / ".cache" / "crystal")
 
 
-def find(name: str | Path, kind: str = "") -> Path:
-    """The file meant by `name`: a path, or a packaged file under configs/ (with or without `kind/` and `.yaml`).
+def find(name: str | Path, *kinds: str) -> Path:
+    """The file meant by `name`: a path, or a packaged file of configs/KIND/ (with or without `KIND/` and `.yaml`).
 
-    Raises ConfigError when there is none, with the nearest packaged name.
+    kinds: folders of configs/ in which to look; none: all. Raises ConfigError when there is no such file, with the
+    nearest packaged name of these kinds.
     """
     path = Path(name)
     try:
         if path.is_file():
             return path
-    except OSError as error:  # a name that is too long, a folder that is closed to us
-        raise ConfigError(f"{name}: {error.strerror}") from None
+        is_directory = path.is_dir()
+    except (OSError, ValueError) as error:  # a name that is too long or no name, a folder that is closed to us
+        raise ConfigError(f"{name!r}: {getattr(error, 'strerror', None) or error}", file=name) from None
     parts = path.parts[1:] if path.parts[:1] == ("configs",) else path.parts
     bare = Path(*parts) if parts and not path.is_absolute() else Path(path.name)
-    kinds = [kind] if kind else sorted(p.name for p in CONFIGS.iterdir() if p.is_dir())
+    kinds = kinds or tuple(sorted(p.name for p in CONFIGS.iterdir() if p.is_dir()))
     for candidate in (CONFIGS / bare, *(CONFIGS / k / bare for k in kinds)):
         for file in (candidate, candidate.with_name(candidate.name + ".yaml")):
             if file.is_file():
                 return file
-    names = [p.stem for p in (CONFIGS / kind).glob("*.yaml" if kind else "*/*.yaml")]
-    raise ConfigError(f"{name}: no such file{nearest(path.stem, names)}")
+    if is_directory:
+        hint = nearest(".yaml", path.glob("*.yaml"))
+        raise ConfigError(f"{name}: expected a file, it is a directory{hint}", file=name)
+    names = [p.stem for kind in kinds for p in (CONFIGS / kind).glob("*.yaml")]
+    raise ConfigError(f"{name}: no such file{nearest(path.stem, names)}", file=name)
 
 
-def nearest(word: str, known: Iterable[str]) -> str:
-    """`; did you mean 'x'?` for the closest of `known`, or nothing."""
-    close = difflib.get_close_matches(str(word), [str(k) for k in known], n=1, cutoff=0.5)
-    return f"; did you mean '{close[0]}'?" if close else ""
+def load_yaml(
+    path: str | Path, kinds: Sequence[str] = (), computed: Callable[[str], Config | None] = lambda name: None
+) -> Config:
+    """Read a YAML mapping and what it `extends`. Raises ConfigError with file and line for bad YAML.
+
+    kinds: the folders of configs/ that `extends` looks in beside the file's own; none: all. computed: gives the
+    mapping of a name that stands for no file, else None.
+    """
+    return _load(find(path), kinds, computed, ())
 
 
-def load_yaml(path: str | Path) -> Config:
-    """Read a YAML mapping and what it `extends`. Raises ConfigError with file and line for bad YAML."""
-    return _load(find(path), ())
-
-
-def _load(path: Path, above: tuple[Path, ...]) -> Config:
+def _load(path: Path, kinds: Sequence[str], computed: Callable, above: tuple[Path, ...]) -> Config:
     if path.resolve() in above:
-        raise ConfigError(f"{path}: extends: expected no circle, but the file extends itself")
+        raise ConfigError(f"{path}: extends: expected no circle, but the file extends itself", file=path, key="extends")
     try:
-        mapping = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # noqa: S506  a SafeLoader, see above
+        mapping = _yaml(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
         problem = getattr(error, "problem", None) or getattr(error, "reason", None) or error
-        raise ConfigError(f"{path}{line}: expected YAML, {problem}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read: {error}") from None
+        raise ConfigError(f"{path}{line}: expected YAML, {problem}", file=path) from None
+    except UnicodeDecodeError as error:
+        byte = f"0x{error.object[error.start]:02x} at {error.start}"
+        raise ConfigError(f"{path}: cannot be read: expected UTF-8 text, found byte {byte}", file=path) from None
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}", file=path) from None
     if not isinstance(mapping, dict):
-        raise ConfigError(f"{path}: expected a mapping of keys, got {type(mapping).__name__}")
+        raise mistake(str(path), (), f"expected a mapping of keys, got {'nothing' if mapping is None else found(mapping)}")
     parents = mapping.pop("extends", [])
     parents = [parents] if isinstance(parents, str) else parents
     if not isinstance(parents, list) or not all(isinstance(parent, str) for parent in parents):
-        raise ConfigError(f"{path}: extends: expected the name of a file, or a list of names, got {parents}")
+        message = f"expected the name of a file, or a list of names, got {found(parents)}"
+        raise mistake(str(path), ("extends",), message)
     merged = Config({}, {})
     for parent in parents:
         beside = path.parent / parent
         try:
-            file = beside if beside.is_file() else find(parent)
-        except ConfigError as error:
-            raise ConfigError(f"{path}: extends: {error}") from None
-        merged = merge(merged, _load(file, (*above, path.resolve())))
-    return merge(merged, Config(mapping, _origins(mapping, os.path.normpath(path))))
+            config = None if beside.is_file() else computed(parent)
+            file = None if config else beside if beside.is_file() else find(parent, *kinds)
+        except (ConfigError, OSError, ValueError) as error:
+            raise mistake(str(path), ("extends",), str(error)) from None
+        merged = merge(merged, config or _load(file, kinds, computed, (*above, path.resolve())))
+    return merge(merged, layer(mapping, os.path.normpath(path)))
+
+
+def _yaml(text: str) -> Any:
+    """The value that a YAML text says. Raises yaml.YAMLError."""
+    try:
+        return yaml.load(text, _Loader)  # noqa: S506  a SafeLoader, see above
+    except RecursionError:
+        raise yaml.YAMLError("nested too deeply") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:  # `!!int x`, `!!bool x`, a number of 5,000 digits
+        raise yaml.YAMLError(f"a value that is not what it says ({error})") from None
+
+
+def layer(mapping: dict, file: str) -> Config:
+    """A mapping as a Config, all of whose keys were set by `file`."""
+    return Config(mapping, _origins(mapping, file))
 
 
 def _origins(value: Any, file: str, loc: tuple = ()) -> dict[tuple, str]:
-    found = {loc: file}
+    origins = {loc: file}
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for key, item in items:
-        found |= _origins(item, file, (*loc, key))
-    return found
+        origins |= _origins(item, file, (*loc, key))
+    return origins
 
 
 def merge(under: Config, over: Config) -> Config:
@@ -169,13 +240,20 @@ def merge(under: Config, over: Config) -> Config:
     return Config(mapping, {loc: file for loc, file in (under.origin | over.origin).items() if _holds(mapping, loc)})
 
 
+_NOTHING = object()
+
+
 def _holds(node: Any, loc: tuple) -> bool:
+    return _value(node, loc, _NOTHING) is not _NOTHING
+
+
+def _value(node: Any, loc: tuple, default: Any = None) -> Any:
     for part in loc:
         inside = part in node if isinstance(node, dict) else isinstance(node, list) and part < len(node)
         if not inside:
-            return False
+            return default
         node = node[part]
-    return True
+    return node
 
 
 def override(config: Config, assignments: Iterable[str]) -> Config:
@@ -185,13 +263,13 @@ def override(config: Config, assignments: Iterable[str]) -> Config:
         if not equals or not all(key.split(".")):
             raise ConfigError(f"{word}: expected dotted.key=value")
         try:
-            value = yaml.load(text, _Loader)  # noqa: S506  a SafeLoader
+            value = _yaml(text)
         except yaml.YAMLError:
-            raise ConfigError(f"{word}: expected a YAML value after '='") from None
+            raise ConfigError(f"{word}: expected a YAML value after '='", key=key) from None
         loc = _locate(config.mapping, key)
         mapping = _put(config.mapping, loc, value)
-        origin = {loc[:end]: "command line" for end in range(1, len(loc))} | config.origin
-        origin |= _origins(value, "command line", loc)
+        said = f"{COMMAND_LINE}: {word}"
+        origin = {loc[:end]: said for end in range(1, len(loc))} | config.origin | _origins(value, said, loc)
         config = Config(mapping, {loc: file for loc, file in origin.items() if _holds(mapping, loc)})
     return config
 
@@ -205,7 +283,7 @@ def _locate(node: Any, dotted: str) -> tuple:
             index = int(word) if word.isdecimal() else names.index(word) if word in names else -1
             if not 0 <= index < len(node):
                 expected = ", ".join(str(n) for n in names if n) or f"0 to {len(node) - 1}"
-                raise ConfigError(f"command line: {dotted}: expected one of {expected} at '{word}'")
+                raise ConfigError(f"{COMMAND_LINE}: {dotted}: expected one of {expected} at '{word}'", key=dotted)
             loc.append(index)
             node = node[index]
         else:
@@ -228,74 +306,25 @@ def parse(cls: type[Section], mapping: Any, where: str | Config, prefix: tuple =
     """Validate `mapping` as `cls`.
 
     where: the file's name, or the Config that knows each key's file; prefix: the section's place in it.
-    Raises ConfigError for the first mistake: `FILE: KEY: what was expected`.
+    Raises ConfigError for the first mistake: `FILE: KEY: what was expected, got what was found`.
     """
     try:
         # JSON mode: strict about types, but a list may become a tuple and a string a path, as YAML needs.
         return cls.model_validate_json(json.dumps(mapping))
     except pydantic.ValidationError as problem:
-        # an unknown key first: a typo also makes the right key "missing", which is not the useful half
-        errors = sorted(problem.errors(), key=lambda e: e["type"] != "extra_forbidden")
-        error = errors[0]
-        loc = (*prefix, *(part for part in error["loc"] if not _is_tag(part, mapping, error["loc"])))
-        line = _sentence(cls, error)
-        # a section's own check names the key it is about: `n_heads: expected a divisor …`
-        key, colon, rest = line.partition(": ")
-        known = _fields(cls, error["loc"])
-        words = tuple(int(word) if word.isdecimal() else word for word in key.split("."))
-        if (
-            error["type"] in ("value_error", "union_tag_invalid")
-            and colon
-            and (isinstance(words[0], int) or words[0] in known)
-        ):
-            loc, line = (*loc, *words), rest
-        file = where if isinstance(where, str) else where.where(loc)
-        raise ConfigError(f"{file}: {'.'.join(map(str, loc)) + ': ' if loc else ''}{line}") from None
-    except (TypeError, ValueError) as problem:
-        file = where if isinstance(where, str) else where.where(prefix)
-        raise ConfigError(f"{file}: {problem}") from None
+        loc, message = explain(cls, mapping, problem)
+    except (TypeError, ValueError, RecursionError) as problem:  # what JSON has no form for: !!binary, !!set
+        loc, message = (), f"expected text, numbers, lists and mappings ({problem})"
+    raise mistake(where, (*prefix, *loc), message)
 
 
-def _is_tag(part: Any, mapping: Any, loc: tuple) -> bool:
-    """pydantic puts the branch of a union into the location; it is not a key that the user wrote."""
-    node: Any = mapping
-    for step in loc[: loc.index(part)]:
-        try:
-            node = node[step]
-        except (KeyError, IndexError, TypeError):
-            return False
-    return isinstance(part, str) and not (isinstance(node, dict) and part in node) and part != loc[-1]
+def mistake(where: str | Config, loc: tuple, message: str) -> ConfigError:
+    """The one line about the key at `loc`: `FILE: KEY: message`. where: as in `parse`."""
+    key = _dotted(loc) or None
+    if isinstance(where, Config):
+        return ConfigError(f"{where.place(loc, message)}: {message}", file=where.at_fault(loc, message), key=key)
+    return ConfigError(": ".join([where, *([key] if key else []), message]), file=where, key=key)
 
 
-def _sentence(cls: type[pydantic.BaseModel], error: dict) -> str:
-    kind, value = error["type"], error.get("input")
-    if kind == "extra_forbidden":
-        known = _fields(cls, error["loc"][:-1])
-        return f"unknown key{nearest(error['loc'][-1], known)}" + (f" (known: {', '.join(known)})" if known else "")
-    if kind == "missing":
-        return "expected a value, none given"
-    if kind in ("value_error", "assertion_error"):
-        return str(error["ctx"]["error"])
-    if kind == "union_tag_invalid":  # of a section that is one of several kinds, chosen by its `name`
-        return f"name: expected one of {error['ctx']['expected_tags']}, got {error['ctx']['tag']!r}"
-    message = re.sub(r"^\w+ should (be |have )?", "", error["msg"]).replace("match pattern", "a text that matches")
-    shown = json.dumps(value, default=str)
-    return f"expected {message}, got {shown if len(shown) < 60 else shown[:57] + '...'}"
-
-
-def _fields(cls: Any, loc: tuple) -> list[str]:
-    """Names of the fields of the section at `loc`, walking through lists, mappings and unions."""
-    for part in loc:
-        models = [cls] if isinstance(cls, type) else _models(cls)
-        holders = [m.model_fields for m in models if hasattr(m, "model_fields")]
-        fields = {field.alias or name: field for holder in holders for name, field in holder.items()}
-        if part in fields:
-            cls = fields[part].annotation
-    models = _models(cls)
-    return [field.alias or name for m in models for name, field in m.model_fields.items()]
-
-
-def _models(annotation: Any) -> list:
-    if isinstance(annotation, type) and issubclass(annotation, pydantic.BaseModel):
-        return [annotation]
-    return [m for a in get_args(annotation) for m in _models(a)]
+def _dotted(loc: tuple) -> str:
+    return ".".join(map(str, loc))

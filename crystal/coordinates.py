@@ -1,11 +1,17 @@
 """`crystal coord-check`: the zoo's models under crystal/mup's coordinate check, with their own init and optimizer.
 
 The models are the ladder's: two layers, a small vocabulary and one short batch, which is all that the exponents
-need. From width 512 on compute is bf16 by default, as in the backends; weights, moments and statistics are fp32.
+need. From width 512 on compute is bf16 by default where bf16 is the faster; weights, moments and statistics are fp32.
 """
 
 from __future__ import annotations
 
+import datetime
+import json
+import os
+import platform
+import shlex
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,9 +20,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import crystal
 from crystal.check import Checked, checked
 from crystal.config import ConfigError
-from crystal.mup.coord_check import CoordCheck, coord_check
+from crystal.files import write_whole
+from crystal.kernels import tuning
+from crystal.mup.coord_check import Along, CoordCheck, coord_check
 from crystal.mup.measure import Task
 from crystal.mup.verdict import CheckError, Report, Row, overall, summary
 from crystal.zoo.config import ModelConfig
@@ -46,33 +55,47 @@ def check_model(name: str, asked: Asked, parametrization: str | None = None, pro
 
     Raises ConfigError for a model, width or depth that does not exist.
     """
+    return [_check(name, asked, along, parametrization, progress) for along in _directions(asked)]
+
+
+def check_beside(name: str, asked: Asked, parametrization: str | None = None, progress=None) -> list[CoordCheck]:
+    """For each check of `check_model`, one of the same model to stand beside it in a picture: in standard
+    parametrization, which fails, or if that is its own, in the one that passes, muP over width, CompleteP over depth.
+    """
+    own = checked(_family(name), parametrization).config.mup.parametrization
+    right: dict[Along, str] = {"width": "mup", "depth": "completep"}
+    fails: dict[Along, bool] = {"width": own == "sp", "depth": own != "completep"}
+    return [_check(name, asked, d, right[d] if fails[d] else "sp", progress) for d in _directions(asked)]
+
+
+def _directions(asked: Asked) -> list[Along]:
+    over_width = len(asked.depths) == 1 or asked.widths != WIDTHS
+    return ["width"] * over_width + ["depth"] * (len(asked.depths) > 1)
+
+
+def _check(name: str, asked: Asked, along: Along, parametrization: str | None, progress) -> CoordCheck:
     subject = checked(_family(name), parametrization)
-    declared = subject.config.mup.parametrization
-    checks = []
+    mup, width, depth = subject.config.mup, asked.widths[1 if asked.widths == WIDTHS else 0], asked.depths[0]
+    sizes = asked.widths if along == "width" else asked.depths
+    at = {"width": lambda size: subject.at(size, depth), "depth": lambda size: subject.at(width, size)}[along]
     try:
-        if len(asked.depths) == 1 or asked.widths != WIDTHS:
-            task = task_of(subject, asked, lambda width: subject.at(width, asked.depths[0]))
-            checks.append(
-                coord_check(
-                    task, asked.widths, seeds=asked.seeds, first_seed=asked.first_seed, steps=asked.steps,
-                    parametrization=declared, label=f"{name}, {declared}", progress=progress,
-                )
-            )  # fmt: skip
-        if len(asked.depths) > 1:
-            width = asked.widths[1] if asked.widths == WIDTHS else asked.widths[0]
-            task = task_of(subject, asked, lambda depth: subject.at(width, depth))
-            checks.append(
-                coord_check(
-                    task, asked.depths, seeds=asked.seeds, first_seed=asked.first_seed, steps=asked.steps,
-                    parametrization=declared, along="depth", depth_alpha=subject.config.mup.depth_alpha,
-                    label=f"{name}, {declared}", progress=progress,
-                )
-            )  # fmt: skip
+        check = coord_check(
+            task_of(subject, asked, at), sizes, seeds=asked.seeds, first_seed=asked.first_seed, steps=asked.steps,
+            parametrization=mup.parametrization, along=along, depth_alpha=mup.depth_alpha,
+            label=f"{name}, {mup.parametrization}", progress=progress,
+        )  # fmt: skip
     except CheckError as error:
         raise ConfigError(f"{name}: {error}") from None
-    if checks[-1].along == "depth" and declared == "completep" and subject.config.mup.residual_init_2l:
-        checks[-1].notes.append("residual_init_2l and completep's branch multiplier count depth twice")
-    return checks
+    check.settings = {
+        **({"layers": depth} if along == "width" else {"width": width}),
+        "optimizer": "AdamW",
+        "lr": asked.lr or default_lr(subject.config),
+        "dtype": "bf16" if _rounded(asked) else "fp32",
+        "batch": f"{ROWS} x {SEQ} " + (f"tokens of {asked.data}" if asked.data else f"random words of {WORDS}"),
+    }
+    if along == "depth" and mup.parametrization == "completep" and mup.residual_init_2l:
+        check.notes.append("residual_init_2l and completep's branch multiplier count depth twice")
+    return check
 
 
 def _family(name: str) -> str:
@@ -104,8 +127,7 @@ def task_of(subject: Checked, asked: Asked, config_at: Callable[[int], ModelConf
             return rows[1](seed)
         return torch.randint(0, WORDS, (ROWS, SEQ + 1), generator=torch.Generator().manual_seed(seed))
 
-    # rounding weights costs more than narrow products gain
-    rounded = asked.dtype == "bf16" or (asked.dtype == "auto" and max(asked.widths) >= 512)
+    rounded = _rounded(asked)
 
     def loss(wrapped: nn.Module, ids_BT: Tensor) -> Tensor:
         with torch.autocast("cpu", torch.bfloat16, enabled=rounded):
@@ -113,6 +135,13 @@ def task_of(subject: Checked, asked: Asked, config_at: Callable[[int], ModelConf
         return F.cross_entropy(logits_BTV.float().flatten(0, 1), ids_BT[:, 1:].flatten())
 
     return Task(model, optimizer, loss, batch)
+
+
+def _rounded(asked: Asked) -> bool:
+    """Whether products are of bf16; auto: on wide models where bf16 is faster, for rounding weights costs time too."""
+    if asked.dtype == "auto":
+        return max(asked.widths) >= 512 and tuning.fastest_dtype() == "bf16"
+    return asked.dtype == "bf16"
 
 
 def default_lr(config: ModelConfig) -> float:
@@ -145,11 +174,12 @@ def as_dict(checks: Sequence[CoordCheck]) -> dict:
         "depths": next((list(c.sizes) for c in checks if c.along == "depth"), None),
         "seeds": max(len({m.seed for m in c.measured}) for c in checks),
         "steps": checks[0].steps,
+        "settings": checks[0].settings,
     }
 
 
-def text(checks: Sequence[CoordCheck]) -> str:
-    """The verdict, what is wrong, and the range of exponents by quantity."""
+def text(checks: Sequence[CoordCheck], out: Path | None = None) -> str:
+    """The verdict, what is wrong, and the range of exponents by quantity. out: where `write` puts all rows."""
     lines = []
     for check in checks:
         seeds = len({m.seed for m in check.measured})
@@ -159,6 +189,9 @@ def text(checks: Sequence[CoordCheck]) -> str:
         )
         bad = check.failures or [r for r in check.rows if r.verdict != "PASS"]
         lines += [f"  {line}" for line in summary(bad)] if bad else []
+        if len(bad) > len(summary(bad)):
+            place = out / f"{_stem(check)}.html" if out else "--json, or --out DIR for a page"
+            lines.append(f"  all {len(bad)} rows that do not pass: {place}")
         lines += [f"  note: {note}" for note in check.notes]
         lines.append(f"  {'quantity':12} {'rows':>5} {'expected':>9} {'slopes':>16}  verdict")
         for (quantity, expected), rows in _by_quantity(check.rows).items():
@@ -176,18 +209,56 @@ def _by_quantity(rows: Sequence[Row]) -> dict[tuple[str, str], list[Row]]:
     return found
 
 
-def write(checks: Sequence[CoordCheck], beside: Sequence[CoordCheck], out: Path, title: str) -> list[Path]:
-    """JSON, PNG and a self-contained page into `out`; beside: the same checks of the standard parametrization."""
-    import json
+def write(
+    checks: Sequence[CoordCheck],
+    beside: Sequence[CoordCheck],
+    out: Path,
+    title: str,
+    formats: Sequence[str] = ("png",),
+) -> list[Path]:
+    """JSON, pictures and a self-contained page into `out`; beside: what each check stands beside (`check_beside`).
 
-    from crystal.mup.coord_plots import draw, page
+    Raises ConfigError where a file cannot be written.
+    """
+    from crystal.mup.coord_page import page
+    from crystal.mup.coord_plots import render
 
-    written = [out / "coord-check.json"]
-    written[0].write_text(json.dumps(as_dict(checks), indent=1))
+    written = []
+
+    def put(name: str, content: str | bytes) -> None:
+        try:
+            write_whole(out / name, content)
+        except OSError as error:
+            raise ConfigError(f"--out: {out / name} cannot be written: {error.strerror}") from None
+        written.append(out / name)
+
+    put("coord-check.json", json.dumps(as_dict(checks), indent=1) + "\n")
     for check in checks:
-        pair = [*(b for b in beside if b.along == check.along), check]
-        name = "coord-check" if check.along == "width" else "coord-check-depth"
-        draw(pair, out / f"{name}.png")
-        (out / f"{name}.html").write_text(page(pair, title))
-        written += [out / f"{name}.png", out / f"{name}.html"]
+        pair = [check, *(other for other in beside if other.along == check.along)]
+        for form in formats:
+            put(f"{_stem(check)}.{form}", render(pair, form))
+        put(f"{_stem(check)}.html", page(pair, title, _made(check)))
     return written
+
+
+def _stem(check: CoordCheck) -> str:
+    """Of the files of a check."""
+    return "coord-check" if check.along == "width" else "coord-check-depth"
+
+
+def _made(check: CoordCheck) -> dict[str, str]:
+    """How a check came about, for its page."""
+    now = datetime.datetime.now(datetime.UTC)
+    cores = f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
+    return {
+        "command": shlex.join(["crystal", *sys.argv[1:]]),
+        "crystal": crystal.__version__,
+        "torch": torch.__version__,
+        "date": f"{now:%Y-%m-%d %H:%M} UTC",
+        "machine": f"{platform.system()} {platform.machine()}, {cores}",
+        f"{check.along}s": ", ".join(map(str, check.sizes)),
+        "seeds": ", ".join(map(str, sorted({m.seed for m in check.measured}))),
+        "steps": str(check.steps),
+        **{key: f"{value:g}" if isinstance(value, float) else str(value) for key, value in check.settings.items()},
+        "seconds": f"{check.seconds:.1f}",
+    }

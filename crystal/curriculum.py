@@ -23,7 +23,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
-from crystal.config import Config, ConfigError, Strict, nearest
+from crystal.config import Config, ConfigError, Strict, found, mistake, nearest
 from crystal.data.order import StageOrder
 from crystal.schedule import Schedule, Segment, fit
 
@@ -37,20 +37,20 @@ SUM_TOLERANCE = 1e-6
 class LrSegment(Strict):
     """One piece of a learning-rate schedule: `{from: 0.0, to: 0.012, steps: 86}`."""
 
-    start: Weight | None = Field(None, alias="from")  # None: where the piece before ended
-    to: Weight
-    steps: Count | None = None  # None: up to the end of the stage (last piece only)
-    shape: Literal["linear", "cosine", "sqrt"] = "linear"
-    jump: bool = False  # a start that is not the end of the piece before is meant
+    start: Weight | None = Field(None, alias="from", description="rate at its start; null: where the one before ended")
+    to: Weight = Field(description="rate at its end")
+    steps: Count | None = Field(None, description="length; null: up to the end of the stage, in the last piece only")
+    shape: Literal["linear", "cosine", "sqrt"] = Field("linear", description="how it goes from one rate to the other")
+    jump: bool = Field(False, description="whether a start that is not the end of the piece before is meant")
 
 
 class SourceConfig(Strict):
     """One data source of a stage; a bare number in YAML is its weight."""
 
-    weight: Weight | None = None
-    tokens: Count | None = None  # instead of weights, for all sources of a stage
-    subset: str = "0.0-1.0"  # the published part of the source's rows
-    fim: Rate | None = None  # instead of the stage's FIM rate
+    weight: Weight | None = Field(None, description="its share of the stage's sequences; the shares sum to 1")
+    tokens: Count | None = Field(None, description="instead of weights, for all sources of a stage")
+    subset: str = Field("0.0-1.0", description="which part of the source's rows: 0.0-0.5 is the first half")
+    fim: Rate | None = Field(None, description="share of its documents that FIM rearranges; null: the stage's fim.rate")
 
     @field_validator("subset")
     @classmethod
@@ -62,24 +62,28 @@ class SourceConfig(Strict):
 class FimConfig(Strict):
     """Fill-in-the-middle: the share of documents rearranged, and the share of those in SPM order."""
 
-    rate: Rate = 0.0
-    spm: Rate = 0.5
-    only: tuple[str, ...] = ("*",)  # patterns of the published sources that it applies to
+    rate: Rate = Field(0.0, description="share of documents that are rearranged")
+    spm: Rate = Field(0.5, description="share of those in suffix-prefix-middle order; the rest is prefix-suffix-middle")
+    only: tuple[str, ...] = Field(("*",), description="patterns of the published sources that it applies to")
 
 
 class StageConfig(Strict):
     """One stage as published."""
 
-    name: str
-    steps: Count | None = None
-    tokens: Count | None = None  # instead of steps; rounded up to whole steps
-    sources: dict[str, SourceConfig]
-    lr: tuple[LrSegment, ...]
+    name: str = Field(description="unique in the curriculum")
+    steps: Count | None = Field(None, description="length in optimizer steps, before scale")
+    tokens: Count | None = Field(None, description="instead of steps: length in tokens, rounded up to whole steps")
+    sources: dict[str, SourceConfig] = Field(description="what it trains on; a bare number is the source's weight")
+    lr: tuple[LrSegment, ...] = Field(description="base learning rate, piece after piece; a bare number is constant")
     fim: FimConfig = FimConfig()
-    carry: tuple[Literal["weights", "optimizer"], ...] | None = None  # from the stage before; None: both
-    checkpoint_every: Count
+    carry: tuple[Literal["weights", "optimizer"], ...] | None = Field(
+        None, description="what is taken over from the stage before; null: both"
+    )
+    checkpoint_every: Count | None = Field(
+        None, description="steps from one checkpoint to the next, before scale; null: a tenth of the stage"
+    )
 
-    @field_validator("sources", mode="before")
+    @field_validator("sources", mode="before", json_schema_input_type=dict[str, SourceConfig | Weight])
     @classmethod
     def _bare_weights(cls, sources: Any) -> Any:
         if not isinstance(sources, dict):
@@ -101,11 +105,15 @@ class StageConfig(Strict):
             raise ValueError(f"expected weights that sum to 1 (within {SUM_TOLERANCE:g}), got {total:.9g}")
         return sources
 
-    @field_validator("lr", mode="before")
+    @field_validator("lr", mode="before", json_schema_input_type=tuple[LrSegment, ...] | Weight)
     @classmethod
     def _constant(cls, lr: Any) -> Any:
-        lr = tuple(lr) if isinstance(lr, list) else lr
-        return ({"from": lr, "to": lr},) if isinstance(lr, int | float) else lr
+        if isinstance(lr, int | float) and not isinstance(lr, bool):
+            return ({"from": lr, "to": lr},)
+        if not isinstance(lr, list | tuple):
+            pieces = "a list of pieces such as {from: 0, to: 0.01, steps: 20}"
+            raise ValueError(f"expected a number, or {pieces}, got {found(lr)}")
+        return tuple(lr)
 
     @field_validator("lr")
     @classmethod
@@ -128,15 +136,17 @@ class StageConfig(Strict):
 class CurriculumConfig(Strict):
     """The `curriculum:` section."""
 
-    name: str
-    seq_len: Count
-    global_batch_size: Count  # sequences
-    scale: Positive = 1.0  # of the published steps
-    lr_scale: Positive = 1.0  # of every learning rate, as when a tuned one is transferred
-    min_warmup_steps: Count = 1  # what `scale` leaves of a warm-up at least
-    lr_counts_from: Literal[0, 1] = 1  # the first step of a stage uses lr(0) or lr(1)
-    bind: dict[str, str | dict[str, Positive]] = Field({})
-    stages: tuple[StageConfig, ...] = Field(min_length=1)
+    name: str = Field("curriculum", description="what reports call it")
+    seq_len: Count = Field(description="tokens of a sequence")
+    global_batch_size: Count = Field(description="sequences of an optimizer step, over all devices")
+    scale: Positive = Field(1.0, description="factor on the published steps, warm-ups and checkpoint cadences")
+    lr_scale: Positive = Field(1.0, description="factor on every learning rate, as when a tuned one is transferred")
+    min_warmup_steps: Count = Field(1, description="what scale leaves of a warm-up at least")
+    lr_counts_from: Literal[0, 1] = Field(1, description="whether the first step of a stage uses lr(0) or lr(1)")
+    bind: dict[str, str | dict[str, Positive]] = Field(
+        {}, description="patterns of published sources, and the corpus' source, or sources with shares, for each"
+    )
+    stages: tuple[StageConfig, ...] = Field(min_length=1, description="one after the other")
 
     @field_validator("bind")
     @classmethod
@@ -285,7 +295,7 @@ def resolve(
                 fim_rates=fim_rates,
                 spm_rate=stage.fim.spm,
                 carry_optimizer="optimizer" in carry,
-                checkpoint_every=max(1, round(stage.checkpoint_every * config.scale)),
+                checkpoint_every=max(1, round((stage.checkpoint_every or published / 10) * config.scale)),
             )
         )
     return Curriculum(config.name, config.seq_len, config.global_batch_size, tuple(stages))
@@ -325,10 +335,10 @@ def _segments(stage: StageConfig, published: int, scale: float, where: str | Con
         start = segments[-1].end if piece.start is None else piece.start
         if i == 0 and start < piece.to and steps > published:
             message = f"expected a warm-up within the stage's {published} steps, got {steps}"
-            raise _error(where, (*loc, i, "steps"), message)
+            raise mistake(where, (*loc, i, "steps"), message)
         if begin >= published:
             message = f"expected to start within the stage's {published} steps, starts at {begin}"
-            raise _error(where, (*loc, i), message)
+            raise mistake(where, (*loc, i), message)
         segments.append(Segment(start, piece.to, steps, piece.shape))
         begin += steps
     return [replace(s, start=s.start * scale, end=s.end * scale) for s in segments] if scale != 1 else segments
@@ -358,9 +368,9 @@ def _bind(
                     unbound.append(name)
                     continue
                 known = ", ".join(sorted(store_sources))
-                message = f"expected a source of the store ({known}), got {store_source!r}"
+                message = f"expected a source of the corpus ({known}), got {store_source!r}"
                 message += nearest(store_source, store_sources)
-                raise _error(where, ("curriculum", "bind", pattern), message)
+                raise mistake(where, ("curriculum", "bind", pattern), message)
             first, last = _fractions(source.subset)
             low, high = low + (high - low) * first, low + (high - low) * last
             whole = (low, high) == (0, 1)
@@ -368,12 +378,14 @@ def _bind(
             parts.setdefault(key, []).append(weights[name] * share)
             fim.setdefault(store_source, []).append((weights[name] * share, rate))
     if unbound:
-        raise _error(
-            where,
-            ("curriculum", "bind"),
-            f"expected a pattern for every source of stage {stage.name}, none for {', '.join(unbound)} "
-            f"(the store has {', '.join(sorted(store_sources))})",
-        )
+        known = ", ".join(sorted(store_sources))
+        if not config.bind:  # names of the corpus were meant
+            loc = ("curriculum", "stages", config.stages.index(stage), "sources", unbound[0])
+            message = f"expected a source of the corpus ({known}), or a pattern of curriculum.bind for it"
+            message += nearest(unbound[0], store_sources)
+            raise mistake(where, loc, message)
+        message = f"expected a pattern for every source of stage {stage.name}, none for {', '.join(unbound)} "
+        raise mistake(where, ("curriculum", "bind"), f"{message}(the corpus has {known})")
     rates = {}
     for key, pairs in fim.items():
         weight = math.fsum(w for w, _ in pairs)
@@ -385,8 +397,3 @@ def _pattern(name: str, bind: Mapping[str, Any]) -> str | None:
     """The most specific pattern of `bind` that matches: the one with the most literal characters."""
     matching = sorted(p for p in bind if fnmatchcase(name, p))
     return max(matching, key=lambda p: sum(c not in "*?" for c in p), default=None)
-
-
-def _error(where: str | Config, loc: tuple, message: str) -> ConfigError:
-    file = where if isinstance(where, str) else where.where(loc)
-    return ConfigError(f"{file}: {'.'.join(map(str, loc))}: {message}")

@@ -14,6 +14,7 @@ from crystal.config import ConfigError, parse
 from crystal.curriculum import Stage, resolve
 from crystal.mup.plan import Plan
 from crystal.run import RunFile
+from crystal.training.record import with_recorded_dtype
 from crystal.zoo.build import parameter_count, plan_for
 from crystal.zoo.config import ModelConfig, families, preset, presets
 
@@ -100,6 +101,7 @@ def plan_table(rows: list[dict]) -> str:
 
 def dry_run(run: RunFile) -> dict:
     """The whole run on paper: stages, steps, tokens, LR, checkpoints, memory, and FLOPs with their time here."""
+    run = with_recorded_dtype(run)
     curriculum = resolve(run.config.curriculum, run.source)
     plan = run.config.plan()
     flops = flops_per_token(run.config.model, curriculum.seq_len) * curriculum.tokens
@@ -114,6 +116,7 @@ def dry_run(run: RunFile) -> dict:
         "tokens": curriculum.tokens,
         "stages": [_stage(s) for s in curriculum.stages],
         "groups": _groups(plan),
+        "dtype": backend.dtype,
         "memory_bytes": held["memory"],
         "disk_bytes": held["disk"],
         "flops": flops,
@@ -207,6 +210,10 @@ def schedule(run: RunFile, stage: int, at: str | None, plot: Path | None) -> dic
     curriculum = resolve(run.config.curriculum, run.source)
     chosen = curriculum.numbered(stage)
     steps = sorted({0, *chosen.schedule.knots}) if at is None else _steps(at)
+    if max(steps) > chosen.steps:
+        raise ConfigError(
+            f"--at: expected steps up to {chosen.steps}, the last of stage {stage} {chosen.name}, got {max(steps)}"
+        )
     lr = {str(t): chosen.lr_at(t) for t in steps}
     groups = {
         name: {t: value * rows[0].lr_multiplier for t, value in lr.items()}

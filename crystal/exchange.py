@@ -7,19 +7,35 @@ from typing import Annotated, Literal
 
 import typer
 
+from crystal import completion
 from crystal.config import ConfigError
 from crystal.options import Json, print_result
 
 
 def import_(
     source: Annotated[
-        Path, typer.Argument(metavar="DIR|X.mdl|FILE.yaml", help="Hugging Face directory, .mdl, Model Zoo file(s)")
+        Path, typer.Argument(metavar="DIR|FILE", help="a Hugging Face directory, a .mdl, or Model Zoo YAML file(s)")
     ],
-    to: Annotated[Path, typer.Option(help="checkpoint directory to write, or RUN.yaml for Model Zoo files")],
-    model: Annotated[str | None, typer.Option(help="a .mdl that does not say: its preset or rung")] = None,
+    to: Annotated[
+        Path,
+        typer.Option(metavar="CKPT|RUN.yaml", help="checkpoint directory to write; for Model Zoo files a run file"),
+    ],
+    model: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL",
+            help="the preset or rung of a .mdl that does not say it",
+            autocompletion=completion.models,
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Read a published directory or a Cerebras checkpoint into a checkpoint, or Model Zoo files into a run file."""
+    """Read a published directory or a Cerebras checkpoint into a checkpoint, or Model Zoo files into a run file.
+
+    Examples:
+        crystal import SmolLM2-135M --to smol
+        crystal import params.yaml --to mine.yaml
+    """
     if model is not None and source.suffix != ".mdl":
         raise ConfigError(f"--model: expected a .mdl to go with it, got {source}")
     if to.suffix in (".yaml", ".yml"):
@@ -40,15 +56,29 @@ def import_(
 
 
 def export(
-    source: Annotated[Path, typer.Argument(metavar="CKPT|RUN", help="a checkpoint or run directory; a run file")],
-    out: Annotated[Path, typer.Option(help="directory to write; for mdl a file")],
+    source: Annotated[
+        Path,
+        typer.Argument(
+            metavar="CKPT|RUN",
+            help="a checkpoint or run directory; for cerebras-yaml a run file",
+            autocompletion=completion.runs,
+        ),
+    ],
+    out: Annotated[Path, typer.Option(metavar="DIR|FILE", help="directory to write; for mdl a file")],
     to: Annotated[
         Literal["hf", "safetensors", "mdl", "cerebras-yaml"],
-        typer.Option(help="published names, or ours; Cerebras' checkpoint; a run file as Model Zoo parameter files"),
+        typer.Option(
+            help="hf: published names; safetensors: ours; mdl: Cerebras' checkpoint; cerebras-yaml: Model Zoo files"
+        ),
     ] = "hf",
     as_json: Json = False,
 ) -> None:
-    """Write a checkpoint in the published form, as it is or as Cerebras' .mdl; or a run as Model Zoo files."""
+    """Write a checkpoint in the published form, as it is or as Cerebras' .mdl; or a run as Model Zoo files.
+
+    Examples:
+        crystal export runs/demo --out demo-hf
+        crystal export demo --to cerebras-yaml --out model-zoo
+    """
     if to == "cerebras-yaml":
         from crystal.modelzoo import export_parameters
 

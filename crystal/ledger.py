@@ -9,6 +9,7 @@ from __future__ import annotations
 from crystal.config import ConfigError
 from crystal.curriculum import resolve
 from crystal.data.store import TokenStore
+from crystal.printable import printable, printable_line
 from crystal.run import RunFile, prepare_run
 from crystal.training.batches import Batches
 
@@ -88,7 +89,7 @@ class Ledger:
 
     def _stage(self, step: int):
         if not 1 <= step <= self.curriculum.steps:
-            raise ConfigError(f"--step: expected 1 to {self.curriculum.steps}, got {step}")
+            raise ConfigError(f"--step: expected 1 to {self.curriculum.steps}, the run's last, got {step}")
         return self.curriculum.stage_at(step - 1)
 
 
@@ -107,9 +108,11 @@ def where_text(result: dict) -> str:
     lines = []
     for r in result["rows"]:
         mark = "FIM" if r["fim"] else "   "
-        lines.append(f"row {r['row']:>4} {r['source']:12} epoch {r['epoch']} {mark} {r['document']} {r['path']}")
+        line = f"row {r['row']:>4} {r['source']:12} epoch {r['epoch']} {mark} {r['document']} {r['path']}"
+        lines.append(printable_line(line))
     return "\n".join(lines)
 
 
 def show_text(result: dict) -> str:
-    return "\n".join(f"--- row {r['row']}, {r['source']}, epoch {r['epoch']}\n{r['text']}" for r in result["rows"])
+    heads = [printable_line(f"--- row {r['row']}, {r['source']}, epoch {r['epoch']}") for r in result["rows"]]
+    return "\n".join(f"{head}\n{printable(r['text'])}" for head, r in zip(heads, result["rows"], strict=True))

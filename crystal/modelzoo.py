@@ -75,7 +75,7 @@ def _check(run: RunFile, style: str) -> None:
 
     def expect(good: bool, loc: str, what: str) -> None:
         if not good:
-            raise ConfigError(f"{run.where(*loc.split('.'))}: expected {what}, Model Zoo {style} knows no other")
+            raise run.error(loc.split("."), f"expected {what}, Model Zoo {style} knows no other")
 
     expect(model.mup.parametrization in ("sp", "crystalcoder"), "model.mup.parametrization", "sp or crystalcoder")
     expect(model.mup.weight_decay == "coupled", "model.mup.weight_decay", "coupled")

@@ -5,14 +5,28 @@ from __future__ import annotations
 import json
 import os
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
-Json = Annotated[bool, typer.Option("--json", help="print one JSON object on stdout")]
-Run = Annotated[str, typer.Argument(metavar="RUN.yaml", help="a run file, or the name of a packaged one")]
-Step = Annotated[int, typer.Option(help="a step of the run, from 1, as in metrics.jsonl")]
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="[dotted.key=value]...", help="changes to the run")]
+from crystal import completion
+from crystal.printable import printable
+
+Json = Annotated[bool, typer.Option("--json", help="print one JSON object on stdout, errors too")]
+Run = Annotated[
+    str,
+    typer.Argument(
+        metavar="RUN.yaml", help="a run file, or the name of a packaged one", autocompletion=completion.run_files
+    ),
+]
+Step = Annotated[int, typer.Option(metavar="STEP", help="a step of the run, from 1, as in metrics.jsonl")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="dotted.key=value", help="changes to the run, as many as wanted")
+]
+Checkpoint = Annotated[
+    Path, typer.Argument(metavar="CKPT|RUN", help="a checkpoint or run directory", autocompletion=completion.runs)
+]
 
 
 def is_first() -> bool:
@@ -20,12 +34,16 @@ def is_first() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def print_result(result: dict, as_json: bool, text: str) -> None:
-    """The result as JSON, or the text that says the same."""
-    if not is_first():
-        return
+def print_result(result: dict, as_json: bool, text: str, raw: bool = False) -> None:
+    """The result as JSON, or the text that says the same; control characters in it are escaped, unless it is raw."""
+    if is_first():
+        print_out(json.dumps(result) if as_json else text if raw else printable(text))
+
+
+def print_out(text: str) -> None:
+    """Print on stdout, whose reader may have gone."""
     try:
-        print(json.dumps(result) if as_json else text, flush=True)
+        print(text, flush=True)
     except BrokenPipeError:  # `crystal … | head` has read enough; what is left in the buffer goes nowhere
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 

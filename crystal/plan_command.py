@@ -42,10 +42,8 @@ def plan_run(
                 f"{flag}: expected {'a share of 1' if flag == '--mfu' else 'a rate'} above 0, got {value:g}"
             )
     backend, curriculum = run.config.backend, resolve(run.config.curriculum, run.source)
-    if backend.name == "cuda" and backend.dtype != "bf16":
-        raise ConfigError(
-            f"{run.where('backend', 'dtype')}: expected bf16, which plans are made for, got {backend.dtype}"
-        )
+    if backend.name == "cuda" and backend.dtype == "fp32":
+        raise run.error(("backend", "dtype"), f"expected bf16, which plans are made for, got {backend.dtype}")
     work = Work(run.config.model, curriculum.seq_len, curriculum.global_batch_size, curriculum.steps)
     given, devices = devices, max(n for n in sizes(work, device) if n <= devices)
     found = plan(work, devices, device)

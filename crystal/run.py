@@ -11,22 +11,30 @@ from pydantic import Field
 
 from crystal.backends.config import BackendConfig, CpuConfig, OptimizerConfig
 from crystal.backends.layout import check_layout
-from crystal.config import Config, ConfigError, Strict, find, load_yaml, override, parse
+from crystal.config import COMMAND_LINE, Config, ConfigError, Strict, find, load_yaml, mistake, override, parse
 from crystal.curriculum import CurriculumConfig, resolve, split_entry
-from crystal.data.prepare import DataConfig, prepare
+from crystal.data.corpus import Recipe, load_recipe
+from crystal.data.prepare import DataConfig, prepare, vocab_size
 from crystal.mup.plan import Plan
 from crystal.zoo.build import plan_for
-from crystal.zoo.config import ModelConfig
+from crystal.zoo.config import ModelConfig, rung
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+MICRO_BATCH_TOKENS = 8192  # what goes through a model at once where the run does not say
 
 
 class TrainConfig(Strict):
     """How the loop goes about it; steps are optimizer steps."""
 
-    seed: int = 1
-    micro_batch_size: int = Field(gt=0, description="rows that go through the model together")
+    seed: int = Field(1, description="of the first weights, the order of the data and FIM")
+    micro_batch_size: int = Field(
+        1,
+        gt=0,
+        description=f"rows that go through the model together; auto: as many as make {MICRO_BATCH_TOKENS:,} tokens",
+        json_schema_extra={"default": "auto"},  # which `resolved` makes a number
+    )
     eval_every: int | None = Field(None, gt=0, description="validation every so many steps; always at stage ends")
     eval_rows: int = Field(32, gt=0, description="validation rows of each source")
     checkpoint_every: int | None = Field(None, gt=0, description="null: the curriculum's cadence, as scaled")
@@ -39,14 +47,14 @@ class TrainConfig(Strict):
 class RunConfig(Strict):
     """The whole of a run file."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9._-]+$")
+    name: str = Field(pattern=r"^[A-Za-z0-9._-]+$", description="of the run, and of its directory")
     model: ModelConfig
     optimizer: OptimizerConfig = OptimizerConfig()
     curriculum: CurriculumConfig
     data: DataConfig
     backend: BackendConfig = CpuConfig()
-    train: TrainConfig
-    run_dir: Path | None = Field(None, description="null: runs/NAME")
+    train: TrainConfig = TrainConfig()
+    run_dir: Path | None = Field(None, description="where it is recorded; null: runs/NAME")
     provenance: dict[str, float | int | str | bool] = Field({}, description="where its values come from; recorded")
 
     @property
@@ -73,31 +81,96 @@ class RunFile:
 
     def where(self, *loc: str) -> str:
         """`FILE: dotted.key`, for an error about that key."""
-        return f"{self.source.where(loc)}: {'.'.join(loc)}"
+        return self.source.place(loc)
+
+    def error(self, loc: Sequence[str], message: str) -> ConfigError:
+        """The mistake that the key at `loc` holds; to be raised."""
+        return mistake(self.source, tuple(loc), message)
 
 
 def load_run(path: str | Path, overrides: Sequence[str] = ()) -> RunFile:
     """Read and check a run file. Raises ConfigError, one line, for any mistake in it."""
-    source = override(load_yaml(find(path, "runs")), overrides)
+    source = override(load_yaml(find(path, "runs"), ("models", "curricula", "runs"), rung), overrides)
+    source = resolved(source)
     run = RunFile(parse(RunConfig, source.mapping, source), source, str(path))
     curriculum, model, train = run.config.curriculum, run.config.model, run.config.train
     if curriculum.seq_len > model.max_seq_len:
-        raise ConfigError(
-            f"{run.where('curriculum', 'seq_len')}: expected at most model.max_seq_len {model.max_seq_len}, "
-            f"got {curriculum.seq_len}"
-        )
+        expected = f"expected at most model.max_seq_len {model.max_seq_len}, got {curriculum.seq_len}"
+        raise run.error(("curriculum", "seq_len"), expected)
     if curriculum.global_batch_size % train.micro_batch_size:
-        raise ConfigError(
-            f"{run.where('train', 'micro_batch_size')}: expected a divisor of curriculum.global_batch_size "
-            f"{curriculum.global_batch_size}, got {train.micro_batch_size}"
-        )
+        expected = f"expected a divisor of curriculum.global_batch_size {curriculum.global_batch_size}"
+        raise run.error(("train", "micro_batch_size"), f"{expected}, got {train.micro_batch_size}")
     if run.config.backend.name == "cuda":
-        check_layout(model, run.config.backend, curriculum.global_batch_size, train.micro_batch_size, run.where)
+        check_layout(model, run.config.backend, curriculum.global_batch_size, train.micro_batch_size, run.error)
     return run
+
+
+def resolved(source: Config) -> Config:
+    """The run with all that its file leaves open chosen: what the config.yaml of its run directory will say.
+
+    Paths are sought beside the file that names them, then where the command runs. `model.vocab_size: auto` becomes
+    the tokenizer's padded vocabulary, `train.micro_batch_size: auto` as many rows as fit MICRO_BATCH_TOKENS; a key
+    left out is auto. Raises ConfigError for a vocabulary that only a missing file would tell.
+    """
+    for loc in (("data", "corpus"), ("data", "tokenizer", "path")):
+        source = _beside(source, loc)
+    for loc, choose in ((("model", "vocab_size"), _vocab_size), (("train", "micro_batch_size"), _micro_batch_size)):
+        if source.get(loc) in (None, "auto") and (chosen := choose(source)) is not None:
+            source = source.filled(loc, chosen)
+    return source
+
+
+def _beside(source: Config, loc: tuple) -> Config:
+    name, by = source.get(loc), source.where(loc)
+    if not isinstance(name, str) or by == COMMAND_LINE or not (file := Path(by).absolute().parent / name).is_file():
+        return source
+    return source.filled(loc, str(file))
+
+
+def _vocab_size(source: Config) -> int:
+    loc = ("model", "vocab_size")
+    tokenizer = parse(DataConfig, source.mapping.get("data", {}), source, ("data",)).tokenizer
+    if (found := vocab_size(tokenizer)) is None:
+        raise mistake(source, loc, f"auto needs the tokenizer's file, and {tokenizer.path} does not exist")
+    return found
+
+
+def _micro_batch_size(source: Config) -> int | None:
+    """Rows that go round in every process's share of a step; None for a run whose sizes are no sizes."""
+    batch, length = (source.get(("curriculum", key)) for key in ("global_batch_size", "seq_len"))
+    layout = source.get(("backend", "parallel")) or {}
+    sizes = batch, length, *((layout.get(key, 1) for key in ("dp", "fsdp", "pp")) if isinstance(layout, dict) else ())
+    if not all(isinstance(size, int) and size > 0 for size in sizes):
+        return None
+    dp, fsdp, pp = sizes[2:] or (1, 1, 1)
+    share = batch // (dp * fsdp)
+    divisors = [n for n in range(1, share + 1) if share % n == 0 and share // n % pp == 0]
+    return max((n for n in divisors if n * length <= MICRO_BATCH_TOKENS), default=1)
+
+
+def corpus_of(run: RunFile) -> Recipe:
+    """The run's corpus recipe. Raises ConfigError naming the run's key when there is none."""
+    try:
+        return load_recipe(run.config.data.corpus)
+    except ConfigError as error:
+        if str(error).startswith(f"{run.config.data.corpus}: "):  # the file itself, not something in it
+            raise run.error(("data", "corpus"), str(error)) from None
+        raise
+
+
+def check_vocabulary(run: RunFile) -> None:
+    """Raise ConfigError where the model's vocabulary is not the one that the tokenizer has, or will have when trained."""
+    expected, got = vocab_size(run.config.data.tokenizer), run.config.model.vocab_size
+    if expected not in (None, got):
+        trained = run.config.data.tokenizer.train
+        how = f" with data.tokenizer.train.vocab_size {trained.vocab_size}" if trained else ""
+        message = f"expected {expected}, the tokenizer's padded vocabulary{how}, got {got}; auto takes it as it is"
+        raise run.error(("model", "vocab_size"), message)
 
 
 def prepare_run(run: RunFile, console: Console | None = None) -> Path:
     """Make the run's token store, unless it is there; returns its directory. Raises ConfigError."""
-    curriculum = resolve(run.config.curriculum, run.source)
+    check_vocabulary(run)
+    curriculum = resolve(run.config.curriculum, run.source, corpus_of(run).sources)
     sources = sorted({split_entry(entry)[0] for stage in curriculum.stages for entry in stage.bound})
     return prepare(run.config.data, curriculum.seq_len, sources=sources, where=run.path, console=console)

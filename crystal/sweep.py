@@ -1,33 +1,28 @@
-"""Sweeps: which trials there are, where they are kept, and who runs them.
+"""A sweep, read: which models, data and hyperparameters its trials have, and what makes two trials the same.
 
-A sweep is a YAML file. Trials live in an optuna study per parametrization, in one SQLite file, so a sweep that was
-killed anywhere goes on where it was: what was finished stays, what was running is queued again. Workers are
-processes; each takes the next waiting trial from the file, which hands it out once.
+A sweep is a YAML file. crystal/sweep_store.py keeps its trials, crystal/sweep_run.py runs them.
 """
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import itertools
 import json
 import math
 import os
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
 from crystal.backends.config import OptimizerConfig
-from crystal.config import Config, ConfigError, Strict, find, load_yaml, override, parse
+from crystal.config import CONFIGS, Config, ConfigError, Strict, find, load_yaml, override, parse
+from crystal.kernels import tuning
 from crystal.mup.transfer import Trial
 from crystal.run import RunFile, load_run
-from crystal.sweep_trial import Length, Point, Rows, run_trial
-from crystal.training.guards import alone_in
+from crystal.sweep_trial import Length, Rows
 from crystal.zoo.config import ModelConfig, preset, with_width
 
 Parametrization = Literal["sp", "mup", "crystalcoder", "completep"]
@@ -53,16 +48,17 @@ class Range(Strict):
         return self
 
     def grid(self) -> list[float]:
+        """The values in order. Rounded exponents: a range that starts elsewhere meets the same numbers."""
         if self.values is not None:
-            return sorted(self.values)
+            return sorted(set(self.values))
         low, high = self.log2
-        return [2.0 ** (low + i * self.step) for i in range(math.floor((high - low) / self.step + 1e-9) + 1)]
+        return [2.0 ** round(low + i * self.step, 9) for i in range(math.floor((high - low) / self.step + 1e-9) + 1)]
 
 
 class Target(Strict):
     """What the result is for: a run file to extend, with the transferred values put in."""
 
-    run: str
+    run: str = Field(description="a file beside the sweep's, or a packaged run")
     parametrization: Parametrization | None = Field(None, description="null: the sweep's")
 
 
@@ -70,7 +66,7 @@ class SweepConfig(Strict):
     """The whole of a sweep file."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9._-]+$")
-    run: str = Field(description="run file that gives corpus, tokenizer, mix and optimizer")
+    run: str = Field(description="run file that gives corpus, tokenizer and mix: beside the sweep's, or packaged")
     set: dict[str, float | int | str | bool] = Field({}, description="overrides of the run")
     stage: Count = 1
     family: str
@@ -78,14 +74,14 @@ class SweepConfig(Strict):
     beside: tuple[Parametrization, ...] = ()
     base_d_model: Count
     widths: tuple[Count, ...] = Field(min_length=1)
-    depths: tuple[Count, ...] = (2,)
+    depths: tuple[Count, ...] = Field((2,), min_length=1)
     model: dict[str, float | int | str | bool] = Field({}, description="settings of the models' mup section")
     steps: Count
     warmup_fraction: float = Field(0.1, ge=0, le=1)
     final_fraction: float = Field(0.1, ge=0, le=1)
     eval_rows: Count = 16
-    dtype: Literal["bf16", "fp32"] = "bf16"
-    seeds: tuple[int, ...] = (1, 2, 3)
+    dtype: Literal["auto", "bf16", "fp32"] = Field("auto", description="compute; auto: the faster where it begins")
+    seeds: tuple[int, ...] = Field((1, 2, 3), min_length=1)
     sampler: Literal["grid", "random", "tpe"] = "grid"
     trials: Count | None = Field(None, description="random and tpe: points of each width and depth")
     search: dict[Parameter, Range]
@@ -97,6 +93,12 @@ class SweepConfig(Strict):
     def _whole(self) -> SweepConfig:
         if "lr" not in self.search:
             raise ValueError("search: expected lr")
+        for key in ("widths", "depths", "seeds"):
+            values = getattr(self, key)
+            if len(set(values)) < len(values):
+                raise ValueError(f"{key}: expected each number once, got {list(values)}")
+        if len({self.parametrization, *self.beside}) <= len(self.beside):
+            raise ValueError(f"beside: expected others than {self.parametrization}, each once, got {list(self.beside)}")
         if self.sampler != "grid" and self.trials is None:
             raise ValueError(f"trials: expected a number with sampler: {self.sampler}")
         return self
@@ -104,16 +106,30 @@ class SweepConfig(Strict):
 
 @dataclass(frozen=True)
 class Sweep:
-    """A sweep, read: its config, the run it takes its data from, and where its results lie."""
+    """A sweep, read: its config, the runs it takes its data from and writes its values for, where its results lie."""
 
     config: SweepConfig
     source: Config
     run: RunFile
+    target: RunFile | None
     directory: Path
 
-    @property
-    def storage(self) -> str:
-        return f"sqlite:///{self.directory / 'trials.sqlite'}"
+    @cached_property
+    def dtype(self) -> str:
+        """What all its trials multiply in, "bf16" or "fp32": auto is what it began with, or what is faster here."""
+        if self.config.dtype != "auto":
+            return self.config.dtype
+        try:
+            began = json.loads((self.directory / "sweep.json").read_text(encoding="utf-8"))["dtype"]
+        except (OSError, ValueError, KeyError, TypeError):  # not begun, or damaged, which `read_record` says
+            began = None
+        return began if began in tuning.DTYPES else tuning.tuning(threads=1).dtype
+
+    @cached_property
+    def data(self) -> dict:
+        """What the trials read: the token store's fingerprint, and its corpus. Prepares it, unless it is there."""
+        manifest = self.rows.store.manifest
+        return {"store": manifest["fingerprint"], "corpus": manifest["corpus"]}
 
     @property
     def rows(self) -> Rows:
@@ -141,29 +157,70 @@ class Sweep:
         }
         return with_width(parse(ModelConfig, section, f"{self.source.where(('model',))}: model"), width)
 
-    def decides(self) -> dict:
-        """All that decides a trial's loss, but for its own width, seed and hyperparameters."""
-        return self.config.model_dump(mode="json", include=set(_DECIDES))
+    def makes(self, parametrization: str, width: int, depth: int) -> dict:
+        """All that decides the loss of this model's trials, but for their seeds and what is searched on a grid."""
+        run, config = self.run.config, self.config
+        made = {
+            "model": self.model(parametrization, width, depth).model_dump(mode="json"),
+            "optimizer": family(config.family)[1].model_dump(mode="json"),
+            "curriculum": run.curriculum.model_dump(mode="json"),
+            "micro_batch_size": run.train.micro_batch_size,
+            "store": self.data["store"],
+            "dtype": self.dtype,
+        } | config.model_dump(mode="json", include={"stage", "steps", "warmup_fraction", "final_fraction", "eval_rows"})
+        if config.sampler != "grid":  # its trials are where they are because of those before them
+            made |= config.model_dump(mode="json", include={"sampler", "search"})
+        return made
 
-    def fingerprint(self) -> str:
-        """sha256 over `decides`."""
-        return hashlib.sha256(json.dumps(self.decides(), sort_keys=True).encode()).hexdigest()
+    def fingerprint(self, *shapes: tuple[str, int, int]) -> str:
+        """sha256 of what makes the trials of some (parametrization, width, depth), or of the whole sweep."""
+        made = [self.makes(*shape) for shape in shapes or self.shapes()]
+        return hashlib.sha256(json.dumps(made, sort_keys=True).encode()).hexdigest()
 
-
-_DECIDES = (
-    "run set stage family base_d_model model steps warmup_fraction final_fraction eval_rows dtype sampler".split()
-)
+    def shapes(self) -> list[tuple[str, int, int]]:
+        """(parametrization, width, depth) of every model, narrow ones first: early verdicts compare like with like."""
+        config = self.config
+        sizes = itertools.product(sorted(config.widths), sorted(config.depths), self.parametrizations)
+        return [(parametrization, width, depth) for width, depth, parametrization in sizes]
 
 
 def load_sweep(path: str, overrides: tuple[str, ...] = (), out: Path | None = None) -> Sweep:
-    """Read and check a sweep file. Raises ConfigError, one line, for any mistake in it."""
-    source = override(load_yaml(find(path, "sweeps")), overrides)
+    """Read and check a sweep file, and the run files it names. Raises ConfigError, one line, for any mistake."""
+    return sweep_of(override(load_yaml(find(path, "sweeps")), overrides), out)
+
+
+def sweep_of(source: Config, out: Path | None = None) -> Sweep:
+    """The sweep that a mapping describes. Raises ConfigError."""
     config = parse(SweepConfig, source.mapping, source)
     settings = [f"{k}={json.dumps(v) if not isinstance(v, str) else v}" for k, v in config.set.items()]
-    sweep = Sweep(config, source, load_run(config.run, settings), out or Path("sweeps") / config.name)
-    for parametrization, width, depth in itertools.product(sweep.parametrizations, config.widths, config.depths):
-        sweep.model(parametrization, width, depth)
+    run = load_run(_run_file(source, config.run, "run"), settings)
+    target = load_run(_run_file(source, config.target.run, "target", "run")) if config.target else None
+    sweep = Sweep(config, source, run, target, out or Path("sweeps") / config.name)
+    for shape in sweep.shapes():
+        sweep.model(*shape)
     return sweep
+
+
+def _run_file(source: Config, name: str, *loc: str) -> Path:
+    """The run file that a key means: beside the file that names it, or as every command finds one."""
+    beside = Path(source.where(loc)).parent / name
+    try:
+        return beside if os.path.isfile(beside) else find(name, "runs")
+    except ConfigError as error:
+        raise ConfigError(f"{source.where(loc)}: {'.'.join(loc)}: {error}") from None
+
+
+def name_from(directory: Path, file: str | Path) -> str:
+    """How a YAML file in `directory` names a run file, so that this very file is meant: a packaged one by its place
+    under configs/, another by the way there."""
+    whole = Path(file).resolve()
+    if whole.is_relative_to(CONFIGS.resolve()):
+        name = whole.relative_to(CONFIGS.resolve()).as_posix()
+    else:
+        name = os.path.relpath(whole, directory.resolve())
+    beside = directory / name
+    meant = beside if beside.is_file() else find(name)
+    return name if meant.samefile(whole) else str(whole)  # another file has the packaged one's name, here
 
 
 def family(name: str) -> tuple[ModelConfig, OptimizerConfig]:
@@ -175,177 +232,13 @@ def family(name: str) -> tuple[ModelConfig, OptimizerConfig]:
     )
 
 
-def run_sweep(sweep: Sweep, workers: int, show: Callable[[int, int, float], None]) -> None:
-    """Run what is left of a sweep. show: is called with (finished, all, seconds left).
-
-    Raises ConfigError when the directory holds another sweep of that name, or another process runs this one.
-    """
-    import multiprocessing
-
-    _ = sweep.rows.store.directory  # prepared once, before workers race for it
-    try:
-        sweep.directory.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"{sweep.directory}: cannot be written: {error.strerror}") from None
-    with alone_in(sweep.directory):
-        _same_sweep(sweep)
-        total = enqueue(sweep)
-        context = multiprocessing.get_context("spawn")
-        processes = [context.Process(target=_work, args=(sweep,), daemon=True) for _ in range(workers)]
-        for process in processes:
-            process.start()
-        studies = _studies(sweep)  # opened once: opening them costs ten times what counting does
-        began, at_start = time.time(), len(_complete(studies))
-        try:
-            while any(p.is_alive() for p in processes):
-                time.sleep(2)
-                done = len(_complete(studies))
-                rate = (done - at_start) / (time.time() - began)
-                show(done, total, (total - done) / rate if rate else math.inf)
-        finally:
-            for process in processes:
-                process.terminate()
-                process.join()
-        if len(_complete(studies)) < total and any(p.exitcode for p in processes):
-            raise ConfigError(f"{sweep.directory}: a worker stopped before the sweep's end; the same command goes on")
-
-
-def _same_sweep(sweep: Sweep) -> None:
-    """Refuse a directory whose trials were run on other models, data or lengths."""
-    file = sweep.directory / "sweep.json"
-    if file.is_file():
-        before = json.loads(file.read_text())["decides"]
-        differing = [k for k, v in sweep.decides().items() if before.get(k) != v]
-        if differing:
-            raise ConfigError(
-                f"{sweep.directory}: holds trials of another sweep, whose {', '.join(differing)} differ; "
-                f"use another --out or name"
-            )
-    aside = file.with_suffix(".tmp")
-    aside.write_text(json.dumps({"decides": sweep.decides(), "config": sweep.config.model_dump(mode="json")}, indent=1))
-    aside.replace(file)
-
-
-def _studies(sweep: Sweep) -> list[tuple]:
-    """(parametrization, width, depth, study), narrow ones first, so that early verdicts compare like with like."""
-    import optuna
-
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    config = sweep.config
-    kind = {"random": optuna.samplers.RandomSampler, "tpe": optuna.samplers.TPESampler}.get(config.sampler)
-    storage = optuna.storages.RDBStorage(sweep.storage, engine_kwargs={"connect_args": {"timeout": 60}})
-    shapes = itertools.product(sorted(config.widths), sorted(config.depths), sweep.parametrizations)
-    return [
-        (p, width, depth, optuna.create_study(
-            study_name=f"{config.name}/{p}-w{width}-l{depth}", storage=storage, sampler=kind and kind(),
-            load_if_exists=True,
-        ))
-        for width, depth, p in shapes
-    ]  # fmt: skip
-
-
 def points(config: SweepConfig) -> list[dict]:
-    """What is fixed of every trial of one width and depth: its seed, and on a grid every hyperparameter."""
+    """What is fixed of every trial of one width and depth: its seed, and on a grid every hyperparameter's value."""
     if config.sampler != "grid":
         return [{"seed": config.seeds[i % len(config.seeds)], "index": i} for i in range(config.trials)]
     grids = (config.search[name].grid() for name in config.search)
     combined = [dict(zip(config.search, values, strict=True)) for values in itertools.product(*grids)]
-    return [{"seed": seed, **values} for values in combined for seed in config.seeds]
-
-
-def enqueue(sweep: Sweep) -> int:
-    """Queue what is neither finished nor queued, and again what a killed worker left running. Returns how many
-    trials the sweep has in all."""
-    from optuna.trial import TrialState
-
-    wanted, total = points(sweep.config), 0
-    for *_, study in _studies(sweep):
-        have = set()
-        for trial in study.get_trials(deepcopy=False):
-            if trial.state == TrialState.RUNNING:
-                study.tell(trial.number, state=TrialState.FAIL)
-            elif trial.state != TrialState.FAIL:
-                have.add(json.dumps(trial.user_attrs["point"], sort_keys=True))
-        for point in wanted:
-            if json.dumps(point, sort_keys=True) not in have:
-                study.enqueue_trial({k: v for k, v in point.items() if k in sweep.config.search}, {"point": point})
-        total += len(wanted)
-    return total
-
-
-def _work(sweep: Sweep) -> None:
-    """One worker: take waiting trials until there are none."""
-    import threading
-
-    import torch
-    from optuna.trial import TrialState
-
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    torch.set_num_threads(1)
-    _, optimizer = family(sweep.config.family)
-    rows = sweep.rows
-    for parametrization, width, depth, study in _studies(sweep):
-        model = sweep.model(parametrization, width, depth)
-        while study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
-            with _turn(sweep.directory):  # SQLite cannot lock a row: two workers could be handed the same trial
-                trial = study.ask()
-            point = trial.user_attrs.get("point")
-            if point is None:  # the other worker took the last one in between
-                study.tell(trial, state=TrialState.FAIL)
-                break
-            values = {name: _suggest(trial, name, space) for name, space in sweep.config.search.items()}
-            outcome = run_trial(Point(model, optimizer, point["seed"], values), sweep.length, rows, sweep.config.dtype)
-            trial.set_user_attr("outcome", outcome | {"loss": _finite(outcome["loss"])})
-            study.tell(trial, outcome["first_loss"] if outcome["diverged"] else outcome["loss"])
-
-
-def _end_with_parent() -> None:
-    """End a worker whose command was killed: going on, it would finish a trial that the next command queues again."""
-    import multiprocessing
-
-    multiprocessing.parent_process().join()
-    os._exit(1)
-
-
-@contextmanager
-def _turn(directory: Path) -> Iterator[None]:
-    """One process at a time; a killed one's turn ends with it."""
-    with open(directory / "turn.lock", "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
-def _suggest(trial, name: str, space: Range) -> float:
-    if space.values is not None or trial.user_attrs["point"].get(name) is not None:
-        return trial.suggest_categorical(name, space.grid())
-    low, high = space.log2
-    return trial.suggest_float(name, 2.0**low, 2.0**high, log=True)
-
-
-def _finite(loss: float) -> float | None:
-    return loss if math.isfinite(loss) else None
-
-
-def finished(sweep: Sweep) -> list[dict]:
-    """Every finished trial: parametrization, width, depth, seed, hyperparameters, loss (None: not finite), diverged."""
-    return [
-        {
-            "parametrization": parametrization, "width": width, "depth": depth,
-            "seed": trial.user_attrs["point"]["seed"], **trial.params, **trial.user_attrs["outcome"],
-        }
-        for parametrization, width, depth, trial in _complete(_studies(sweep))
-    ]  # fmt: skip
-
-
-def _complete(studies: list[tuple]) -> list[tuple]:
-    """(parametrization, width, depth, trial) of every finished trial."""
-    from optuna.trial import TrialState
-
-    return [
-        (parametrization, width, depth, trial)
-        for parametrization, width, depth, study in studies
-        for trial in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-    ]
+    return [{"seed": seed, "values": values} for values in combined for seed in config.seeds]
 
 
 def as_trials(rows: list[dict], parametrization: str) -> list[Trial]:

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import json
-import math
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-import yaml
 
-from crystal.config import ConfigError
+from crystal.config import Config, ConfigError, override
 from crystal.describe import flops_per_token, matmul_rate
-from crystal.mup.transfer import Transfer, Trial, forecast, judge
-from crystal.progress import Bar, has_bar
-from crystal.run import load_run
-from crystal.sweep import Sweep, as_trials, finished, load_sweep, points, run_sweep
+from crystal.files import write_whole
+from crystal.kernels import tuning
+from crystal.mup.forecast import forecast
+from crystal.mup.transfer import Transfer, Trial, judge
+from crystal.progress import Bar, note
+from crystal.run import prepare_run
+from crystal.sweep import Sweep, as_trials, load_sweep, points, sweep_of
+from crystal.sweep_run import held, read_record, run_sweep
+from crystal.sweep_store import finished, open_trials
+from crystal.transfer_target import check_target, write_target
 from crystal.zoo.build import parameter_count
 
 if TYPE_CHECKING:
@@ -24,6 +29,8 @@ if TYPE_CHECKING:
 
 # Share of one thread's matmul rate that trials reached (docs/transfer.md); for an estimate of hours only.
 EFFICIENCY = 0.4
+# What a worker of the documented sweep did (docs/mup/transfer-mup): its FLOPs over its CPU-seconds.
+REFERENCE = {"sweep": "transfer-mup", "machine": "an AMD EPYC with bf16 products", "flops_per_second": 8.78e10}
 
 
 def plan_only(sweep: Sweep, workers: int) -> dict:
@@ -49,7 +56,7 @@ def plan_only(sweep: Sweep, workers: int) -> dict:
     flops = sum(p["flops"] for p in proxies)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as a worker has
-    rate = matmul_rate(config.dtype)
+    rate = matmul_rate(sweep.dtype)
     torch.set_num_threads(threads)
     at_once = min(workers, os.cpu_count() or 1)
     return {
@@ -61,6 +68,10 @@ def plan_only(sweep: Sweep, workers: int) -> dict:
         "hours_estimated": round(flops / (rate * EFFICIENCY * at_once) / 3600, 3),
         "workers": workers,
         "matmul_flops_per_second": rate,
+        "machine": {
+            "processor": tuning.processor(), "threads": 1, "dtype": sweep.dtype, "matmul_flops_per_second": rate,
+        },
+        "reference": REFERENCE | {"hours": round(flops / (REFERENCE["flops_per_second"] * at_once) / 3600, 3)},
         "warnings": warnings(sweep, batch, tokens),
     }
 
@@ -85,8 +96,8 @@ def warnings(sweep: Sweep, batch: int, tokens: int) -> list[str]:
             f"{batch:,} tokens a step: expected the critical batch, about {critical:,.0f} at the {loss:.1f} nats that "
             f"{tokens:,} tokens reach (Kaplan et al. 2020), or the optimum will not hold for large batches"
         )
-    if config.target is not None:
-        target = load_run(config.target.run).config.model
+    if sweep.target is not None:
+        target = sweep.target.config.model
         if config.parametrization != "completep" and target.n_layers not in config.depths:
             said.append(
                 f"depth {', '.join(map(str, config.depths))} for a target of {target.n_layers} layers: expected about "
@@ -106,47 +117,124 @@ def plan_text(plan: dict) -> str:
         f"{p['trials']:>6} {p['flops']:>9.2g}"
         for p in plan["proxies"]
     ]
-    lines.append(
-        f"{plan['sweep']}: {plan['trials']} trials, {plan['tokens']:,} tokens, {plan['flops']:.3g} FLOPs, about "
-        f"{plan['hours_estimated']:.2g} hours with {plan['workers']} workers (an estimate, at {EFFICIENCY:.0%} of the "
-        f"matmul rate that a thread has on this machine now)"
-    )
+    machine, reference = plan["machine"], plan["reference"]
+    workers = f"{plan['workers']} worker{'s' * (plan['workers'] > 1)}"
+    lines += [
+        f"{plan['sweep']}: {plan['trials']} trials, {plan['tokens']:,} tokens, {plan['flops']:.3g} FLOPs",
+        f"here: about {plan['hours_estimated']:.2g} hours with {workers}, at {EFFICIENCY:.0%} of the "
+        f"{machine['matmul_flops_per_second'] / 1e9:.3g} GFLOP/s that a {machine['dtype']} product reached just now "
+        f"on {machine['threads']} thread of {machine['processor']}",
+        f"reference: {reference['hours']:.2g} hours with {workers}, at the "
+        f"{reference['flops_per_second'] / 1e9:.3g} GFLOP/s a worker of {reference['sweep']} on {reference['machine']}",
+    ]
     return "\n".join(lines + [f"warning: {w}" for w in plan["warnings"]])
 
 
 def transfer(path: str, overrides: list[str], workers: int, out: Path | None, console: Console) -> tuple[dict, str]:
-    """Run what is left of a sweep and judge it. Returns (JSON object, text)."""
+    """Run what is left of a sweep and judge it, or judge a finished one's trials.json. Returns (JSON object, text)."""
+    if Path(path).suffix == ".json":
+        return judge_again(Path(path), overrides, out)
     sweep = load_sweep(path, tuple(overrides), out)
-    progress = Bar(console)
-    with progress:
-        task = progress.add_task(sweep.config.name, total=None, numbers="")
-        said = 0
+    check_target(sweep)
+    prepare_run(sweep.run, console)
+    with held(sweep):
+        stale = open_trials(sweep).stale()
+        if stale:
+            trials = f"{stale} finished trial{'s' * (stale > 1)}"
+            note(console, f"{sweep.directory}: {trials} of other settings kept, not counted")
+        _run(sweep, workers, console)
+        result, shown = report(sweep)
+    return result | {"stale": stale}, shown
 
-        def show(done: int, total: int, seconds: float) -> None:
-            nonlocal said
-            left = "" if math.isinf(seconds) or done == total else f", {seconds / 60:.0f} min left"
-            progress.update(task, total=total, completed=done, numbers="trials")
-            if not has_bar(console) and done * 20 // total > said:
-                said = done * 20 // total
-                console.print(f"{sweep.config.name}: {done}/{total} trials{left}", highlight=False)
+
+def _run(sweep: Sweep, workers: int, console: Console) -> None:
+    with Bar(console, sweep.config.name, lines=20, unit="trials", keep=True) as bar:
+
+        def show(done: int, total: int, _: float) -> None:
+            if bar.total is None:
+                bar.begin(sweep.config.name, total, done)
+            bar.reach(done)
 
         run_sweep(sweep, workers, show)
-    return report(sweep)
 
 
 def report(sweep: Sweep) -> tuple[dict, str]:
-    """The verdict from what is in the study, over widths at the greatest depth (`depths` has each one's); writes
-    transfer.json, trials.json, transfer.png and target.yaml."""
+    """The verdict from the sweep's finished trials; writes what `judged` writes."""
+    return judged(sweep, finished(sweep), {"fingerprint": sweep.fingerprint(), "corpus": sweep.data["corpus"]})
+
+
+def judge_again(file: Path, overrides: list[str], out: Path | None) -> tuple[dict, str]:
+    """The verdict from a trials.json and the sweep.json beside it, wherever they were moved: no trial is run, no
+    data is read. Raises ConfigError."""
+    record = read_record(file.parent)
+    source = override(Config(record["config"], {(): str(file.parent / "sweep.json")}), overrides)
+    sweep = sweep_of(source, out or file.parent)
+    try:
+        rows = json.loads(file.read_text(encoding="utf-8"))
+        return judged(sweep, rows, {key: record[key] for key in ("fingerprint", "corpus")})
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{file}: damaged, or not a sweep's trials: {type(error).__name__}: {error}") from None
+    except OSError as error:
+        raise ConfigError(f"{file}: cannot be read: {error.strerror}") from None
+
+
+def judged(sweep: Sweep, rows: list[dict], made: dict) -> tuple[dict, str]:
+    """The verdict from rows as `finished` gives them, over widths at the greatest depth (`depths` has each one's).
+
+    Writes trials.json, transfer.json, transfer.png and target.yaml, in this order; one that fails does not keep the
+    others from being written. made: fingerprint and corpus. Raises ConfigError, with what failed.
+    """
+    directory, failures = sweep.directory, []
+    lines = ",\n".join(json.dumps(row) for row in rows)
+    _write(directory / "trials.json", lambda file: write_whole(file, f"[\n{lines}\n]\n"), failures)
+    result, results = _verdict(sweep, rows, made)
+    verdict = directory / "transfer.json"
+    _write(verdict, lambda file: write_whole(file, json.dumps(result, indent=1) + "\n"), failures)
+    if _write(directory / "transfer.png", lambda file: _draw(results, file), failures):
+        result["plot"] = str(directory / "transfer.png")
+    if sweep.target is not None and _write(
+        directory / "target.yaml", lambda file: write_target(sweep, result, file), failures
+    ):
+        result["target"] = str(directory / "target.yaml")
+    _write(verdict, lambda file: write_whole(file, json.dumps(result, indent=1) + "\n"), failures)
+    if failures:
+        raise failures[0]
+    return result, text(result)
+
+
+def _write(path: Path, write: Callable[[Path], None], failures: list[Exception]) -> bool:
+    """Write one result; what went wrong is kept for after the others. Returns whether it was written."""
+    try:
+        write(path)
+    except OSError as error:
+        failures.append(ConfigError(f"{path}: cannot be written: {error.strerror or error}"))
+    except Exception as error:  # not ours to judge here: it is raised when the other results are safe
+        failures.append(error)
+    else:
+        return True
+    return False
+
+
+def _draw(results: dict[str, tuple[Transfer, list[Trial]]], file: Path) -> None:
     from crystal.mup.transfer_plots import draw_transfer
 
-    rows, config = finished(sweep), sweep.config
+    aside = file.with_name(f".{file.name}")  # its suffix says what kind of picture it is
+    try:
+        draw_transfer(results, aside)
+        aside.replace(file)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def _verdict(sweep: Sweep, rows: list[dict], made: dict) -> tuple[dict, dict[str, tuple[Transfer, list[Trial]]]]:
+    """(what transfer.json says, parametrization → verdict and trials at the greatest depth)."""
+    config = sweep.config
     depths = {depth: _judged(sweep, rows, depth) for depth in sorted(config.depths)}
     results = depths[max(depths)]
     main, trials = results[config.parametrization]
     result = _dict(config.parametrization, main) | {
         "sweep": config.name,
-        "fingerprint": sweep.fingerprint(),
-        "corpus": sweep.rows.store.manifest["corpus"],
+        **made,
         "trial_seconds": round(sum(r["seconds"] for r in rows), 1),
         "trial_cpu_seconds": round(sum(r["cpu_seconds"] for r in rows), 1),
         "beside": {p: _dict(p, t) for p, (t, _) in results.items() if p != config.parametrization},
@@ -156,8 +244,7 @@ def report(sweep: Sweep) -> tuple[dict, str]:
     for other in result["beside"].values():
         penalty = other["metrics"]["asymptotic_loss"] - main.metrics["asymptotic_loss"]
         other["metrics"]["asymptotic_loss_penalty"] = penalty
-    best = best_values(rows, config.parametrization, main)
-    result["best"] = best
+    result["best"] = best_values(rows, config.parametrization, main)
     if len(main.widths) >= 3:
         seen = forecast(trials)
         result["forecast"] = {
@@ -165,13 +252,7 @@ def report(sweep: Sweep) -> tuple[dict, str]:
             "interval": list(seen.held_out_interval), "measured": seen.held_out_measured,
             "loss": {str(w): seen.at(w) for w in (2 * seen.held_out_width, 4 * seen.held_out_width)},
         }  # fmt: skip
-    if config.target is not None:
-        result["target"] = str(write_target(sweep, result, best))
-    result["plot"] = str(sweep.directory / "transfer.png")
-    draw_transfer(results, sweep.directory / "transfer.png")
-    (sweep.directory / "trials.json").write_text("[\n" + ",\n".join(json.dumps(r) for r in rows) + "\n]\n")
-    (sweep.directory / "transfer.json").write_text(json.dumps(result, indent=1) + "\n")
-    return result, text(result)
+    return result, results
 
 
 def _judged(sweep: Sweep, rows: list[dict], depth: int) -> dict[str, tuple[Transfer, list[Trial]]]:
@@ -190,6 +271,7 @@ def _judged(sweep: Sweep, rows: list[dict], depth: int) -> dict[str, tuple[Trans
 def _dict(parametrization: str, found: Transfer) -> dict:
     plain = found.as_dict()
     plain["widths"] = {str(w): {k: v for k, v in o.items() if k != "width"} for w, o in plain["widths"].items()}
+    plain["windows"] = {f"{octaves:g}": window for octaves, window in plain["windows"].items()}
     return {"verdict": plain.pop("verdict"), "parametrization": parametrization, **plain}
 
 
@@ -208,41 +290,6 @@ def best_values(rows: list[dict], parametrization: str, found: Transfer) -> dict
         if losses:
             values[name] = min(losses, key=lambda v: min(losses[v]))
     return values
-
-
-def write_target(sweep: Sweep, result: dict, best: dict[str, float]) -> Path:
-    """The target's run file: the run it extends, with the transferred values and where they come from."""
-    target = sweep.config.target
-    run = load_run(target.run)
-    peak = max(piece.to for piece in run.config.curriculum.stages[0].lr)
-    tuned = sweep.model(sweep.config.parametrization, min(sweep.config.widths), max(sweep.config.depths)).mup
-    mup = tuned.model_dump(mode="json", exclude_none=True) | {
-        k: best[k] for k in best if k not in ("lr", "weight_decay")
-    }
-    if target.parametrization:
-        mup["parametrization"] = target.parametrization
-    written = {
-        "extends": f"runs/{Path(target.run).stem}.yaml",
-        "name": f"{run.config.name}-from-{sweep.config.name}",
-        "model": {"mup": mup},
-        "curriculum": {"lr_scale": best["lr"] / peak},
-        "provenance": {
-            "sweep": f"{sweep.config.name} {result['fingerprint'][:16]}",
-            "trials": result["trials"],
-            "verdict": f"{result['verdict']}: {result['message']}",
-            "corpus": f"{result['corpus']['name']} {result['corpus']['fingerprint'][:16]}",
-            "base_lr": best["lr"],
-        },
-    }
-    if "weight_decay" in best:
-        written["optimizer"] = {"weight_decay": best["weight_decay"]}
-    file = sweep.directory / "target.yaml"
-    aside = file.with_suffix(".tmp")
-    aside.write_text("# Written by `crystal transfer`.\n" + yaml.safe_dump(written, sort_keys=False))
-    aside.replace(file)
-    plan = load_run(file).config.plan()
-    (sweep.directory / "target-plan.json").write_text(json.dumps(plan.as_dict(), indent=1) + "\n")
-    return file
 
 
 def text(result: dict) -> str:

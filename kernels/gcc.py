@@ -12,9 +12,14 @@ import tempfile
 from pathlib import Path
 
 FLAGS = (
-    "-O3 -march=native -mprefer-vector-width=512 -fopenmp -fwrapv -fno-math-errno -fno-trapping-math "
+    "-O3 -mprefer-vector-width=512 -fopenmp -fwrapv -fno-math-errno -fno-trapping-math "
     "-fno-signed-zeros -ffp-contract=fast -shared -fPIC -w"
 ).split()
+
+
+def march() -> str:
+    """The processor to compile for: this one, or what CRYSTAL_MARCH says, such as x86-64-v3, an older one's set."""
+    return os.environ.get("CRYSTAL_MARCH") or "native"
 
 
 def cache(kind: str) -> Path:
@@ -36,14 +41,15 @@ def compiler() -> tuple[str, str]:
 def build(source: str, kind: str, *options: str) -> ctypes.CDLL:
     """Compile C, once for all processes that share the cache. Raises RuntimeError with gcc's first line."""
     gcc, version = compiler()
-    name = hashlib.sha256("\n".join((source, version, *FLAGS, *options)).encode()).hexdigest()[:24]
+    flags = (*FLAGS, f"-march={march()}", *options)
+    name = hashlib.sha256("\n".join((source, version, *flags)).encode()).hexdigest()[:24]
     target = cache(kind) / f"{name}.so"
     if not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
             text, made = Path(scratch) / "kernel.c", Path(scratch) / "kernel.so"
             text.write_text(source)
-            command = [gcc, *FLAGS, *options, str(text), "-o", str(made), "-lmvec", "-lm"]
+            command = [gcc, *flags, str(text), "-o", str(made), "-lmvec", "-lm"]
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             if done.returncode:
                 raise RuntimeError(f"gcc: {(done.stderr.splitlines() or ['failed without a word'])[0]}")

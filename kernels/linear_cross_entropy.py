@@ -14,7 +14,7 @@ from torch import Tensor
 import crystal.kernels.native as native
 from crystal.kernels.cross_entropy import backward_rows, forward_rows
 from crystal.kernels.dispatch import use_triton, widened
-from crystal.kernels.linear import product, transposed_product
+from crystal.kernels.linear import input_gradient, product, weight_gradient
 
 CHUNK = 512  # tokens; 256 and 512 measured equal on a CPU
 CUDA_CHUNK = 4096
@@ -86,12 +86,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 product(x_ND[rows], weight_VD), labels_N[rows], weights_N[rows], logits_scale, needs_x or needs_w
             )
             if needs_x:
-                dx_ND[rows] = product(grad_CV, weight_VD.T)
+                dx_ND[rows] = input_gradient(grad_CV, weight_VD)
             if needs_w:
                 if dw_VD is None:
-                    dw_VD = transposed_product(grad_CV, x_ND[rows])
+                    dw_VD = weight_gradient(grad_CV, x_ND[rows])
                 else:
-                    dw_VD += transposed_product(grad_CV, x_ND[rows])
+                    dw_VD += weight_gradient(grad_CV, x_ND[rows])
         ctx.save_for_backward(dx_ND, dw_VD)
         ctx.weight_dtype = weight_VD.dtype
         ctx.mark_non_differentiable(nll_N)

@@ -3,6 +3,8 @@
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# the choices that are made by measuring, pinned: torch's products, bf16 where a run does not say
+os.environ.setdefault("CRYSTAL_TUNING", os.path.join(os.path.dirname(__file__), "tuning.json"))
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as the command sets it: threads that wait sleep
 
 import sys
@@ -43,5 +45,22 @@ def train():
 
     def run(path, *overrides, stage=None, until=None):
         return start(load_run(path, overrides), stage, until, Console(quiet=True, stderr=True))
+
+    return run
+
+
+@pytest.fixture
+def crystal(capsys, monkeypatch):
+    """crystal(*words) → (exit code, stdout, stderr), in this process."""
+    from crystal.cli import main
+
+    def run(*words):
+        monkeypatch.setattr(sys, "argv", ["crystal", *map(str, words)])
+        try:
+            main()
+            code = 0
+        except SystemExit as stop:
+            code = stop.code or 0
+        return code, *capsys.readouterr()
 
     return run

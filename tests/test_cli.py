@@ -10,23 +10,7 @@ from math import prod
 import pytest
 
 from crystal import __version__
-from crystal.cli import app, main
-
-
-@pytest.fixture
-def crystal(capsys, monkeypatch):
-    """crystal(*words) → (exit code, stdout, stderr), in this process."""
-
-    def run(*words):
-        monkeypatch.setattr(sys, "argv", ["crystal", *words])
-        try:
-            main()
-            code = 0
-        except SystemExit as stop:
-            code = stop.code or 0
-        return code, *capsys.readouterr()
-
-    return run
+from crystal.cli import app
 
 
 def as_json(result):
@@ -110,7 +94,7 @@ def test_schedule_gives_base_and_group_rates(crystal):
     ("words", "message"),
     [
         (("models", "crystalcoder-8b"), "did you mean 'crystalcoder-7b'"),
-        (("train", "demo", "model.d_modle=3"), "command line: model.d_modle: unknown key; did you mean 'd_model'?"),
+        (("train", "demo", "model.d_modle=3"), "command line: model.d_modle=3: unknown key; did you mean 'd_model'?"),
         (("train", "nowhere.yaml"), "nowhere.yaml: no such file"),
         (("train", "demo", "seed"), "seed: expected dotted.key=value"),
         (("schedule", "demo", "--stage", "9"), "--stage: expected 1 to 3, got 9"),
@@ -121,7 +105,7 @@ def test_schedule_gives_base_and_group_rates(crystal):
         (("train", "amber-7b.yml", "--dry-run"), "amber-7b.yml: no such file; did you mean 'amber-7b'?"),
         (
             ("train", "demo", "model.n_heads=3", "--dry-run"),
-            "command line: model.n_heads: expected a divisor of d_model",
+            "command line: model.n_heads=3: expected a divisor of d_model",
         ),
         (("modles",), "No such command 'modles'"),
         (("data", "shwo"), "No such command 'shwo'"),
@@ -144,10 +128,69 @@ def test_a_users_mistake_is_one_line_and_exit_2(crystal, words, message):
 def test_a_typo_in_a_file_names_the_file(crystal, tmp_path):
     run = tmp_path / "mine.yaml"
     run.write_text("extends: runs/demo\nmodel: {d_modle: 64}\n")
-    code, out, err = crystal("train", str(run), "--json")
+    code, out, err = crystal("train", str(run))
     assert (code, out) == (2, "")
     assert err.startswith(f"crystal: {run}: model.d_modle: unknown key; did you mean 'd_model'?")
     assert len(err.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "file", "key"),
+    [
+        (("train", "{mine}"), "{mine}", "model.d_modle"),
+        (("train", "{broken}"), "{broken}", None),
+        (("train", "{bent}"), "{bent}", "curriculum.stages.0.lr.0.to"),
+        (("train", "{orphan}"), "{orphan}", "extends"),
+        (("train", "demo", "model.d_modle=3"), None, "model.d_modle"),
+        (("config", "demo", "curriculum.stages.x.steps=3"), None, "curriculum.stages.x.steps"),
+        (("train", "demo", "train.micro_batch_size=7"), None, "train.micro_batch_size"),
+        (("train", "demo", "backend.name=cuda", "backend.parallel.tp=3"), None, "backend.parallel.tp"),
+        (("train", "nowhere.yaml"), "nowhere.yaml", None),
+        (("config", "demo", "model.d_modle"), "demo", "model.d_modle"),
+        (("runs", "nowhere"), "nowhere", None),
+        (("models", "crystalcoder-8b"), None, None),
+        (("models", "--jsno"), None, None),
+        (("modles",), None, None),
+        (("train",), None, None),
+        (("schedule", "demo", "--stage", "x"), None, None),
+        (("export", "x", "--out", "y", "--to", "z"), None, None),
+    ],
+)
+def test_with_json_a_mistake_is_an_object_and_the_line_besides(crystal, tmp_path, monkeypatch, words, file, key):
+    monkeypatch.chdir(tmp_path)
+    texts = {
+        "mine": "extends: runs/demo\nmodel: {d_modle: 64}\n",
+        "broken": "extends: [runs/demo\nmodel: ]",
+        "bent": "extends: runs/demo\ncurriculum: {stages: [{name: a, steps: 3, sources: {english: 1}, "
+        "checkpoint_every: 3, lr: [{from: 0.0, to: x}]}]}\n",
+        "orphan": "extends: runs/dmeo\n",
+    }
+    for name, text in texts.items():
+        (tmp_path / f"{name}.yaml").write_text(text)
+    words, (file,) = [[w.format(**{n: f"{n}.yaml" for n in texts}) if w else w for w in ws] for ws in (words, [file])]
+    code, out, err = crystal(*words, "--json")
+    assert (code, out.count("\n"), err.count("\n")) == (2, 1, 1)
+    error = json.loads(out)
+    assert error == {"error": {"kind": "config", "message": err[len("crystal: ") : -1], "file": file, "key": key}}
+
+
+def test_of_several_processes_only_the_first_tells_a_mistake(crystal, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    assert crystal("train", "nowhere.yaml", "--json") == (2, "", "")
+    assert crystal("train", "--jsno", "--json") == (2, "", "")
+
+
+def test_a_value_of_the_wrong_type_is_told_in_plain_words(crystal):
+    for words, expected in (
+        (("schedule", "demo", "--stage", "x"), "'--stage': expected an integer, got 'x'"),
+        (("generate", "x", "--temperature", "warm"), "'--temperature': expected a number, got 'warm'"),
+        (("generate", "x", "--top-p", "2"), "'--top-p': expected at most 1, got '2'"),
+        (("generate", "x", "--max-new-tokens", "0"), "'--max-new-tokens': expected at least 1, got '0'"),
+        (("export", "x", "--to", "z"), "'--to': expected one of hf, safetensors, mdl, cerebras-yaml, got 'z'"),
+    ):
+        _, _, err = crystal(*words)
+        assert err == f"crystal: Invalid value for {expected} (see crystal {words[0]} --help)\n"
+    assert crystal("train", "demo", "--until")[2].endswith("(see crystal train --help)\n")
 
 
 def test_a_bare_command_shows_its_help(crystal):
@@ -192,7 +235,7 @@ from crystal.cli import main
 try:
     main()
 finally:
-    heavy = {"torch", "numpy", "transformers", "mup", "pyarrow", "matplotlib"} & set(sys.modules)
+    heavy = {"torch", "numpy", "transformers", "mup", "pyarrow", "matplotlib", "rich", "crystal.run"} & set(sys.modules)
     assert not heavy, heavy
 """
     before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
@@ -202,11 +245,11 @@ finally:
     assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before < 1
 
 
-def test_every_command_has_help():
+def test_the_commands_are_there():
     assert {c.name or c.callback.__name__ for c in app.registered_commands} >= {
-        "models", "prepare", "train", "schedule", "import", "logits", "generate",
+        "models", "prepare", "train", "schedule", "plan", "audit", "coord-check", "transfer", "import", "export",
+        "logits", "generate", "config", "runs", "compare",
     }  # fmt: skip
-    assert all(c.callback.__doc__ for c in app.registered_commands)
 
 
 def test_an_unknown_choice_of_kernels_is_one_line(tmp_path):

@@ -85,7 +85,7 @@ def test_a_circle_of_extends_is_named(tmp_path):
     ("text", "message"),
     [
         ("optim: {lr: 1", r"x\.yaml:\d+: expected YAML"),
-        ("- 1\n- 2\n", r"x\.yaml: expected a mapping of keys, got list"),
+        ("- 1\n- 2\n", r"x\.yaml: expected a mapping of keys, got \[1, 2\]"),
         ("optim: {lr: 1}\noptim: {lr: 2}\n", r"x\.yaml:2: expected YAML, key 'optim' given twice"),
         ("extends: nowhere.yaml\n", r"x\.yaml: extends: nowhere\.yaml: no such file"),
         ("extends: 3\n", r"x\.yaml: extends: expected the name of a file, or a list of names, got 3"),
@@ -97,7 +97,10 @@ def test_a_circle_of_extends_is_named(tmp_path):
         ("out: *a\n", r"x\.yaml:1: expected YAML, found undefined alias"),
         ("out: !!python/name:os.system\n", r"x\.yaml:1: expected YAML, could not determine a constructor"),
         ("out: \0\n", r"x\.yaml: expected YAML, special characters are not allowed"),
-        ("", r"x\.yaml: expected a mapping of keys, got NoneType"),
+        ("out: !!int x\n", r"x\.yaml: expected YAML, a value that is not what it says"),
+        ("out: " + "[" * 3000, r"x\.yaml: expected YAML, nested too deeply"),
+        ("out: " + "9" * 5000, r"x\.yaml: expected YAML, a value that is not what it says"),
+        ("", r"x\.yaml: expected a mapping of keys, got nothing"),
     ],
 )
 def test_bad_files_name_themselves(tmp_path, text, message):
@@ -109,7 +112,7 @@ def test_bad_files_name_themselves(tmp_path, text, message):
 def test_files_that_are_no_text_and_names_that_are_no_file_get_one_line(tmp_path):
     (tmp_path / "x.yaml").write_bytes(b"a: \xff\xfe")
     for name in (tmp_path / "x.yaml", tmp_path, "", "/", "..", "n" * 300):
-        with pytest.raises(ConfigError, match=r"cannot be read|no such file|too long"):
+        with pytest.raises(ConfigError, match=r"cannot be read: expected UTF-8|it is a directory|no such file|too long"):
             load_yaml(name)
 
 
@@ -127,13 +130,13 @@ def test_any_text_is_a_mapping_or_one_line(tmp_path_factory, text):
     [
         ({"optim": {"lrr": 1}}, "f.yaml: optim.lrr: unknown key; did you mean 'lr'?"),
         ({"optmi": {}}, "f.yaml: optmi: unknown key; did you mean 'optim'?"),
-        ({"optim": {"lr": "fast"}}, 'f.yaml: optim.lr: expected a valid number, got "fast"'),
-        ({"optim": {"lr": True}}, "f.yaml: optim.lr: expected a valid number, got true"),
-        ({"stages": [{"name": "a", "steps": 2.5}]}, "f.yaml: stages.0.steps: expected a valid integer, got 2.5"),
+        ({"optim": {"lr": "fast"}}, 'f.yaml: optim.lr: expected a number, got "fast"'),
+        ({"optim": {"lr": True}}, "f.yaml: optim.lr: expected a number, got true"),
+        ({"stages": [{"name": "a", "steps": 2.5}]}, "f.yaml: stages.0.steps: expected a whole number, got 2.5"),
         ({"stages": [{"name": "a"}]}, "f.yaml: stages.0.steps: expected a value, none given"),
         ({"optim": {"lr": float("nan")}}, "f.yaml: optim.lr: expected a finite number, got NaN"),
         ({"optim": {"betas": [0.9, float("inf")]}}, "f.yaml: optim.betas.1: expected a finite number, got Infinity"),
-        ({"optim": None}, "f.yaml: optim: expected an object, got null"),
+        ({"optim": None}, "f.yaml: optim: expected a mapping of keys, got null"),
     ],
 )
 def test_a_mistake_is_one_line_with_file_key_and_what_was_expected(mapping, message):
@@ -150,8 +153,100 @@ def test_the_file_that_is_named_is_the_one_that_holds_the_key(tmp_path):
         parse(Root, config.mapping, config)
     config = override(config, ["optim.lr=x"])
     config.mapping["optim"].pop("lrr")
-    with pytest.raises(ConfigError, match=r"^command line: optim\.lr: expected"):
+    with pytest.raises(ConfigError, match=r"^command line: optim\.lr=x: expected a number, got \"x\""):
         parse(Root, config.mapping, config)
+
+
+OWN = """
+extends: [crystalcoder-w64-l2, run.base.yaml]
+name: own
+curriculum:
+  {seq_len: 32, global_batch_size: 12, stages: [{name: one, steps: 10, lr: 0.01, sources: {english: 1}}]}
+"""
+BASE = "data: {corpus: corpus.yaml, tokenizer: {train: {vocab_size: 300}}}\n"
+
+
+@pytest.fixture
+def own(tmp_path):
+    """A run file that says as little as it can, in a folder of its own; its corpus lies beside it."""
+    write(tmp_path, "corpus.yaml", "name: c\nsources: {english: {entries: [{files: nowhere, license: MIT}]}}\n")
+    write(tmp_path, "run.base.yaml", BASE)
+    return write(tmp_path, "run.yaml", OWN)
+
+
+def test_a_run_extends_a_rung_of_a_ladder_and_fills_in_what_it_does_not_say(own, monkeypatch):
+    monkeypatch.chdir("/")
+    config = load_run(own).config
+    assert (config.model.d_model, config.model.n_layers, config.model.mup.base_d_model) == (64, 2, 256)
+    assert load_run(own, ["model.vocab_size=auto"]).config.model.vocab_size == 352, "300 + 22, a multiple of 32"
+    assert config.optimizer.eps == 1e-9
+    assert config.data.corpus == str(own.parent / "corpus.yaml")
+    assert config.train.micro_batch_size == 12
+    long = load_run(own, ["curriculum.seq_len=2048", "train.micro_batch_size=auto"]).config
+    assert long.train.micro_batch_size == 4, "8,192 tokens, and a divisor of 12"
+    parallel = ["backend.name=cuda", "backend.parallel={fsdp: 2, pp: 2}", "model.n_layers=4"]
+    assert load_run(own, parallel).config.train.micro_batch_size == 3
+
+
+@pytest.mark.parametrize(
+    ("overrides", "line"),
+    [
+        (("model.d_model=0",), "command line: model.d_model=0: expected a whole number greater than 0, got 0"),
+        (("model.d_model=65",), "command line: model.d_model=65: model.n_heads: expected a divisor of d_model 65, got 2"),
+        (("model.d_model=100",), "command line: model.d_model=100: model.rotary_fraction: expected an even number"),
+        (("model.max_seq_len=16",), "command line: model.max_seq_len=16: curriculum.seq_len: expected at most model.max"),
+        (("curriculum.global_batch_size=7", "train.micro_batch_size=4"), "command line: train.micro_batch_size=4: expec"),
+        (("curriculum.stages.one.lr=x",), "command line: curriculum.stages.one.lr=x: curriculum.stages.0.lr: expected a"),
+        (("curriculum.stages.0={name: one, lr: [{to: x}]}",), "command line: curriculum.stages.0={name: one, lr: [{to: x"),
+        (("curriculum.seq_len=4096",), "command line: curriculum.seq_len=4096: expected at most model.max_seq_len 2048"),
+        (("backend={name: cuda, parallel: {tp: 3}}",), "command line: backend={name: cuda, parallel: {tp: 3}}: backend.par"),
+        (("data.tokenizer={path: none.json}", "model.vocab_size=auto"), "command line: model.vocab_size=auto: auto needs "),
+    ],
+)
+def test_an_override_is_named_as_the_override(own, overrides, line):
+    with pytest.raises(ConfigError) as error:
+        load_run(own, overrides)
+    assert str(error.value).startswith(line)
+
+
+def test_what_a_packaged_file_brings_in_is_the_fault_of_the_users_file(own):
+    from crystal.run import check_vocabulary
+
+    with pytest.raises(ConfigError, match=rf"^{own}: model\.vocab_size: expected 352, .* 300, got 32032; auto takes"):
+        check_vocabulary(load_run(own))
+    check_vocabulary(load_run(own, ["model.vocab_size=auto"]))
+    write(own.parent, "run.base.yaml", BASE + "curriculum: {seq_len: 4096}\n")
+    own.write_text(OWN.replace("seq_len: 32, ", ""))
+    with pytest.raises(ConfigError, match=r"run\.base\.yaml: curriculum\.seq_len: expected at most .* 2048, got 4096"):
+        load_run(own)
+    own.write_text("extends: crystalcoder-7b\nname: own\n")
+    with pytest.raises(ConfigError, match=rf"^{own}: curriculum: expected a value, none given"):
+        load_run(own)
+
+
+@pytest.mark.parametrize(
+    ("parent", "message"),
+    [
+        ("crystalcoder", "run.yaml: data.corpus: expected a value, none given"),  # the curriculum, no corpus
+        ("crystalcoder-w65", "width 65: expected a multiple of the head size 32"),
+        ("crystlacoder-7b", "no such file; did you mean 'crystalcoder-7b'"),
+        ("a100-80bg", "no such file$"),
+        ("transfer-mpu", "no such file$"),
+        ("sampel", "no such file$"),
+    ],
+)
+def test_what_a_run_extends_is_sought_and_suggested_among_what_a_run_is_made_of(own, parent, message):
+    own.write_text(f"extends: [{parent}]\n")
+    with pytest.raises(ConfigError, match=message):
+        load_run(own)
+
+
+@pytest.mark.parametrize(("kind", "name"), [("runs", "crystalcoder-proxi"), ("corpora", "demmo"), ("sweeps", "smaple")])
+def test_a_suggestion_is_of_the_kind_that_is_expected(kind, name):
+    with pytest.raises(ConfigError) as error:
+        find(name, kind)
+    suggested = str(error.value).partition("did you mean '")[2].strip("'?")
+    assert not suggested or find(suggested, kind).parent.name == kind
 
 
 def test_overrides_reach_into_lists_by_place_and_by_name(tmp_path):
@@ -184,16 +279,16 @@ def test_a_date_is_text(tmp_path):
     ("change", "key", "expected"),
     [
         ("model.d_modle=64", "model.d_modle", "did you mean 'd_model'"),
-        ("model.d_model=wide", "model.d_model", "valid integer"),
-        ("model.n_heads=3", "model.n_heads: ", "expected a divisor of d_model"),
-        ("model.rotary_fraction=0.1", "model.rotary_fraction: ", "even number of rotary dimensions"),
+        ("model.d_model=wide", "model.d_model", "a whole number greater than 0, got"),
+        ("model.n_heads=3", "model.n_heads=3: ", "expected a divisor of d_model"),
+        ("model.rotary_fraction=0.1", "model.rotary_fraction=0.1: ", "expected an even number of rotary dimensions"),
         ("curriculum.stages.stage2.sources={StarCoder_fim_shuffled: 0.9}", "curriculum.stages", "sum to 1"),
         ("curriculum.stages.stage1.lr=[{from: 0, to: 1, steps: 99999}]", "curriculum.stages.0.lr", "warm-up within"),
         ("curriculum.stages.0.lr=[{frm: 0, to: 1, steps: 9}]", "curriculum.stages.0.lr.0.frm", "'from'"),
-        ("curriculum.stages.1.name=stage1", "curriculum.stages.1.name: ", "expected a name of its own"),
+        ("curriculum.stages.1.name=stage1", "curriculum.stages.1.name=stage1: ", "expected a name of its own"),
         ("optimizer.betas=[0.9]", "optimizer.betas", "expected"),
-        ("optimizer.betas=[0.9, 1]", "optimizer.betas.1: ", "expected less than 1, got 1"),
-        ("optimizer.weight_decay=.inf", "optimizer.weight_decay: ", "expected a finite number"),
+        ("optimizer.betas=[0.9, 1]", "optimizer.betas.1: ", "expected a number of at least 0 and less than 1, got 1"),
+        ("optimizer.weight_decay=.inf", "optimizer.weight_decay=.inf: ", "expected a finite number"),
         ("backend.name=tpu", "backend.name", "'cpu'"),
         ("trian.seed=1", "trian", "did you mean 'train'"),
     ],

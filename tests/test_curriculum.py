@@ -215,13 +215,13 @@ MISTAKES = [
     (small(sources={"a": 0.5, "b": 0.4}), "stages.0.sources", "expected weights that sum to 1 (within 1e-06), got 0.9"),
     (
         small(sources={"a": 1.5, "b": -0.5}),
-        "stages.0.sources.b.weight",
-        "expected greater than or equal to 0, got -0.5",
+        "stages.0.sources.b",
+        "expected a number of at least 0 or null, got -0.5",
     ),
     (
         small(sources={"a": 0.5, "b": {"tokens": 5}}),
-        "stages.0.sources",
-        "b: expected a weight, or tokens for every source",
+        "stages.0.sources.b",
+        "expected a weight, or tokens for every source",
     ),
     (
         small(sources={"a": {"weight": 1.0, "subset": "0.5"}}),
@@ -256,16 +256,16 @@ MISTAKES = [
         "expected a value, only the last segment may leave it out",
     ),
     (small(lr=[]), "stages.0.lr", "expected at least one segment, got none"),
-    (small(lr=[{"from": 0.0, "to": -1.0}]), "stages.0.lr.0.to", "expected greater than or equal to 0, got -1.0"),
+    (small(lr=[{"from": 0.0, "to": -1.0}]), "stages.0.lr.0.to", "expected a number of at least 0, got -1.0"),
     (
         small(lr=[{"from": 0.0, "to": 1.0, "shape": "cosin"}]),
         "stages.0.lr.0.shape",
         "expected 'linear', 'cosine' or 'sqrt', got \"cosin\"",
     ),
-    (small(fim={"rate": 1.1}), "stages.0.fim.rate", "expected less than or equal to 1, got 1.1"),
+    (small(fim={"rate": 1.1}), "stages.0.fim.rate", "expected a number from 0 to 1, got 1.1"),
     (small(fim={"rate": 0.5, "smp": 0.5}), "stages.0.fim.smp", "unknown key; did you mean 'spm'?"),
-    (small(checkpoint_every=0), "stages.0.checkpoint_every", "expected greater than or equal to 1, got 0"),
-    (small(steps=0), "stages.0.steps", "expected greater than or equal to 1, got 0"),
+    (small(checkpoint_every=0), "stages.0.checkpoint_every", "expected a whole number of at least 1 or null, got 0"),
+    (small(steps=0), "stages.0.steps", "expected a whole number of at least 1 or null, got 0"),
     (small(steps=None), "stages.0.steps", "expected either steps or tokens"),
     (small(tokens=5), "stages.0.steps", "expected either steps or tokens"),
     (small(stesp=5), "stages.0.stesp", "unknown key; did you mean 'steps'?"),
@@ -276,7 +276,7 @@ MISTAKES = [
         "expected [weights] or [weights, optimizer], got ['optimizer']",
     ),
     (two_stages(name="only"), "stages.1.name", "expected a name of its own, got 'only' again"),
-    (small() | {"scale": 0}, "scale", "expected greater than 0, got 0"),
+    (small() | {"scale": 0}, "scale", "expected a number greater than 0, got 0"),
     (small() | {"stages": []}, "stages", ""),
     (
         small() | {"bind": {"english": "english[0.5-0.1]"}},
@@ -285,18 +285,24 @@ MISTAKES = [
     ),
     (
         small() | {"bind": {"english": {"python": 0.5, "css": 0.4}}},
-        "bind",
-        "english: expected shares that sum to 1, got 0.9",
+        "bind.english",
+        "expected shares that sum to 1, got 0.9",
     ),
     (
         small() | {"bind": {"english": "englsh"}},
         "bind.english",
-        "expected a source of the store (css, english, html, javascript, python), got 'englsh'; did you mean",
+        "expected a source of the corpus (css, english, html, javascript, python), got 'englsh'; did you mean",
     ),
     (
-        small(sources={"web": 0.5, "wiki": 0.3, "css": 0.2}),
+        small(sources={"web": 0.5, "pyhton": 0.3, "css": 0.2}),
+        "stages.0.sources.web",
+        "expected a source of the corpus (css, english, html, javascript, python), or a pattern of curriculum.bind",
+    ),
+    (small(sources={"pyhton": 1.0}), "stages.0.sources.pyhton", "expected a source of the corpus (css, english, html, "),
+    (
+        small(sources={"web": 0.5, "wiki": 0.3, "css": 0.2}) | {"bind": {"css": "css"}},
         "bind",
-        "expected a pattern for every source of stage only, none for web, wiki (the store has css, english,",
+        "expected a pattern for every source of stage only, none for web, wiki (the corpus has css, english,",
     ),
 ]
 
@@ -323,6 +329,14 @@ def test_without_a_store_nothing_is_checked_against_it():
     assert read(small(sources={"web": 1.0})).stages[0].bound == {"web": 1.0}
 
 
+def test_a_stage_that_does_not_say_saves_ten_times():
+    bare = small(checkpoint_every=None)
+    assert [read(bare | {"scale": scale}).stages[0].checkpoint_every for scale in (1, 0.5, 0.01)] == [10, 5, 1]
+    assert read(bare) == read(small()) == read(small(checkpoint_every=10))
+    bare.pop("name")
+    assert read(bare).stages == read(small(checkpoint_every=10)).stages
+
+
 def test_the_later_stages_carry_everything_unless_told():
     assert [s.carry_optimizer for s in read(two_stages()).stages] == [False, True]
 
@@ -340,6 +354,6 @@ def test_a_run_file_extends_and_overrides(tmp_path):
     assert [s.checkpoint_every for s in crystal.stages] == [2, 2, 1]
     assert crystal.tokens == 322 * 16 * 128
     with pytest.raises(
-        ConfigError, match=r"crystalcoder.yaml: curriculum.bind: .* SlimPajama/ArXiv_train_packed_part0of2"
+        ConfigError, match=r"crystalcoder.yaml: curriculum.stages.0.sources.SlimPajama/ArXiv_train_packed_part0of2: "
     ):
         resolve(section.model_copy(update={"bind": {}}), load_yaml("configs/curricula/crystalcoder.yaml"), STORE)

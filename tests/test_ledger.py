@@ -55,7 +55,7 @@ def test_stats_count_what_the_run_draws(ledger):
 
 @pytest.mark.parametrize("step", [0, 31])
 def test_a_step_outside_the_run_is_refused(ledger, step):
-    with pytest.raises(ConfigError, match=f"--step: expected 1 to 30, got {step}"):
+    with pytest.raises(ConfigError, match=f"--step: expected 1 to 30, the run's last, got {step}"):
         ledger.where(step)
 
 

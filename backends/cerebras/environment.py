@@ -20,6 +20,8 @@ from pathlib import Path
 from rich.console import Console
 
 from crystal.config import ConfigError, cache_dir
+from crystal.interrupts import child
+from crystal.progress import Bar, note
 
 VERSION = "2.10.0"
 MARKER = "crystal-cerebras.json"
@@ -69,7 +71,7 @@ def setup(directory: Path | None, python: str | None, console: Console) -> dict:
     if free < NEEDED_BYTES:
         raise ConfigError(f"{existing}: expected {NEEDED_BYTES >> 30} GiB of free disk, there are {free / 2**30:.1f}")
     if marker:
-        console.print(f"{directory}: an interrupted set-up is made anew", highlight=False)
+        note(console, f"{directory}: an interrupted set-up is made anew")
         shutil.rmtree(directory)
     began = time.perf_counter()
     try:
@@ -90,31 +92,21 @@ def _install(directory: Path, python: str, console: Console) -> int:
     """venv, packages, and a look whether they import; returns the bytes on disk."""
     interpreter = str(directory / "bin" / "python")
     packages = [f"cerebras-pytorch=={VERSION}", *(f"{name}=={version(name)}" for name in OURS)]
-    with console.status("Cerebras' environment") as status:
+    with Bar(console, "Cerebras' environment") as bar:
         _run([python, "-m", "venv", str(directory)], "venv")
         with tempfile.TemporaryDirectory(dir=directory) as unpacking:  # on the disk that was looked at
-            pip = subprocess.Popen(
-                [interpreter, "-m", "pip", "install", "--disable-pip-version-check", *packages],
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-                env=os.environ | {"TMPDIR": unpacking},
-            )
-            try:
+            command = [interpreter, "-m", "pip", "install", "--disable-pip-version-check", *packages]
+            said = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+            with child(command, env=os.environ | {"TMPDIR": unpacking}, **said) as pip:
                 last = ""
                 for line in pip.stdout:
                     words = line.split()
                     if words and words[0] in ("Collecting", "Downloading", "Installing"):
-                        status.update(f"Cerebras' environment: {' '.join(words[:2])}")
-                        if words[0] != "Downloading" and not console.is_terminal:
-                            console.print(" ".join(words[:2]), highlight=False)
+                        bar.what = f"Cerebras' environment: {' '.join(words[:2])}"
                     if line.startswith("ERROR:"):
                         last = last or line.removeprefix("ERROR:").strip()
                 if pip.wait():
                     raise ConfigError(f"{directory}: pip could not install {packages[0]}: {last or 'see its output'}")
-            finally:
-                pip.kill()
-                pip.wait()
         _run([interpreter, "-c", "import cerebras.pytorch"], "import cerebras.pytorch")
     if not (directory / "bin" / "torch-cirh-opt").exists():
         raise ConfigError(f"{directory}: expected bin/torch-cirh-opt, cerebras-pytorch {VERSION} did not bring it")

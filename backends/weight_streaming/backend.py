@@ -18,6 +18,7 @@ from torch import Tensor
 
 from crystal.backends.base import MicroBatch, Place, Schedule, StepResult, started_processes
 from crystal.backends.config import OptimizerConfig, WeightStreamingConfig
+from crystal.backends.machine import with_dtype
 from crystal.backends.weight_streaming.boundaries import Boundaries, load_boundaries
 from crystal.backends.weight_streaming.executor import Executor
 from crystal.backends.weight_streaming.gradients import Gradients
@@ -33,6 +34,7 @@ from crystal.backends.weight_streaming.store import Store, Update
 from crystal.backends.weight_streaming.stream import Stream
 from crystal.backends.weight_streaming.update import Updater
 from crystal.config import ConfigError
+from crystal.kernels import tuning
 from crystal.memory import release_heap
 from crystal.mup.plan import Plan
 from crystal.zoo.build import build, initial_tensor
@@ -63,6 +65,7 @@ class WeightStreamingBackend:
             raise ConfigError("backend.gradients: several executors sum them, expected spilled, got recomputed")
         if config.threads:
             torch.set_num_threads(config.threads)
+        config = with_dtype(config)
         join_executors()
         self.place = Place(process=rank(), processes=executors(), part=rank(), parts=executors())
         self.model_config, self.plan, self.optimizer_config, self.config = model, plan, optimizer, config
@@ -235,6 +238,7 @@ class WeightStreamingBackend:
             "device": platform.processor() or platform.machine(),
             "threads": torch.get_num_threads(),
             "compute_dtype": self.config.dtype,
+            "choices": tuning.choices(),
             "weights_dtype": "fp32",
             "moments_dtype": self.config.moments,
             "store": self.config.store,

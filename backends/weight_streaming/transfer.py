@@ -20,6 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from crystal.kernels import tuning
+
 STRETCH = 32 << 20  # bytes a system call; the disk is at full speed from 8 MB on
 
 
@@ -28,10 +30,10 @@ class Buffer:
 
     def __init__(self, size: int):
         # private: Python's default is shared, to which huge pages are not given, and O_DIRECT on small ones reaches
-        # half of the disk's speed
+        # half of the disk's speed on some machines
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
         self.memory = mmap.mmap(-1, max(size, mmap.PAGESIZE), flags=flags)
-        if hasattr(mmap, "MADV_HUGEPAGE"):
+        if hasattr(mmap, "MADV_HUGEPAGE") and tuning.chosen("huge pages", "huge") == "huge":
             self.memory.madvise(mmap.MADV_HUGEPAGE)
         self.size, self.bytes = size, memoryview(self.memory)
         torch.frombuffer(self.memory, dtype=torch.uint8).zero_()  # touched here, once

@@ -12,20 +12,24 @@ import hashlib
 import json
 import multiprocessing
 import os
-import signal
 import tempfile
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field
 
 from crystal.config import ConfigError, Strict, cache_dir, find, load_yaml, nearest, parse
 from crystal.data import extract, filters, local, packages
 from crystal.data.recipe import Entry, Source
+from crystal.interrupts import shielded
+from crystal.progress import Bar
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 
 @dataclass(frozen=True)
@@ -48,9 +52,7 @@ class Recipe(Strict):
     @property
     def fingerprint(self) -> str:
         """Hex sha256 of the recipe and of every archive and file it reads; fetches what is missing."""
-        fetch(self, cache_dir())
-        parts = {name: _source_fingerprint(source, cache_dir()) for name, source in self.sources.items()}
-        return _digest([self.name, parts])
+        return fingerprint(self)
 
 
 def load_recipe(name_or_path: str | Path) -> Recipe:
@@ -69,70 +71,98 @@ def _placed(entry: Entry, base: Path) -> Entry:
     return entry.model_copy(update={"files": str(base / Path(entry.files).expanduser())}) if entry.files else entry
 
 
-def fetch(recipe: Recipe, cache: Path) -> None:
+def fetch(recipe: Recipe, cache: Path, console: Console | None = None) -> None:
     """Have every archive of the recipe in cache/packages, each checked; asks no index for what is there."""
-    _fetch(recipe, recipe.sources.values(), cache)
+    _fetch(recipe, recipe.sources.values(), cache, console)
 
 
-def _fetch(recipe: Recipe, sources: Iterable[Source], cache: Path) -> None:
-    packages.fetch([entry for source in sources for entry in source.entries], cache, recipe.name)
+def _fetch(recipe: Recipe, sources: Iterable[Source], cache: Path, console: Console | None) -> None:
+    packages.fetch([entry for source in sources for entry in source.entries], cache, recipe.name, console)
 
 
-def documents(recipe: Recipe, source: str, cache: Path) -> Iterator[Document]:
+def fingerprint(recipe: Recipe, console: Console | None = None) -> str:
+    """`recipe.fingerprint`, with progress."""
+    cache = cache_dir()
+    fetch(recipe, cache, console)
+    unread = packages.unknown_bytes((f for s in recipe.sources.values() for _, f in _files(s, cache)), cache)
+    with Bar(console if unread else None, f"hashing the files of {recipe.name}", unread, unit="bytes") as bar:
+        parts = {name: _source_fingerprint(source, cache, bar) for name, source in recipe.sources.items()}
+    return _digest([recipe.name, parts])
+
+
+def documents(recipe: Recipe, source: str, cache: Path, reading: local.Reading | None = None) -> Iterator[Document]:
     """The documents of one source, in an order that depends on nothing but the recipe and its archives.
 
-    Fetches and extracts what is not yet in the cache. Raises ConfigError for an unknown source, for what
-    cannot be fetched or read, and for a source that turns out empty.
+    Fetches and extracts what is not yet in the cache. reading: is told how far it is. Raises ConfigError for an
+    unknown source, for what cannot be fetched or read, and for a source that turns out empty.
     """
     if source not in recipe.sources:
         raise ConfigError(f"corpus {recipe.name}: no source '{source}'{nearest(source, recipe.sources)}")
+    reading = reading or local.Reading()
     if not _copied(recipe.sources[source]):
-        return _made(source, recipe.sources[source], cache)
+        reading.total = sum(file.stat().st_size for _, file in _files(recipe.sources[source], cache))
+        return _made(source, recipe.sources[source], cache, reading)
     build(recipe, cache, [source])
-    return _read(_built(source, recipe.sources[source], cache))
+    file = _built(source, recipe.sources[source], cache)
+    reading.total = file.stat().st_size
+    return _read(file, reading)
 
 
-def build(recipe: Recipe, cache: Path, sources: list[str] | None = None, processes: int = 1) -> None:
+def build(
+    recipe: Recipe,
+    cache: Path,
+    sources: list[str] | None = None,
+    processes: int = 1,
+    console: Console | None = None,
+) -> None:
     """Fetch the recipe's packages and extract its sources (or some of them) into cache/corpora.
 
     With several processes the sources are made side by side. A source that is there already is left alone.
     """
     chosen = {name: recipe.sources[name] for name in sources or recipe.sources}
-    _fetch(recipe, chosen.values(), cache)
+    _fetch(recipe, chosen.values(), cache, console)
     missing = [name for name, source in chosen.items() if _copied(source) and not _built(name, source, cache).exists()]
     if not missing:
         return
-    from rich.console import Console
-    from rich.progress import Progress
-
     folder = cache / "corpora"
     folder.mkdir(parents=True, exist_ok=True)
     with (
-        Progress(console=Console(stderr=True), transient=True) as bar,
+        Bar(console, f"extracting {recipe.name}") as bar,
         tempfile.TemporaryDirectory(prefix=".partial-", dir=folder) as aside,
     ):
-        task = bar.add_task(f"extracting {recipe.name}: {', '.join(missing)}", total=len(missing))
         jobs = [(name, chosen[name], cache, Path(aside) / name) for name in missing]
-        for _ in _built_by_workers(jobs, processes) if processes > 1 else map(_build, jobs):
-            bar.advance(task)
+        if processes > 1:
+            bar.begin(bar.what, len(jobs))
+            for _ in _built_by_workers(jobs, processes):
+                bar.advance()
+            return
+        bar.begin(bar.what, sum(len(chosen[name].entries) for name in missing))
+        for job in jobs:
+            bar.what = f"extracting {job[0]}"
+            after = bar.completed + len(job[1].entries)
+            _build(job, bar)
+            bar.reach(after)  # it may have had enough before its last entry
 
 
 def _built_by_workers(jobs: list[tuple], processes: int) -> Iterator[None]:
     # spawn: the parent may run threads, which fork does not survive
     spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(processes, spawn, _die_of_interrupt) as pool:
-        waiting = {pool.submit(_build, job): job for job in jobs}
+    others = set(multiprocessing.active_children())
+    with ProcessPoolExecutor(processes, spawn) as pool:
+        waiting = {}
         try:
+            with shielded():
+                waiting |= {pool.submit(_build, job): job for job in jobs}
             for done in as_completed(waiting):
                 yield done.result()
         except BrokenProcessPool:  # one was killed for its memory, or could not import the main module
             yield from (_build(job) for job in jobs if not _built(*job[:3]).exists())
+        except BaseException:
+            for worker in set(multiprocessing.active_children()) - others:
+                worker.kill()
+            raise
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
-
-
-def _die_of_interrupt() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # without a word: the parent speaks
 
 
 def _copied(source: Source) -> bool:
@@ -143,33 +173,40 @@ def _built(name: str, source: Source, cache: Path) -> Path:
     return cache / "corpora" / f"{name}-{_source_fingerprint(source, cache)[:16]}.jsonl.zst"
 
 
-def _build(job: tuple[str, Source, Path, Path]) -> None:
-    """Write one source to the file `aside`, then rename it: what is killed half-way is not taken for whole."""
+def _build(job: tuple[str, Source, Path, Path], bar: Bar | None = None) -> None:
+    """Write one source to the file `aside`, then rename it: what is killed half-way is not taken for whole.
+
+    bar: goes on by one with each entry of the source.
+    """
     import zstandard
 
     name, source, cache, aside = job
     with aside.open("wb") as file:
         with zstandard.ZstdCompressor(level=3).stream_writer(file, closefd=False) as stream:
-            for document in _made(name, source, cache):
+            for document in _made(name, source, cache, bar=bar):
                 stream.write(json.dumps(asdict(document), ensure_ascii=False).encode("utf-8") + b"\n")
         file.flush()
         os.fsync(file.fileno())
     aside.replace(_built(name, source, cache))
 
 
-def _read(file: Path) -> Iterator[Document]:
+def _read(file: Path, reading: local.Reading) -> Iterator[Document]:
     entry = Entry(license="as recorded", files=str(file))
-    for _, row in local.read(file, entry):
+    for _, row in local.read(file, entry, reading):
         yield Document(**row)
 
 
-def _made(name: str, source: Source, cache: Path) -> Iterator[Document]:
+def _made(
+    name: str, source: Source, cache: Path, reading: local.Reading | None = None, bar: Bar | None = None
+) -> Iterator[Document]:
     """The documents of a source, made from its archives and files."""
     seen = filters.Seen() if _copied(source) else None
     total = 0
     for entry in source.entries:
         size = 0
-        for path, text, license_ in _package(entry, source, cache) if entry.package else local.rows(entry):
+        for path, text, license_ in (
+            _package(entry, source, cache) if entry.package else local.rows(entry, reading)
+        ):
             text = text.encode("utf-8", "replace").decode("utf-8")  # a lone surrogate cannot be written
             if not filters.good(text, source.filter) or (seen and seen.repeats(text)):
                 continue
@@ -181,6 +218,8 @@ def _made(name: str, source: Source, cache: Path) -> Iterator[Document]:
             size, total = size + length, total + length
             ident = hashlib.sha256(f"{name}\0{path}\0{text}".encode()).hexdigest()[:16]
             yield Document(ident, text, name, path, license_)
+        if bar is not None:
+            bar.advance()
     if not total:
         raise ConfigError(f"source {name}: no document passes its filters")
 
@@ -198,12 +237,20 @@ def _package(entry: Entry, source: Source, cache: Path) -> Iterator[tuple[str, s
         yield f"{package}/{path}", text, entry.license
 
 
-def _source_fingerprint(source: Source, cache: Path) -> str:
+def _files(source: Source, cache: Path) -> list[tuple[str, Path]]:
+    """(name, file) of everything that a source is read from."""
+    return [file for entry in source.entries for file in _files_of(entry, cache)]
+
+
+def _files_of(entry: Entry, cache: Path) -> list[tuple[str, Path]]:
+    return [("", packages.archive(entry, cache))] if entry.package else local.files(entry)
+
+
+def _source_fingerprint(source: Source, cache: Path, bar: Bar | None = None) -> str:
     """Hex sha256 of what a source is made of. Where the user's files lie does not count, what they hold does."""
     parts = [extract.VERSION, source.model_dump(exclude={"entries"})]
     for entry in source.entries:
-        read = [("", packages.archive(entry, cache))] if entry.package else local.files(entry)
-        hashes = [(name, packages.sha256(file, cache)) for name, file in read]
+        hashes = [(name, packages.sha256(file, cache, bar)) for name, file in _files_of(entry, cache)]
         parts.append([entry.model_dump(exclude={"files", "sha256"}), hashes])
     return _digest(parts)
 

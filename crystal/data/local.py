@@ -6,10 +6,11 @@ This is how the real SlimPajama (jsonl.zst, `text`, `meta.redpajama_set_name`) a
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import gzip
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,26 @@ from crystal.config import ConfigError
 from crystal.data.recipe import Entry
 
 _SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".jsonl.zst", ".json.zst", ".parquet")
+
+
+class Reading:
+    """How much of some files has been read, for a progress bar: `share` goes from 0 to 1 with their bytes."""
+
+    def __init__(self) -> None:
+        self.total = 0
+        self._done = 0
+        self._at: Callable[[], float] = lambda: 0
+
+    @contextlib.contextmanager
+    def of(self, file: Path, at: Callable[[], float]) -> Iterator[None]:
+        """While `file` is read; at() is how many of its bytes have been."""
+        self._at = at
+        yield
+        self._done, self._at = self._done + file.stat().st_size, lambda: 0
+
+    @property
+    def share(self) -> float:
+        return min((self._done + self._at()) / max(self.total, 1), 1.0)
 
 
 def files(entry: Entry) -> list[tuple[str, Path]]:
@@ -42,14 +63,14 @@ def files(entry: Entry) -> list[tuple[str, Path]]:
     return sorted((file.relative_to(base).as_posix(), file) for file in found)
 
 
-def rows(entry: Entry) -> Iterator[tuple[str, str, str]]:
-    """(path, text, licence) of each row that `entry.where` lets through.
+def rows(entry: Entry, reading: Reading | None = None) -> Iterator[tuple[str, str, str]]:
+    """(path, text, licence) of each row that `entry.where` lets through. reading: is told how far it is.
 
     The path is "file.jsonl:line" ("file.parquet:row"; both from 1), or "file.jsonl:ID" with `id_key`.
     Raises ConfigError naming file and line for a row without its text, and for a file that cannot be read.
     """
     for name, file in files(entry):
-        for number, row in read(file, entry):
+        for number, row in read(file, entry, reading):
             if any(str(_get(row, key)) != value for key, value in entry.where.items()):
                 continue
             text = _get(row, entry.text_key)
@@ -76,9 +97,10 @@ def _get(row: Any, key: str) -> Any:
     return row
 
 
-def read(file: Path, entry: Entry) -> Iterator[tuple[int, Any]]:
+def read(file: Path, entry: Entry, reading: Reading | None = None) -> Iterator[tuple[int, Any]]:
     """(row number from 1, row) of a data file. Raises ConfigError naming the file when it cannot be read."""
-    read = _parquet_rows(file, entry) if file.suffix == ".parquet" else _json_rows(file)
+    reading = reading or Reading()
+    read = _parquet_rows(file, entry, reading) if file.suffix == ".parquet" else _json_rows(file, reading)
     number = 0
     while True:
         try:
@@ -94,31 +116,31 @@ def read(file: Path, entry: Entry) -> Iterator[tuple[int, Any]]:
         yield number, row
 
 
-def _json_rows(file: Path) -> Iterator[tuple[int, Any]]:
-    for number, line in enumerate(_lines(file), 1):
+def _json_rows(file: Path, reading: Reading) -> Iterator[tuple[int, Any]]:
+    for number, line in enumerate(_lines(file, reading), 1):
         yield number, json.loads(line) if line.strip() else {}
 
 
-def _lines(file: Path) -> Iterator[bytes]:
+def _lines(file: Path, reading: Reading) -> Iterator[bytes]:
     if file.suffix != ".zst":
-        with gzip.open(file) if file.suffix == ".gz" else file.open("rb") as stream:
-            yield from stream
+        with file.open("rb") as raw, reading.of(file, raw.tell):
+            yield from gzip.GzipFile(fileobj=raw) if file.suffix == ".gz" else raw
         return
     rest = b""
-    for chunk in _zstandard_chunks(file):
+    for chunk in _zstandard_chunks(file, reading):
         *lines, rest = (rest + chunk).split(b"\n")
         yield from lines
     if rest:
         yield rest
 
 
-def _zstandard_chunks(file: Path) -> Iterator[bytes]:
+def _zstandard_chunks(file: Path, reading: Reading) -> Iterator[bytes]:
     """The content of all frames. The library's own reader takes a file cut short for a whole one."""
     import zstandard
 
     frame = zstandard.ZstdDecompressor().decompressobj()
     inside = False
-    with file.open("rb") as stream:
+    with file.open("rb") as stream, reading.of(file, stream.tell):
         while block := stream.read(1 << 18):
             while block:
                 yield frame.decompress(block)
@@ -129,7 +151,7 @@ def _zstandard_chunks(file: Path) -> Iterator[bytes]:
         raise EOFError("the file ends inside a frame")
 
 
-def _parquet_rows(file: Path, entry: Entry) -> Iterator[tuple[int, dict]]:
+def _parquet_rows(file: Path, entry: Entry, reading: Reading) -> Iterator[tuple[int, dict]]:
     import pyarrow.parquet
 
     with pyarrow.parquet.ParquetFile(file) as table:
@@ -139,8 +161,9 @@ def _parquet_rows(file: Path, entry: Entry) -> Iterator[tuple[int, dict]]:
         keys = [entry.text_key, entry.id_key, entry.license_key, *entry.where]
         wanted = {key for key in keys if key} | {key.partition(".")[0] for key in keys if key}
         columns = [name for name in names if name in wanted]
-        number = 0
-        for batch in table.iter_batches(batch_size=256, columns=columns):
-            for row in batch.to_pylist():
-                number += 1
-                yield number, row
+        number, each = 0, file.stat().st_size / max(table.metadata.num_rows, 1)
+        with reading.of(file, lambda: number * each):
+            for batch in table.iter_batches(batch_size=256, columns=columns):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield number, row

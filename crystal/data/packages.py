@@ -19,14 +19,21 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+import time
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from crystal.config import ConfigError
 from crystal.data.recipe import PACKAGE, Entry
+from crystal.interrupts import child, end_children
+from crystal.progress import Bar
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 _EMPTY_BACKEND = """\
 import email, os, shutil
@@ -57,16 +64,16 @@ _BACKENDS = (
 _NO_NETWORK = "no network, or the package index does not answer"
 
 
-def fetch(entries: list[Entry], cache: Path, what: str) -> None:
+def fetch(entries: list[Entry], cache: Path, what: str, console: Console | None = None) -> None:
     """Have the archive of every package in cache/packages; those already there are not asked for again.
 
-    what: a name for the progress bar. Raises ConfigError naming the package when its client is missing, finds
-    no network or no such package, or when an archive is not the one the recipe pins.
+    what: a name for the progress bar on `console`. Raises ConfigError naming the package when its client is
+    missing, finds no network or no such package, or when an archive is not the one the recipe pins.
     """
     wanted = {_folder(entry, cache): entry for entry in entries if entry.package}
     missing = [entry for folder, entry in wanted.items() if not _archives(folder)]
     if missing:
-        _fetch_all(missing, cache, what)
+        _fetch_all(missing, cache, what, console)
     for entry in entries:
         if entry.package:
             archive(entry, cache)
@@ -102,19 +109,20 @@ def _archives(folder: Path) -> list[Path]:
     return sorted(folder.iterdir()) if folder.is_dir() else []
 
 
-def _fetch_all(entries: list[Entry], cache: Path, what: str) -> None:
-    from rich.console import Console
-    from rich.progress import Progress
-
-    with Progress(console=Console(stderr=True)) as bar, ThreadPoolExecutor(4) as pool:
-        task = bar.add_task(f"fetching packages of {what}", total=len(entries))
-        jobs = [pool.submit(_fetch_one, entry, cache) for entry in entries]
+def _fetch_all(entries: list[Entry], cache: Path, what: str, console: Console | None = None) -> None:
+    with Bar(console, f"fetching packages of {what}", len(entries)) as bar, ThreadPoolExecutor(4) as pool:
+        jobs: dict[Future, Entry] = {}
         try:
+            jobs |= {pool.submit(_fetch_one, entry, cache): entry for entry in entries}
             for job in as_completed(jobs):
                 job.result()
-                bar.advance(task)
+                bar.numbers = jobs[job].package
+                bar.advance()
         except BaseException:
-            pool.shutdown(cancel_futures=True)
+            pool.shutdown(wait=False, cancel_futures=True)
+            while any(job.running() for job in jobs):  # apt-get may be asked twice
+                end_children()
+                time.sleep(0.05)
             raise
 
 
@@ -171,17 +179,26 @@ def _apt(spec: str, into: Path, package: str) -> None:
         if _NO_NETWORK in str(error) or not shutil.which("apt-get"):
             raise
         # without lists no package is known, and old ones name files that the mirror no longer has
-        subprocess.run(["apt-get", "update", "-qq"], cwd=into, check=False, capture_output=True)
+        _client(["apt-get", "update", "-qq"], into)
         _run(command, into, package)
 
 
 def _run(command: list[str], into: Path, package: str, env: dict | None = None) -> None:
     try:
-        done = subprocess.run(command, cwd=into, env=env, capture_output=True, text=True, check=False)
+        code, said = _client(command, into, env)
     except FileNotFoundError:
         raise ConfigError(f"{package}: expected the command '{command[0]}', which is not installed") from None
-    if done.returncode:
-        raise ConfigError(f"{package}: not downloaded: {_reason(done.stderr)}")
+    if code:
+        raise ConfigError(f"{package}: not downloaded: {_reason(said)}")
+
+
+def _client(command: list[str], into: Path, env: dict | None = None) -> tuple[int, str]:
+    """Run a package client in the folder `into`; its exit status and what it said on stderr."""
+    env = (env or dict(os.environ)) | {"TMPDIR": str(into.parent)}  # what it leaves when it is ended goes with that
+    said = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True, "errors": "replace"}
+    with child(command, cwd=into, env=env, **said) as process:
+        _, words = process.communicate()
+    return process.returncode, words
 
 
 def _reason(stderr: str) -> str:
@@ -198,18 +215,34 @@ def _reason(stderr: str) -> str:
 # ------------------------------------------------------------------------------------------------- hashes
 
 
-def sha256(file: Path, cache: Path) -> str:
-    """Hex sha256 of a file. Remembered in the cache by path, size and time, since corpora may be large."""
-    stat = file.stat()
-    key = hashlib.sha256(f"{file.resolve()}\0{stat.st_size}\0{stat.st_mtime_ns}".encode()).hexdigest()
-    known = cache / "hashes" / key
+def sha256(file: Path, cache: Path, bar: Bar | None = None) -> str:
+    """Hex sha256 of a file. Remembered in the cache by path, size and time, since corpora may be large.
+
+    bar: goes on by the bytes that are read.
+    """
+    known = _remembered(file, cache)
     if known.is_file() and len(found := known.read_text(encoding="ascii")) == 64:
         return found
+    digest = hashlib.sha256()
     with file.open("rb") as stream:
-        found = hashlib.file_digest(stream, "sha256").hexdigest()
+        while block := stream.read(1 << 20):
+            digest.update(block)
+            if bar is not None:
+                bar.advance(len(block))
     known.parent.mkdir(parents=True, exist_ok=True)
-    known.write_text(found, encoding="ascii")  # half a hash is not 64 digits, see above
-    return found
+    known.write_text(digest.hexdigest(), encoding="ascii")  # half a hash is not 64 digits, see above
+    return digest.hexdigest()
+
+
+def unknown_bytes(files: Iterable[Path], cache: Path) -> int:
+    """How much `sha256` has to read of these files."""
+    return sum(file.stat().st_size for file in files if not _remembered(file, cache).is_file())
+
+
+def _remembered(file: Path, cache: Path) -> Path:
+    stat = file.stat()
+    key = hashlib.sha256(f"{file.resolve()}\0{stat.st_size}\0{stat.st_mtime_ns}".encode()).hexdigest()
+    return cache / "hashes" / key
 
 
 # ------------------------------------------------------------------------------------------------ members

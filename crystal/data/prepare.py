@@ -30,13 +30,13 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from crystal.config import ConfigError, Strict, cache_dir, nearest
-from crystal.data import corpus, pack, store
-from crystal.data.tokenizer import Tokenizer, train_tokenizer
+from crystal.data import corpus, local, pack, store
+from crystal.data.tokenizer import Tokenizer, padded, train_tokenizer
 from crystal.files import sha256_of, sync
+from crystal.progress import Bar
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.progress import Progress, TaskID
 
     from crystal.data.corpus import Document, Recipe
 
@@ -47,16 +47,16 @@ _BATCH_CHARS = 1 << 21
 class TrainTokenizer(Strict):
     """A vocabulary trained here, on a sample of every source."""
 
-    vocab_size: int = Field(ge=300, le=1 << 20)
-    bytes_per_source: int = Field(default=10_000_000, gt=0)
+    vocab_size: int = Field(ge=300, le=1 << 20, description="pieces to train, before added tokens and padding")
+    bytes_per_source: int = Field(default=10_000_000, gt=0, description="text of each source to train on")
 
 
 class TokenizerConfig(Strict):
     """`train:` one, or the `path:` of a published one (sentencepiece `.model` or `tokenizer.json`)."""
 
     train: TrainTokenizer | None = None
-    path: Path | None = None
-    added_tokens: bool = True
+    path: Path | None = Field(None, description="file of a published vocabulary; null: one is trained")
+    added_tokens: bool = Field(True, description="whether CrystalCoder's 22 added tokens follow the vocabulary")
 
     @model_validator(mode="after")
     def _one_of_two(self) -> Self:
@@ -68,15 +68,22 @@ class TokenizerConfig(Strict):
 class DataConfig(Strict):
     """`data:` of a run. The row length comes from the curriculum, the sources from its stages."""
 
-    corpus: str
+    corpus: str = Field(description="a recipe file, or the name of a packaged one")
     tokenizer: TokenizerConfig
-    bos: bool = True
-    overlap: bool = True
-    min_tokens: int = Field(default=10, ge=0)
-    val_fraction: float = Field(default=0.01, ge=0, lt=1)
-    val_rows: int = Field(default=256, ge=0)
-    shuffle_seed: int = 0
-    dir: Path | None = None
+    bos: bool = Field(True, description="whether a document starts with the BOS token")
+    overlap: bool = Field(True, description="whether a row starts with the last token of the row before")
+    min_tokens: int = Field(default=10, ge=0, description="shorter documents are left out")
+    val_fraction: float = Field(default=0.01, ge=0, lt=1, description="share of documents held out for validation")
+    val_rows: int = Field(default=256, ge=0, description="validation rows of each source at most")
+    shuffle_seed: int = Field(0, description="of the order in which documents are packed into rows")
+    dir: Path | None = Field(None, description="where token stores are kept; null: in the cache")
+
+
+def vocab_size(config: TokenizerConfig) -> int | None:
+    """How many ids the tokenizer has or will have, added tokens and padding counted; None where its file is missing."""
+    if config.train is not None:
+        return padded(config.train.vocab_size, config.added_tokens)
+    return Tokenizer.load(config.path, added_tokens=config.added_tokens).vocab_size if config.path.is_file() else None
 
 
 def prepare(
@@ -100,16 +107,16 @@ def prepare(
     for name in names:
         if name not in known:
             raise ConfigError(f"{where}: data.corpus: '{data.corpus}' has no source '{name}'{nearest(name, known)}")
-    corpus_fingerprint = recipe.fingerprint
+    corpus_fingerprint = corpus.fingerprint(recipe, console)
     tokenizer = _tokenizer(data.tokenizer, recipe, corpus_fingerprint, names, where, console)
     parts = [_FORMAT, corpus_fingerprint, tokenizer.sha256, tokenizer.added_tokens, seq_len, names]
     fingerprint = _digest([*parts, data.model_dump(exclude={"corpus", "tokenizer", "dir"})])
     directory = (data.dir or cache_dir() / "stores") / f"{recipe.name}-{seq_len}-{fingerprint[:16]}"
-    with _only_one(directory):
+    with _only_one(directory, console):
         if not _opens(directory, tokenizer):
-            corpus.build(recipe, cache_dir(), names)
-            with _progress(console) as progress, _aside(directory) as partial:
-                build = _Build(data, seq_len, recipe, tokenizer, partial, where, progress)
+            corpus.build(recipe, cache_dir(), names, console=console)
+            with Bar(console) as bar, _aside(directory) as partial:
+                build = _Build(data, seq_len, recipe, tokenizer, partial, where, bar)
                 entries = {name: build.source(name) for name in names}
                 build.seal(entries, store.CorpusEntry(name=recipe.name, fingerprint=corpus_fingerprint), fingerprint)
     return directory
@@ -128,13 +135,13 @@ def _tokenizer(
         return Tokenizer.load(config.path, added_tokens=config.added_tokens)
     key = _digest([_FORMAT, corpus_fingerprint, names, config.train.model_dump()])
     path = cache_dir() / "tokenizers" / f"{recipe.name}-{config.train.vocab_size}-{key[:16]}.model"
-    with _only_one(path):
+    with _only_one(path, console):
         if not path.is_file():
-            corpus.build(recipe, cache_dir(), names)
-            with _progress(console) as progress:
-                texts = _sample(recipe, names, config.train.bytes_per_source, progress)
+            corpus.build(recipe, cache_dir(), names, console=console)
+            with Bar(console) as bar:
+                texts = _sample(recipe, names, config.train.bytes_per_source, bar)
                 try:
-                    train_tokenizer(texts, config.train.vocab_size, path)
+                    train_tokenizer(texts, config.train.vocab_size, path, bar)
                 except ConfigError as error:
                     raise ConfigError(f"{where}: data.tokenizer.train: {error}") from None
     return Tokenizer.load(path, added_tokens=config.added_tokens)
@@ -144,14 +151,16 @@ def _digest(value: object) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def _sample(recipe: Recipe, sources: list[str], budget: int, progress: Progress) -> Iterator[str]:
+def _sample(recipe: Recipe, sources: list[str], budget: int, bar: Bar) -> Iterator[str]:
     """Texts to train a vocabulary on: of each source those with the smallest hash, up to `budget` bytes."""
     for source in sources:
-        task = progress.add_task(f"sampling {source} for the tokenizer", total=None)
+        bar.begin(f"sampling {source} for the tokenizer", 1)
+        reading = local.Reading()
         held: list[tuple[float, str, str]] = []  # a heap with the largest hash on top
         size, limit = 0, 1.0
-        for document in corpus.documents(recipe, source, cache_dir()):
-            progress.advance(task)
+        for number, document in enumerate(corpus.documents(recipe, source, cache_dir(), reading), 1):
+            bar.shown = f"{number:,} documents"
+            bar.reach(reading.share)
             key = pack.hash_fraction("tokenizer sample", document.id)
             if key >= limit:
                 continue
@@ -160,7 +169,6 @@ def _sample(recipe: Recipe, sources: list[str], budget: int, progress: Progress)
             while size > budget and len(held) > 1:
                 largest, _, text = heapq.heappop(held)
                 size, limit = size - len(text.encode("utf-8", "replace")), -largest
-        progress.remove_task(task)
         yield from (text for _, _, text in sorted(held, reverse=True))
 
 
@@ -175,10 +183,10 @@ class _Build:
         tokenizer: Tokenizer,
         partial: Path,
         where: str,
-        progress: Progress,
+        bar: Bar,
     ) -> None:
         self.data, self.seq_len, self.recipe, self.tokenizer = data, seq_len, recipe, tokenizer
-        self.partial, self.where, self.progress = partial, where, progress
+        self.partial, self.where, self.bar = partial, where, bar
         self.dtype = pack.token_dtype(tokenizer.vocab_size)
 
     def source(self, name: str) -> store.SourceEntry:
@@ -207,22 +215,19 @@ class _Build:
                 train.add(record, tokens)
 
         log = _Log(self.partial / name / "documents.jsonl")
-        task = self.progress.add_task(f"{name}: packing", total=train.tokens)
-        shards = self._write(name, "train", log.each("train", train.shuffled()), None, task)
-        shards += self._write(name, "val", log.each("val", held_out), data.val_rows, task)
+        self.bar.begin(f"{name}: packing", train.tokens + taken)
+        shards = self._write(name, "train", log.each("train", train.shuffled()), None)
+        shards += self._write(name, "val", log.each("val", held_out), data.val_rows)
         log.close()
-        self.progress.remove_task(task)
         rows = {s: sum(shard.rows for shard in shards if f"/{s}-" in shard.file) for s in store.SPLITS}
         if not rows["train"]:
             raise ConfigError(
                 f"{self.where}: data.corpus: source '{name}' of '{data.corpus}' has {train.tokens} tokens, "
                 f"expected at least the {seq_len + 1} of one row"
             )
-        self.progress.console.print(
+        self.bar.note(
             f"{name}: train {log.documents['train']:,} documents, {log.tokens['train']:,} tokens, "
-            f"{rows['train']:,} rows; val {log.documents['val']:,} documents, {rows['val']:,} rows",
-            soft_wrap=True,
-            highlight=False,
+            f"{rows['train']:,} rows; val {log.documents['val']:,} documents, {rows['val']:,} rows"
         )
         return store.SourceEntry(
             licenses=sorted(log.licenses),
@@ -266,29 +271,32 @@ class _Build:
 
     def _tokenized(self, name: str) -> Iterator[tuple[Document, list[int]]]:
         """Documents with their ids; one batch is tokenized while the next is read."""
-        task = self.progress.add_task(f"{name}: tokenizing", total=None)
-        with ThreadPoolExecutor(1) as pool:
+        self.bar.begin(f"{name}: tokenizing", 1)
+        reading, read = local.Reading(), 0
+        pool = ThreadPoolExecutor(1)
+        try:
             waiting: tuple[list[Document], Future] | None = None
-            for batch in _batches(corpus.documents(self.recipe, name, cache_dir())):
+            for batch in _batches(corpus.documents(self.recipe, name, cache_dir(), reading)):
                 ahead = batch, pool.submit(self.tokenizer.encode_many, [document.text for document in batch])
                 if waiting:
                     yield from zip(waiting[0], waiting[1].result(), strict=True)
                 waiting = ahead
-                self.progress.advance(task, len(batch))
+                read += len(batch)
+                self.bar.shown = f"{read:,} documents"
+                self.bar.reach(reading.share)
             if waiting:
                 yield from zip(waiting[0], waiting[1].result(), strict=True)
-        self.progress.remove_task(task)
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)  # whoever interrupts does not wait for a batch
 
-    def _write(
-        self, name: str, split: str, stream: Iterable[np.ndarray], limit: int | None, task: TaskID
-    ) -> list[store.Shard]:
+    def _write(self, name: str, split: str, stream: Iterable[np.ndarray], limit: int | None) -> list[store.Shard]:
         writer = store.ShardWriter(self.partial, name, split, self.seq_len, self.dtype)
         written = 0
         for rows in pack.windows(stream, self.seq_len, self.data.overlap):
             kept = rows if limit is None else rows[: limit - written]
             writer.write(kept)
             written += len(kept)
-            self.progress.advance(task, kept.size)
+            self.bar.reach(min(self.bar.completed + kept.size, self.bar.total))  # rows overlap by a token
         writer.close()
         return writer.shards
 
@@ -341,11 +349,15 @@ def _opens(directory: Path, tokenizer: Tokenizer) -> bool:
 
 
 @contextlib.contextmanager
-def _only_one(path: Path) -> Iterator[None]:
+def _only_one(path: Path, console: Console | None) -> Iterator[None]:
     """Hold a lock beside `path`; a process that dies lets go of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path.with_name(f".{path.name}.lock"), "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            with Bar(console, f"waiting for another process, which makes {path.name}"):
+                fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
@@ -362,13 +374,3 @@ def _aside(directory: Path) -> Iterator[Path]:
         sync(directory.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def _progress(console: Console | None) -> Iterator[Progress]:
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-    with Progress(*columns, console=console or Console(stderr=True), transient=True) as progress:
-        yield progress

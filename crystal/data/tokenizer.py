@@ -20,16 +20,21 @@ is 29871 13 1678 736.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-import io
 import json
 import os
 import re
+import subprocess
+import sys
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from crystal.config import ConfigError
+from crystal.interrupts import child
+from crystal.progress import Bar
 
 _NAMES = """ fim_prefix fim_middle fim_suffix fim_pad filename gh_stars issue_start issue_comment
 issue_closed jupyter_start jupyter_text jupyter_code jupyter_output empty_output commit_before commit_msg
@@ -41,6 +46,13 @@ ADDED_TOKENS = tuple(f"<|{name}|>" for name in _NAMES.split())
 _SPACE = "\u2581"  # SentencePiece's visible space
 _BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
 _TRAIN_THREADS = 2  # written into the trained model, so a constant: same texts, same file anywhere
+_TRAINER = Path(__file__).with_name("train_vocabulary.py")
+_META_AND_BYTES = 3 + 256  # pieces of a vocabulary that are neither characters nor merges
+
+
+def padded(n_base: int, added_tokens: bool) -> int:
+    """The size of a vocabulary of `n_base` ids with CrystalCoder's added tokens behind, as a multiple of 32."""
+    return -(-(n_base + (len(ADDED_TOKENS) if added_tokens else 0)) // 32) * 32
 
 
 class Tokenizer:
@@ -59,7 +71,7 @@ class Tokenizer:
         self.n_base = len(pieces)
         names = ADDED_TOKENS if added_tokens else ()
         self.added = {name: self.n_base + i for i, name in enumerate(names)}
-        self.vocab_size = -(-(self.n_base + len(names)) // 32) * 32
+        self.vocab_size = padded(self.n_base, added_tokens)
         self.bos_id, self.eos_id = pieces.index("<s>"), pieces.index("</s>")
         self.pad_id = self.eos_id
         self.fim_prefix = self.added.get("<|fim_prefix|>")
@@ -118,47 +130,75 @@ class Tokenizer:
         return "".join(out)
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int, out_path: str | Path) -> Tokenizer:
+def train_tokenizer(
+    texts: Iterable[str], vocab_size: int, out_path: str | Path, bar: Bar | None = None
+) -> Tokenizer:
     """Train a byte-pair vocabulary of `vocab_size` base ids on `texts`, write it to `out_path` and load it.
 
     LLaMA's settings: byte fallback, text taken as it is (identity normalization), digits apart, pieces of
     spaces only allowed, 99.995 % of characters covered. Trained line by line, so a newline stays a byte
-    token. The same texts in the same order give the same file. Raises ConfigError when the texts cannot
-    fill the vocabulary.
+    token. The same texts in the same order give the same file. bar: where it shows how far it is. Raises
+    ConfigError when the texts cannot fill the vocabulary.
     """
-    import sentencepiece
-
-    model = io.BytesIO()
-    try:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=_lines(texts),
-            model_writer=model,
-            model_type="bpe",
-            vocab_size=vocab_size,
-            byte_fallback=True,
-            normalization_rule_name="identity",
-            remove_extra_whitespaces=False,
-            add_dummy_prefix=True,
-            split_digits=True,
-            allow_whitespace_only_pieces=True,
-            character_coverage=0.99995,
-            unk_id=0,
-            bos_id=1,
-            eos_id=2,
-            pad_id=-1,
-            shuffle_input_sentence=False,
-            num_threads=_TRAIN_THREADS,
-            minloglevel=2,
-        )
-    except (RuntimeError, OSError) as error:
-        reason = str(error).rpartition("] ")[2].strip() or "there is no text"
-        raise ConfigError(f"a vocabulary of {vocab_size} cannot be trained: {reason}") from None
+    settings = {
+        "model_type": "bpe",
+        "vocab_size": vocab_size,
+        "byte_fallback": True,
+        "normalization_rule_name": "identity",
+        "remove_extra_whitespaces": False,
+        "add_dummy_prefix": True,
+        "split_digits": True,
+        "allow_whitespace_only_pieces": True,
+        "character_coverage": 0.99995,
+        "unk_id": 0,
+        "bos_id": 1,
+        "eos_id": 2,
+        "pad_id": -1,
+        "shuffle_input_sentence": False,
+        "num_threads": _TRAIN_THREADS,
+    }
+    model = _train(settings, _lines(texts), bar or Bar(None))
     out_path = Path(out_path)
     out_path.parent.mkdir(parents=True, exist_ok=True)
     aside = out_path.with_name(f"{out_path.name}.{os.getpid()}.partial")
-    aside.write_bytes(model.getvalue())
+    aside.write_bytes(model)
     os.replace(aside, out_path)
     return Tokenizer.load(out_path)
+
+
+def _train(settings: dict, lines: Iterable[str], bar: Bar) -> bytes:
+    """The trained model. In a process of its own: the trainer cannot be interrupted, a process can."""
+    size = settings["vocab_size"]
+    command = [sys.executable, "-P", str(_TRAINER), json.dumps(settings)]
+    with child(command, **dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)) as process:
+        said: list[str] = []
+        listener = threading.Thread(target=_follow, args=(process.stderr, size, bar, said))
+        listener.start()
+        with contextlib.suppress(BrokenPipeError):  # it has ended, and says why below
+            for line in lines:
+                process.stdin.write(line.encode("utf-8") + b"\n")
+            bar.begin("training the tokenizer")
+            process.stdin.close()
+        output = process.stdout.read()
+        process.wait()
+        listener.join()
+    if process.returncode == 0:
+        return output
+    if process.returncode == 3:
+        reason = output.decode("utf-8", "replace").rpartition("] ")[2].strip() or "there is no text"
+    else:
+        reason = f"its process ended with {process.returncode}: {''.join(said) or 'no message'}"
+    raise ConfigError(f"a vocabulary of {size} cannot be trained: {reason}")
+
+
+def _follow(log: IO[bytes], vocab_size: int, bar: Bar, said: list[str]) -> None:
+    """Show how many merges of how many the trainer has made; `said` holds its last line."""
+    for line in log:
+        said[:] = [line.decode("utf-8", "replace").strip()]
+        if match := re.search(r"Alphabet size=(\d+)", said[0]):
+            bar.begin("training the tokenizer", max(vocab_size - int(match[1]) - _META_AND_BYTES, 1))
+        elif (match := re.search(r"(?:merges|size)=(\d+)", said[0])) and bar.total is not None:
+            bar.reach(min(int(match[1]), bar.total))
 
 
 def _lines(texts: Iterable[str]) -> Iterator[str]:

@@ -46,7 +46,8 @@ FINITE = -0.35  # how far below 0 a correct model may lie after updates at width
 @dataclass
 class CoordCheck(Report):
     """A report that keeps its measurements, for plots. along: width or depth; sizes: those measured; blocks: start of
-    the names of what is inside residual blocks."""
+    the names of what is inside residual blocks; settings: what else the caller says of how it was made, for captions.
+    """
 
     along: Along = "width"
     sizes: tuple[int, ...] = ()
@@ -54,6 +55,7 @@ class CoordCheck(Report):
     label: str = ""
     measured: list[Measured] = field(default_factory=list)
     blocks: str = "blocks."
+    settings: dict[str, float | int | str] = field(default_factory=dict)
 
 
 def coord_check(

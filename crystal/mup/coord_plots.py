@@ -1,147 +1,150 @@
-"""The coordinate check as a picture and a page: small multiples, a column for each parametrization.
-
-Colours are Okabe and Ito's, which stay apart for colour-blind readers; what fails is also drawn thicker and marked.
-"""
+"""The coordinate check as a figure for a paper: a column for each check, a row for each quantity, both axes in log2."""
 
 from __future__ import annotations
 
-import base64
-import html
 import io
+import math
+import textwrap
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
-from crystal.mup.coord_check import CoordCheck, by_depth
-from crystal.mup.verdict import summary
+from crystal.mup.coord_check import CoordCheck
+from crystal.mup.coord_panels import (
+    COLORS,
+    FAILS,
+    OPEN,
+    Panel,
+    bundles,
+    caption,
+    exponent,
+    limits,
+    panels,
+    quantities,
+    spread,
+)
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
-COLOURS = {
-    "tensor": "#0072B2",  # blue
-    "attention": "#009E73",  # green
-    "mlp": "#E69F00",  # orange
-    "residual": "#CC79A7",  # pink
-    "output": "#000000",
-    "FAIL": "#D55E00",  # vermilion
-}
+Format = Literal["png", "pdf", "svg"]
+FORMATS: tuple[Format, ...] = ("png", "pdf", "svg")
+_LABELS, _LETTERS = 15, 30  # beside a panel, and of one of them
 
 
 def figure(checks: Sequence[CoordCheck]) -> Figure:
-    """One column a check, one row a quantity, both axes logarithmic; the y axis is shared along a row."""
-    from matplotlib.figure import Figure
+    """The first check is the one asked about; the others, of the same sizes, stand beside it for comparison.
 
-    quantities = _quantities(checks[-1])
-    fig = Figure(figsize=(4.2 * len(checks) + 1.2, 2.1 * len(quantities) + 0.8), layout="constrained")
-    axes = fig.subplots(len(quantities), len(checks), squeeze=False, sharey="row", sharex=True)
-    for column, check in enumerate(checks):
-        verdicts = {(r.name, r.quantity): r.verdict for r in check.rows}
-        for line, (quantity, step) in enumerate(quantities):
-            ax = axes[line][column]
-            label = _label(quantity, step)
-            for name, ys in _lines(check, quantity, step).items():
-                verdict = verdicts.get((name, label))
-                if verdict is None or min(ys) <= 0:
-                    continue
-                failed = verdict == "FAIL"
-                colour = COLOURS["FAIL" if failed else _kind(name, quantity)]
-                style = {"linewidth": 1.8, "marker": "x"} if failed else {"linewidth": 0.9, "marker": "."}
-                ax.plot(check.sizes, ys, color=colour, markersize=4, **style)
-            ax.set_xscale("log", base=2)
-            ax.set_yscale("log", base=2)
-            ax.grid(alpha=0.25)
-            ax.tick_params(labelsize=7)
-            if column == 0:
-                ax.set_ylabel(label, fontsize=9)
-        axes[0][column].set_title(f"{check.label or 'check'}: {check.verdict}", fontsize=10)
-        axes[-1][column].set_xlabel(check.along, fontsize=9)
-    for (low, high), ax in ((row[0].get_ylim(), row[0]) for row in axes):
-        if high < 4 * low:  # at least two octaves, or noise fills the panel
-            ax.set_ylim((low * high) ** 0.5 / 2, (low * high) ** 0.5 * 2)
-    handles = [axes[0][0].plot([], [], color=c, label="fails" if k == "FAIL" else k)[0] for k, c in COLOURS.items()]
-    fig.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize=8, frameon=False)
+    The y axis is shared along a row. Lines are named at their right end, expected slopes are dashed, and what fails is
+    vermilion, thicker and on top.
+    """
+    shown = quantities(checks[0])
+    drawn = [panels(check, shown) for check in checks]
+    said = textwrap.wrap(caption(checks[0]), 78 * len(checks))
+    keys = _keys(checks, {line.kind for column in drawn for panel in column for line in panel.lines})
+    lines_below = len(said) + math.ceil(len(keys) / (4 * len(checks)))
+    fig, axes = _grid(len(shown), len(checks), 0.65 + 0.15 * lines_below)
+    for line in range(len(shown)):
+        row = [column[line] for column in drawn]
+        axes[line][0].set_ylabel(row[0].statistic, fontsize=8)
+        low, high = limits(row, checks[0].sizes[-1] / checks[0].sizes[0])
+        for ax, check, panel in zip(axes[line], checks, row, strict=True):
+            _draw(ax, check, panel)
+            _name(ax, panel, low, high)
+        axes[line][0].set_ylim(low, high)
+    for ax, check in zip(axes[0], checks, strict=True):
+        beside = "" if check is checks[0] else " (for comparison)"
+        title = f"{check.label or 'model'}: {check.verdict}{beside}"
+        ax.annotate(title, (0.5, 1.2), xycoords="axes fraction", ha="center", fontsize=10, parse_math=False)
+    for ax, check in zip(axes[-1], checks, strict=True):
+        ax.set_xlabel(check.along, fontsize=8)
+    below = fig.legend(
+        handles=keys, loc="lower center", ncols=4 * len(checks), fontsize=7.5, frameon=False,
+        title="\n".join(said), title_fontsize=7.5,
+    )  # fmt: skip
+    below.get_title().set_parse_math(False)
     return fig
 
 
-def draw(checks: Sequence[CoordCheck], path: Path) -> None:
-    """Write the picture as PNG."""
-    path.write_bytes(_png(checks))
+def _grid(rows: int, columns: int, below: float) -> tuple[Figure, Sequence[Sequence[Axes]]]:
+    """Axes with room for names at their right and `below` inches for what stands under them. Places are set, not found
+    by a layout engine, which takes as long as the drawing."""
+    from matplotlib.figure import Figure
+
+    width, height = 0.8 + (3.1 + 1.7) * columns, 0.5 + 1.75 * rows - 0.35 + below
+    fig = Figure(figsize=(width, height))
+    spaces = {"left": 0.8 / width, "right": 1 - 1.7 / width, "wspace": 1.7 / 3.1}
+    spaces |= {"top": 1 - 0.5 / height, "bottom": below / height, "hspace": 0.35 / 1.4}
+    return fig, fig.subplots(rows, columns, squeeze=False, sharey="row", sharex=True, gridspec_kw=spaces)
 
 
-def _png(checks: Sequence[CoordCheck]) -> bytes:
+def _keys(checks: Sequence[CoordCheck], kinds: set[str]) -> list[Line2D]:
+    from matplotlib.lines import Line2D
+
+    keys = [Line2D([], [], color=color, marker=".", label=kind) for kind, color in COLORS.items() if kind in kinds]
+    keys.append(Line2D([], [], color=FAILS, marker="x", lw=1.8, label="fails"))
+    if any(row.verdict == "INCONCLUSIVE" for check in checks for row in check.rows):
+        keys.append(Line2D([], [], color=OPEN, marker="o", mfc="white", label="inconclusive"))
+    return [*keys, Line2D([], [], color="0.35", ls="--", lw=1, label="expected slope")]
+
+
+def render(checks: Sequence[CoordCheck], form: Format) -> bytes:
+    """The figure as a file's content. PDF embeds TrueType fonts, which journals ask for."""
+    import matplotlib
+
     buffer = io.BytesIO()
-    figure(checks).savefig(buffer, format="png", dpi=110)
+    with matplotlib.rc_context({"pdf.fonttype": 42}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from")  # a name in letters that the font lacks
+        figure(checks).savefig(buffer, format=form, dpi=130, metadata={"Title": "coordinate check"})
     return buffer.getvalue()
 
 
-def _quantities(check: CoordCheck) -> list[tuple[str, int]]:
-    """(quantity, step or 0) of the rows of the picture, those that are judged; the tensors' own come first."""
-    last, judged = check.steps, {row.quantity for row in check.rows}
-    shown = [("init", 0), ("update", 0), ("push", 0), ("size", 1), ("size", last), ("change", last)]
-    return [(q, s) for q, s in shown if _label(q, s) in judged]
+def draw(checks: Sequence[CoordCheck], path: Path) -> None:
+    """Write the figure in the format that the path's suffix names."""
+    path.write_bytes(render(checks, path.suffix.removeprefix(".")))
 
 
-def _label(quantity: str, step: int) -> str:
-    return f"{quantity} t={step}" if step else quantity
+def _draw(ax: Axes, check: CoordCheck, panel: Panel) -> None:
+    ax.set_xscale("log", base=2)
+    ax.set_yscale("log", base=2)
+    ax.set_xticks(check.sizes, [str(size) for size in check.sizes])
+    ax.minorticks_off()
+    ax.grid(alpha=0.25, lw=0.6)
+    ax.tick_params(labelsize=7)
+    first, last = check.sizes[0], check.sizes[-1]
+    for z, line in enumerate(panel.lines):
+        style = {
+            "PASS": {"color": COLORS[line.kind], "lw": 1, "marker": ".", "ms": 4},
+            "INCONCLUSIVE": {"color": OPEN, "lw": 1.3, "marker": "o", "ms": 4, "mfc": "white"},
+            "FAIL": {"color": FAILS, "lw": 1.6, "marker": "x", "ms": 5},
+        }[line.row.verdict]
+        ax.plot(check.sizes, line.values, zorder=3 + z / 1000, **style)
+    for power in panel.expected:
+        begin = panel.guide(power)
+        ends = [begin, begin * (last / first) ** power]
+        ax.plot([first, last], ends, color="0.35", ls=(0, (4, 3)), lw=1, zorder=5)
+    expected = ", ".join(map(exponent, panel.expected))
+    note = f"expected slope {expected}; {panel.count()}" if panel.lines else panel.count()
+    if panel.left_out:
+        note += f"; zero or not finite, so not drawn: {', '.join(panel.left_out[:2])}"
+        note += f" +{len(panel.left_out) - 2}" if len(panel.left_out) > 2 else ""
+    ax.set_title(note, loc="left", fontsize=7, color="0.25", parse_math=False)
 
 
-def _lines(check: CoordCheck, quantity: str, step: int) -> dict[str, list[float]]:
-    """name → mean over seeds at each size, for names that every size has."""
-    values: dict[str, dict[int, list[float]]] = {}
-    for m in check.measured:
-        for (name, q, t), value in m.values.items():
-            if check.along == "depth":
-                name = by_depth(name, m.size, check.blocks)
-            if q == quantity and (step in (0, t)):
-                values.setdefault(name, {}).setdefault(m.size, []).append(value)
-    return {
-        name: [sum(by_size[s]) / len(by_size[s]) for s in check.sizes]
-        for name, by_size in values.items()
-        if len(by_size) == len(check.sizes)
-    }
+def _name(ax: Axes, panel: Panel, low: float, high: float) -> None:
+    """Names at the right ends of the lines, pushed apart where they would touch."""
+    from matplotlib.collections import LineCollection
 
-
-def _kind(name: str, quantity: str) -> str:
-    if quantity in ("init", "update", "push"):
-        return "tensor"
-    if name == "output":
-        return "output"
-    return "attention" if "attn" in name else "mlp" if "mlp" in name else "residual"
-
-
-_STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem;color:#222}
-table{border-collapse:collapse;font-size:13px}td,th{padding:.15rem .7rem;text-align:left;border-bottom:1px solid #eee}
-td.n{text-align:right;font-variant-numeric:tabular-nums}.FAIL{color:#b34700;font-weight:600}
-.INCONCLUSIVE{color:#7a5c00}img{max-width:100%}"""
-
-
-def page(checks: Sequence[CoordCheck], title: str) -> str:
-    """A self-contained HTML page: verdict, what is wrong, the picture, every row of the last check."""
-    check = checks[-1]
-    picture = base64.b64encode(_png(checks)).decode()
-    faults = "".join(f"<li>{html.escape(line)}</li>" for line in summary(check.failures, 20))
-    rows = "".join(
-        f"<tr><td>{html.escape(r.name)}</td><td>{r.quantity}</td><td class=n>{_number(r.slope)}</td>"
-        f"<td class=n>{_interval(r.ci)}</td><td class=n>{_number(r.expected)}</td>"
-        f"<td class={r.verdict}>{r.verdict}</td></tr>"
-        for r in check.rows
-    )
-    seeds = len({m.seed for m in check.measured})
-    return (
-        f"<!doctype html><meta charset=utf-8><title>{html.escape(title)}</title><style>{_STYLE}</style>"
-        f"<h1>{html.escape(title)}: <span class={check.verdict}>{check.verdict}</span></h1>"
-        f"<p>{check.along}s {', '.join(map(str, check.sizes))}; {seeds} seeds; {check.steps} steps; "
-        f"{check.seconds:.1f} s.</p><ul>{faults}</ul>"
-        f'<img alt="sizes against {check.along}" src="data:image/png;base64,{picture}">'
-        f"<h2>All rows</h2><table><tr><th>tensor or activation<th>quantity<th>slope<th>95% interval<th>expected"
-        f"<th>verdict</tr>{rows}</table>"
-    )
-
-
-def _number(x: float | None) -> str:
-    return "" if x is None else f"{x:+z.2f}"
-
-
-def _interval(ci: tuple[float, float] | None) -> str:
-    return "" if ci is None else f"{ci[0]:+z.2f} … {ci[1]:+z.2f}"
+    bottom, top = math.log2(low), math.log2(high)
+    found = bundles(panel, top - bottom, _LABELS, _LETTERS)
+    places = spread([bundle.end for bundle in found], (top - bottom) / _LABELS, bottom)
+    colors = [{"FAIL": FAILS, "INCONCLUSIVE": OPEN}.get(b.verdict, COLORS[b.kind]) for b in found]
+    beside = {"transform": ax.get_yaxis_transform(), "clip_on": False}  # x of the axes, y of the data
+    leaders = [[(1.0, 2.0**bundle.end), (1.035, 2.0**place)] for bundle, place in zip(found, places, strict=True)]
+    ax.add_collection(LineCollection(leaders, colors=colors, linewidths=0.9, **beside), autolim=False)
+    for bundle, place in zip(found, places, strict=True):
+        dark = "#B34700" if bundle.verdict == "FAIL" else "0.15"  # a line's own color is too pale for small text
+        ax.text(1.045, 2.0**place, bundle.label, fontsize=6, va="center", color=dark, parse_math=False, **beside)

@@ -66,20 +66,22 @@ def overall(verdicts: Iterable[Verdict]) -> Verdict:
     return "FAIL" if "FAIL" in seen else "PASS" if seen == {"PASS"} else "INCONCLUSIVE"
 
 
-def summary(rows: Sequence[Row], limit: int = 8) -> list[str]:
-    """The lines a reader needs: each distinct fault once, with how many more tensors have it, causes first.
+def faults(rows: Sequence[Row]) -> list[list[Row]]:
+    """Rows that say the same, together: each distinct fault with all tensors that have it, causes only.
 
     An activation that grows because a tensor's rule is broken says nothing new, so activations are listed only
     when no tensor is at fault.
     """
     causes = [row for row in rows if row.quantity.split()[0] not in EFFECTS] or list(rows)
-    alike: dict[tuple, dict[str, str]] = {}  # (quantity, what is wrong) → tensor → message
+    alike: dict[tuple, dict[str, Row]] = {}  # (quantity, what is wrong) → tensor → row
     for row in causes:
-        alike.setdefault((row.quantity, row.message.rpartition(": ")[2]), {})[row.name] = row.message
-    lines = []
-    for messages in alike.values():
-        first, *others = messages.values()
-        lines.append(first + (f", and so {len(others)} more" if others else ""))
+        alike.setdefault((row.quantity, row.message.rpartition(": ")[2]), {})[row.name] = row
+    return [list(named.values()) for named in alike.values()]
+
+
+def summary(rows: Sequence[Row], limit: int = 8) -> list[str]:
+    """The lines a reader needs: each of `faults` once, with how many more tensors have it."""
+    lines = [same[0].message + (f", and so {len(same) - 1} more" if len(same) > 1 else "") for same in faults(rows)]
     more = len(lines) - limit
     return lines[:limit] + ([f"… and {more} more faults"] if more > 0 else [])
 

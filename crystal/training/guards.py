@@ -4,31 +4,69 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import os
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
+from typing import IO
 
 from crystal.config import ConfigError
 from crystal.mup.plan import Plan
 
+_LOCK = ".lock"
+
 
 @contextlib.contextmanager
 def alone_in(directory: Path) -> Iterator[None]:
-    """Hold a run directory for this process; the lock goes with the process, however it ends. Raises ConfigError."""
-    with (directory / ".lock").open("w") as file:
+    """Hold a directory for this process, made if it is not there; the lock goes with the process, however it ends.
+
+    If nothing came to be in a directory that was made here, it is taken away again. Raises ConfigError when another
+    process holds it, or when it cannot be made.
+    """
+    made = [path for path in (directory, *directory.parents) if not path.exists()]
+    try:
+        lock = _locked(directory)
+    except BlockingIOError:
+        raise ConfigError(f"{directory}: another process is training in it") from None
+    except OSError as error:
+        raise ConfigError(f"{directory}: cannot be written: {error.strerror}") from None
+    with lock:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise ConfigError(f"{directory}: another process is training in it") from None
-        yield
+            yield
+        finally:
+            if [path.name for path in directory.iterdir()] == [_LOCK]:
+                (directory / _LOCK).unlink()
+                with contextlib.suppress(OSError):  # of a folder above there may be other users by now
+                    for path in made:
+                        path.rmdir()
+
+
+def _locked(directory: Path) -> IO:
+    """The open, locked file that stands for the directory. Raises BlockingIOError, OSError."""
+    while True:
+        directory.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(FileNotFoundError):  # taken away in between, see above
+            file = (directory / _LOCK).open("w")
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if os.fstat(file.fileno()).st_ino == (directory / _LOCK).stat().st_ino:
+                    return file
+            except BaseException:
+                file.close()
+                raise
+            file.close()
 
 
 class Interrupts:
-    """Turns SIGINT and SIGTERM into a number that the loop reads between steps; a second one acts at once."""
+    """Turns SIGINT and SIGTERM into a number that the loop reads between steps; a second one acts at once.
 
-    def __init__(self) -> None:
+    first: called when the first one comes.
+    """
+
+    def __init__(self, first: Callable[[], None]) -> None:
         self.received = 0  # the signal's number
+        self.first = first
 
     def __enter__(self) -> Interrupts:
         self._before = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
@@ -41,6 +79,7 @@ class Interrupts:
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.received = number
         signal.signal(number, self._before[number])
+        self.first()
 
 
 def plan_differences(plan: Plan, groups: Sequence[dict]) -> list[str]:

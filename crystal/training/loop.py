@@ -8,15 +8,17 @@ backend's. So a run that was killed anywhere goes on from its last checkpoint to
 
 from __future__ import annotations
 
-import contextlib
 import signal
 import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 from crystal.backends.base import Durable
 from crystal.backends.create import create
+from crystal.backends.machine import keep_choices
 from crystal.config import ConfigError
 from crystal.curriculum import Curriculum, Stage, resolve
 from crystal.data.store import TokenStore
@@ -24,9 +26,9 @@ from crystal.memory import peak_rss_bytes
 from crystal.run import RunFile
 from crystal.training import checkpoint
 from crystal.training.batches import Batches
-from crystal.training.guards import BadSteps, Interrupts, alone_in, plan_differences
+from crystal.training.guards import BadSteps, Interrupts, plan_differences
 from crystal.training.metrics import Metrics, NoMetrics, event, read_metrics
-from crystal.training.record import open_run
+from crystal.training.record import open_run, recorded_choices, with_recorded_dtype
 from crystal.training.saving import Saver
 
 
@@ -36,6 +38,10 @@ class Display(Protocol):
     def begin(self, curriculum: Curriculum, step: int, stop: int) -> None: ...
 
     def step(self, stage: Stage, record: dict) -> None: ...
+
+    def doing(self, what: str) -> AbstractContextManager: ...
+
+    def stopping(self) -> None: ...
 
     def note(self, text: str) -> None: ...
 
@@ -55,6 +61,7 @@ class Trainer:
     """One start of a run. `position` is the number of steps done."""
 
     def __init__(self, run: RunFile, store: TokenStore, display: Display):
+        run = with_recorded_dtype(run)
         config = run.config
         self.run, self.config, self.display = run, config, display
         self.curriculum = resolve(config.curriculum, run.source, store.sources)
@@ -68,6 +75,7 @@ class Trainer:
         for stage in self.curriculum.stages:  # a stage without data is a mistake to hear of now, not days from now
             self.batches.order(stage)
         self.plan = config.plan()
+        choices = keep_choices(config.backend, recorded_choices(config.directory))
         self.backend = create(
             config.model, self.plan, config.optimizer, self.curriculum, config.train.seed, len(self.batches.sources),
             config.backend, config.directory, config.train.micro_batch_size,
@@ -77,7 +85,7 @@ class Trainer:
         self.batches.part, self.batches.parts = self.backend.place.part, self.backend.place.parts
         self.writes = self.backend.place.process == 0  # the run's files; the others only take steps
         if self.writes:
-            open_run(run, self.plan, store, self.backend.describe())
+            open_run(run, self.plan, store, self.backend.describe(), choices)
         self.directory = config.directory
         self.saver = Saver(self.backend)
         self.checkpoints = self.directory / "checkpoints"
@@ -102,7 +110,8 @@ class Trainer:
                     f"step {stage.first_step}; train that stage first"
                 )
         if not found:
-            self.backend.initialise()
+            with self.display.doing("initializing the weights"):
+                self.backend.initialise()
             return
         self.position = found[-1]
         self.display.note(f"continuing from step {self.position}")
@@ -112,13 +121,16 @@ class Trainer:
         saved = checkpoint.read(checkpoint.step_directory(self.checkpoints, self.position))
         if "backend" not in saved.state:
             raise ConfigError(f"{saved.directory}: expected a checkpoint of this run, it has no optimizer state")
-        self.backend.load(saved.tensors, saved.state["backend"])
+        with self.display.doing(f"reading {saved.directory.name}"):
+            self.backend.load(saved.tensors, saved.state["backend"])
 
     def train(self, stage: Stage | None = None, until: int | None = None) -> Outcome:
-        """Run to the end of the curriculum, of `stage`, or to global step `until`. Raises ConfigError."""
+        """Run to the end of the curriculum, of `stage`, or to global step `until`. Raises ConfigError.
+
+        The caller holds the run directory (`alone_in`).
+        """
         try:
-            with alone_in(self.directory) if self.writes else contextlib.nullcontext():
-                return self._train(stage, until)
+            return self._train(stage, until)
         except OSError as error:
             raise ConfigError(f"{self.directory}: the run cannot be recorded: {error}") from None
 
@@ -129,15 +141,20 @@ class Trainer:
         if start >= stop and not self.held:
             return Outcome(self.directory, start, None, peak_rss_bytes(), 0.0)
         self._event("start", step=start, stop=stop, backend=self.backend.describe())
-        self.display.begin(self.curriculum, start, stop)
         metrics = Metrics(self.directory, start or None) if self.writes else NoMetrics()
         bad, busy, interrupted = BadSteps(self.config.train.max_bad_steps), 0.0, None
         try:
-            with Interrupts() as interrupts:
+            with Interrupts(self.display.stopping) as interrupts:
                 if start == 0 and stop > 0:
-                    metrics.write({"step": 0, "stage": 1, "val_loss": self.validate()})
+                    losses, received = self._first_validation(interrupts)
+                    if received:  # there is nothing to save yet
+                        interrupted, stop = self._interrupted(received), start
+                    else:
+                        metrics.write({"step": 0, "stage": 1, "val_loss": losses})
                 if self.held and start:
                     self._catch_up(metrics)
+                if not interrupted:
+                    self.display.begin(self.curriculum, start, stop)
                 since = time.perf_counter()
                 for micro_batches in self.batches.ahead(start, stop - 1):
                     now = self.curriculum.stage_at(self.position)
@@ -164,11 +181,12 @@ class Trainer:
                     if stage_ended or self.position == stop or due:
                         self.save(now, stage_ended, drop_old=sound)
                     if received:
-                        interrupted = signal.Signals(received).name
-                        self._event("interrupted", step=self.position, signal=interrupted)
+                        interrupted = self._interrupted(received)
                         break
                     since = time.perf_counter()
                 self.saver.finish()
+                if interrupts.received and not interrupted:  # while the last step was saved
+                    interrupted = self._interrupted(interrupts.received)
         finally:
             metrics.close()
         tokens = (self.position - start) * self.curriculum.global_batch_size * self.curriculum.seq_len
@@ -176,6 +194,11 @@ class Trainer:
         rate = tokens / busy if busy else 0.0
         self._event("stop", step=self.position, peak_rss_bytes=peak, tokens_per_second=round(rate, 1))
         return Outcome(self.directory, self.position, interrupted, peak, rate)
+
+    def _interrupted(self, number: int) -> str:
+        name = signal.Signals(number).name
+        self._event("interrupted", step=self.position, signal=name)
+        return name
 
     def _catch_up(self, metrics: Metrics | NoMetrics) -> None:
         """Record and save the step that the store stands at, where the process before ended in between."""
@@ -220,14 +243,28 @@ class Trainer:
             "source_loss": self._by_source(result["source_nll"], result["source_tokens"]),
         }
 
-    def validate(self) -> dict[str, float]:
-        """Mean loss per held-out token of every source, in nats."""
+    def validate(self, go_on: Callable[[], bool] = lambda: True) -> dict[str, float]:
+        """Mean loss per held-out token of every source, in nats. go_on: asked after every batch."""
         nll_S, tokens_S = None, None
-        for batch in self.batches.validation(self.config.train.eval_rows):
-            nll, tokens = self.backend.eval_step(batch)
+        for number, batch in enumerate(self.batches.validation(self.config.train.eval_rows), 1):
+            with self.display.doing(f"validating, batch {number}"):
+                nll, tokens = self.backend.eval_step(batch)
             nll_S = nll if nll_S is None else nll_S + nll
             tokens_S = tokens if tokens_S is None else tokens_S + tokens
+            if not go_on():
+                break
         return {} if nll_S is None else self._by_source(nll_S.tolist(), tokens_S.tolist())
+
+    def _first_validation(self, interrupts: Interrupts) -> tuple[dict[str, float], int]:
+        """The losses before the first step, and the signal that cut them short, or 0."""
+        received = 0
+
+        def go_on() -> bool:
+            nonlocal received
+            received = self.saver.meet(interrupts.received)
+            return not received
+
+        return self.validate(go_on), received
 
     def _by_source(self, nll: list[float], tokens: list[float]) -> dict[str, float]:
         return {s: n / t for s, n, t in zip(self.batches.sources, nll, tokens, strict=True) if t}
@@ -259,7 +296,8 @@ class Trainer:
                 for old in [s for s in checkpoint.steps(self.checkpoints) if s not in ends][:-keep]:
                     checkpoint.remove(checkpoint.step_directory(self.checkpoints, old))
 
-        self.saver.save(directory, state, [self.tokenizer_file], sealed)
+        with self.display.doing(f"saving {directory.name}"):
+            self.saver.save(directory, state, [self.tokenizer_file], sealed)
 
     def _event(self, kind: str, **details) -> None:
         if self.writes:

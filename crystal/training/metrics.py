@@ -13,6 +13,8 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from crystal.config import load_yaml
+
 
 class Metrics:
     """Appends to a run's metrics.jsonl and mirrors the numbers to TensorBoard."""
@@ -20,29 +22,69 @@ class Metrics:
     def __init__(self, run_dir: Path, resume_step: int | None):
         """resume_step: the last step to keep, or None for a run that starts."""
         self.path = run_dir / "metrics.jsonl"
+        first = 0 if resume_step is None else resume_step + 1  # of those that are about to be made
         if self.path.exists():
-            _keep(self.path, -1 if resume_step is None else resume_step)
+            _keep(self.path, first - 1)
         self._file = self.path.open("a", encoding="utf-8")
         from torch.utils.tensorboard import SummaryWriter  # slow import, and only training needs it
+        from torch.utils.tensorboard.summary import hparams
 
-        self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=(resume_step or 0) + 1)
+        self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first)
+        shown = dict.fromkeys((_TAGS["loss"], _TAGS["val_loss_mean"]), 0.0)  # the columns beside the hyperparameters
+        for summary in hparams(hyperparameters(run_dir), shown)[:2]:
+            self._board.file_writer.add_summary(summary)
 
     def write(self, record: dict) -> None:
-        """Record one step; numbers that are not finite become null, nested mappings TensorBoard tags `key/source`."""
+        """Record one step; numbers that are not finite become null. A record with `val_loss` gets `val_loss_mean`,
+        the mean over its sources, each counted once."""
         record = _finite(record)
+        losses = [loss for loss in (record.get("val_loss") or {}).values() if loss is not None]
+        if losses:
+            record["val_loss_mean"] = sum(losses) / len(losses)
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
         for key, value in record.items():
-            if isinstance(value, dict):
-                for source, number in value.items():
-                    if number is not None:
-                        self._board.add_scalar(f"{key}/{source}", number, record["step"])
-            elif key not in ("step", "stage") and isinstance(value, int | float):
-                self._board.add_scalar(key, value, record["step"])
+            numbers = value if isinstance(value, dict) else {"": value}
+            for source, number in numbers.items():
+                if key not in ("step", "stage") and isinstance(number, int | float):
+                    tag = _TAGS.get(key, f"train/{key}") + (f"/{source}" if source else "")
+                    self._board.add_scalar(tag, number, record["step"])
+        self._board.flush()  # what a killed run leaves is as whole here as in metrics.jsonl
 
     def close(self) -> None:
         self._file.close()
         self._board.close()
+
+
+# TensorBoard shows tags that begin alike together; what is not named here is of training.
+_TAGS = {
+    "loss": "train/loss",
+    "tokens_per_second": "perf/tokens_per_second",
+    "val_loss": "validation/source_loss",
+    "val_loss_mean": "validation/loss",
+}
+
+
+def hyperparameters(run_dir: Path) -> dict[str, int | float | str]:
+    """What runs are told apart by in TensorBoard's table, from the run's config.yaml; {} where there is none."""
+    path = run_dir / "config.yaml"
+    if not path.exists():
+        return {}
+    config = load_yaml(path).mapping
+    model, curriculum, backend = config["model"], config["curriculum"], config["backend"]
+    peak = max(piece["to"] for stage in curriculum["stages"] for piece in stage["lr"])
+    found = {
+        "lr": peak * curriculum["lr_scale"],
+        "batch": curriculum["global_batch_size"],
+        **{key: model[key] for key in ("d_model", "n_layers", "n_heads", "vocab_size")},
+        "seq_len": curriculum["seq_len"],
+        "parametrization": model["mup"]["parametrization"],
+        "weight_decay": config["optimizer"]["weight_decay"],
+        "backend": backend["name"],
+        "dtype": backend.get("dtype"),
+        "seed": config["train"]["seed"],
+    }
+    return {key: value for key, value in found.items() if value is not None}
 
 
 class NoMetrics:

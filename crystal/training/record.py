@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import json
 import platform
@@ -11,24 +12,48 @@ from pathlib import Path
 import yaml
 
 import crystal
+from crystal.backends.machine import with_dtype
 from crystal.config import ConfigError, load_yaml, parse
 from crystal.data.store import TokenStore
 from crystal.mup.plan import Plan
 from crystal.run import RunConfig, RunFile
 
 _PACKAGES = ("torch", "numpy", "mup", "sentencepiece", "transformers", "safetensors", "triton")
-# what may change between two starts of one run, beside where its steps run (`backend`, all but its dtype)
+# what may change between two starts of one run, beside where its steps run (`backend`, all but its dtype);
+# where its text and vocabulary lie counts for nothing, what they hold does (manifest.json)
 _FREE = {
     ("run_dir",),
+    ("data", "corpus"),
+    ("data", "tokenizer", "path"),
+    ("data", "dir"),
     ("train", "checkpoint_every"),
     ("train", "keep_checkpoints"),
     ("train", "max_bad_steps"),
 }
 
 
-def open_run(run: RunFile, plan: Plan, store: TokenStore, backend: dict) -> Path:
+def with_recorded_dtype(run: RunFile) -> RunFile:
+    """The run with `backend.dtype: auto` replaced: by the dtype that it was made with, or the fastest one here."""
+    backend = run.config.backend
+    if backend.dtype != "auto":
+        return run
+    config_path = run.config.directory / "config.yaml"
+    if config_path.exists():
+        before = parse(RunConfig, load_yaml(config_path).mapping, str(config_path)).backend
+        backend = backend.model_copy(update={"dtype": before.dtype})
+    return dataclasses.replace(run, config=run.config.model_copy(update={"backend": with_dtype(backend)}))
+
+
+def recorded_choices(directory: Path) -> list[dict]:
+    """The measured choices that a run has kept to, [{identity, choices}], one a kind of machine."""
+    manifest = directory / "manifest.json"
+    return _read_manifest(manifest).get("tuning", []) if manifest.exists() else []
+
+
+def open_run(run: RunFile, plan: Plan, store: TokenStore, backend: dict, choices: list[dict]) -> Path:
     """Make the run directory, or check that the one there belongs to this run. Returns it.
 
+    backend: what it says of itself; choices: those to record, of `crystal.backends.machine`.
     Raises ConfigError naming the first key (or the data) that differs from when the run began.
     """
     directory = run.config.directory
@@ -43,12 +68,15 @@ def open_run(run: RunFile, plan: Plan, store: TokenStore, backend: dict) -> Path
                 f"{run.path}: {'.'.join(loc)}: the run in {directory} was made with {old!r}, the file now says "
                 f"{new!r}; set another run_dir"
             )
-        recorded = _recorded_data(manifest_path)
+        manifest = _read_manifest(manifest_path)
+        recorded = manifest["data"]
         if recorded != data:
             raise ConfigError(
                 f"{directory}: the run was made from the token store {str(recorded.get('store'))[:16]}…, "
                 f"the data now makes {data['store'][:16]}…; set another run_dir"
             )
+        if manifest.get("tuning", []) != choices:  # the run has moved to another kind of machine
+            _put(manifest_path, json.dumps(manifest | {"tuning": choices}, indent=1))
         return directory
     manifest = {
         "name": run.config.name,
@@ -59,6 +87,7 @@ def open_run(run: RunFile, plan: Plan, store: TokenStore, backend: dict) -> Path
         "seed": run.config.train.seed,
         "data": data,
         "backend": backend,
+        "tuning": choices,
         "plan": plan.as_dict(),
     }
     try:
@@ -70,11 +99,13 @@ def open_run(run: RunFile, plan: Plan, store: TokenStore, backend: dict) -> Path
     return directory
 
 
-def _recorded_data(manifest: Path) -> dict:
+def _read_manifest(path: Path) -> dict:
+    """Its "data" is there. Raises ConfigError."""
     try:
-        return dict(json.loads(manifest.read_text(encoding="utf-8"))["data"])
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        return manifest | {"data": dict(manifest["data"])}
     except (OSError, ValueError, KeyError, TypeError):
-        raise ConfigError(f"{manifest}: expected a run's manifest; restore it or set another run_dir") from None
+        raise ConfigError(f"{path}: expected a run's manifest; restore it or set another run_dir") from None
 
 
 def _version(package: str) -> str | None:

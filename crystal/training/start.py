@@ -2,56 +2,78 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+
 from rich.console import Console
 
 from crystal.config import ConfigError
-from crystal.curriculum import Curriculum, Stage
+from crystal.curriculum import Curriculum, Stage, resolve
 from crystal.data.store import TokenStore
-from crystal.progress import Bar, has_bar
+from crystal.interrupts import finishing
+from crystal.progress import Bar
 from crystal.run import RunFile, prepare_run
+from crystal.training.guards import alone_in
 from crystal.training.loop import Outcome, Trainer
 
 
-class _Bar:
-    """A bar for the whole run on a terminal, a line now and then elsewhere; notes above it."""
+class _Screen:
+    """What the loop says, on one bar for the whole run; notes above it."""
 
-    def __init__(self, console: Console):
-        self.console = console
-        self.progress = Bar(console)
-        self.task = self.progress.add_task("", total=None, numbers="")
-        self.stop = 0
+    def __init__(self, bar: Bar):
+        self.bar = bar
+        self.where = ""
 
     def begin(self, curriculum: Curriculum, step: int, stop: int) -> None:
-        self.stop = stop
-        self.progress.update(self.task, total=stop, completed=step)
+        self._enter(curriculum.stage_at(step))
+        self.bar.begin(self.where, stop, step)
+        self.bar.keep = True
 
     def step(self, stage: Stage, record: dict) -> None:
+        self._enter(stage)
         loss = f"{record['loss']:.3f}" if record["applied"] else "not finite"
-        numbers = f"loss {loss}  {record['tokens_per_second']:,.0f} tok/s"
-        where = f"stage {stage.index + 1} {stage.name}"
-        self.progress.update(self.task, completed=record["step"], description=where, numbers=numbers)
-        if not has_bar(self.console) and record["step"] % max(self.stop // 20, 1) == 0:
-            self.console.print(f"{where}: step {record['step']}/{self.stop}  {numbers}", highlight=False, markup=False)
+        self.bar.numbers = f"loss {loss}  {record['tokens_per_second']:,.0f} tok/s"
+        self.bar.reach(record["step"], self.where)
         if "val_loss" in record:
             losses = "  ".join(f"{source} {value:.3f}" for source, value in record["val_loss"].items())
-            self.note(f"{where}: step {record['step']}  validation  {losses}")
+            self.note(f"{self.where}: step {record['step']}  validation  {losses}")
+
+    def doing(self, what: str) -> contextlib.AbstractContextManager:
+        return self.bar.doing(what)
+
+    def stopping(self) -> None:
+        self.bar.what = "stopping after this step"
 
     def note(self, text: str) -> None:
-        self.progress.console.print(text, highlight=False, markup=False)
+        self.bar.note(text)
+
+    def _enter(self, stage: Stage) -> None:
+        self.where = f"stage {stage.index + 1} {stage.name}"
 
 
 def start(run: RunFile, stage: int | None, until: int | None, console: Console) -> Outcome:
-    """Train what the run file says; stage (from 1) and until narrow it. Raises ConfigError."""
-    if until is not None and until < 1:
-        raise ConfigError(f"--until: expected a step from 1, got {until}")
-    store = TokenStore.open(prepare_run(run, console))
-    bar = _Bar(console)
-    trainer = Trainer(run, store, bar)
-    chosen = None if stage is None else trainer.curriculum.numbered(stage)
-    with bar.progress:
-        outcome = trainer.train(chosen, until)
-    if trainer.writes:
-        from crystal.training.plots import plot_losses
+    """Train what the run file says; stage (from 1) and until narrow it. Raises ConfigError.
 
-        plot_losses(outcome.directory, trainer.curriculum)
+    The run directory is locked first of all: a second command hears at once that it came second.
+    """
+    check_until(run, until)
+    chosen = None if stage is None else resolve(run.config.curriculum, run.source).numbered(stage)
+    first = os.environ.get("RANK", "0") == "0"  # of several processes one writes
+    with alone_in(run.config.directory) if first else contextlib.nullcontext():
+        store = TokenStore.open(prepare_run(run, console))
+        with Bar(console, "building the model", lines=20, unit="step") as bar:
+            trainer = Trainer(run, store, _Screen(bar))
+            outcome = trainer.train(chosen, until)
+            if trainer.writes:
+                from crystal.training.plots import plot_losses
+
+                with bar.doing("drawing loss.png"), finishing():
+                    plot_losses(outcome.directory, trainer.curriculum)
     return outcome
+
+
+def check_until(run: RunFile, until: int | None) -> None:
+    """Raise ConfigError unless `until` is None or a step of the run."""
+    steps = resolve(run.config.curriculum, run.source).steps
+    if until is not None and not 1 <= until <= steps:
+        raise ConfigError(f"--until: expected a step from 1 to {steps}, the run's last, got {until}")

@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import re
 from functools import cached_property
+from pathlib import Path
 from typing import Literal
 
 from pydantic import Field, model_validator
 
-from crystal.config import CONFIGS, Config, ConfigError, Strict, load_yaml, nearest, override, parse
+from crystal.config import CONFIGS, Config, ConfigError, Strict, layer, load_yaml, merge, nearest, parse
 
 
 class MupConfig(Strict):
     """The parametrization and its tuned multipliers (Yang et al. 2022, "Tensor Programs V")."""
 
-    parametrization: Literal["sp", "mup", "crystalcoder", "completep"] = "sp"
+    parametrization: Literal["sp", "mup", "crystalcoder", "completep"] = Field(
+        "sp", description="standard, muP, muP in Cerebras' form, or CompleteP"
+    )
     base_d_model: int = Field(256, gt=0, description="width at which lr and init_std were tuned")
     base_n_layers: int | None = Field(None, gt=0, description="depth at which they were tuned (completep only)")
     depth_alpha: float = Field(1.0, ge=0.5, le=1.0, description="CompleteP: residual branches x m_L^-alpha")
-    embedding_multiplier: float = Field(1.0, gt=0)
+    embedding_multiplier: float = Field(1.0, gt=0, description="embedding output x this")
     output_alpha: float = Field(1.0, gt=0, description="logits x output_alpha / m")
-    attention_scale: Literal["1/d", "1/sqrt_d"] = "1/sqrt_d"
+    attention_scale: Literal["1/d", "1/sqrt_d"] = Field("1/sqrt_d", description="attention scores x this; d: of a head")
     init_std: float = Field(0.02, gt=0, description="parent-normal sigma at the base width")
     init_truncate: float | None = Field(None, gt=0, description="cut the normal at this many sigmas")
     residual_init_2l: bool = Field(False, description="residual-out matrices: sigma / sqrt(2 n_layers)")
@@ -38,21 +41,23 @@ class MupConfig(Strict):
 class ModelConfig(Strict):
     """One decoder-only transformer. Sizes in elements; see `docs/models.md` for the presets."""
 
-    d_model: int = Field(gt=0)
-    n_layers: int = Field(gt=0)
-    n_heads: int = Field(gt=0)
-    n_kv_heads: int | None = Field(None, gt=0, description="None: as many as n_heads")
-    d_ff: int = Field(gt=0)
-    vocab_size: int = Field(gt=0)
-    max_seq_len: int = Field(2048, gt=0)
-    norm: Literal["layernorm", "rmsnorm"] = "rmsnorm"
-    norm_eps: float = Field(1e-6, gt=0)
-    bias: bool = Field(False, description="biases on every linear but the head")
-    rotary_fraction: float = Field(1.0, gt=0, le=1)
-    rotary_base: float = Field(10000.0, gt=0)
-    rotary_style: Literal["interleaved", "half"] = "half"
-    tie_embeddings: bool = False
-    document_mask: bool = Field(False, description="True: packed documents do not see each other")
+    d_model: int = Field(gt=0, description="width of the residual stream")
+    n_layers: int = Field(gt=0, description="blocks")
+    n_heads: int = Field(gt=0, description="attention heads, of d_model / n_heads each")
+    n_kv_heads: int | None = Field(None, gt=0, description="heads of keys and values; null: as many as n_heads")
+    d_ff: int = Field(gt=0, description="width of the feed-forward layer (SwiGLU)")
+    vocab_size: int = Field(gt=0, description="token ids, the tokenizer's padded vocabulary; in a run also auto")
+    max_seq_len: int = Field(2048, gt=0, description="longest sequence that it is built for, in tokens")
+    norm: Literal["layernorm", "rmsnorm"] = Field("rmsnorm", description="before attention, feed-forward and head")
+    norm_eps: float = Field(1e-6, gt=0, description="added to the variance in the norms")
+    bias: bool = Field(False, description="whether every linear but the head has a bias")
+    rotary_fraction: float = Field(1.0, gt=0, le=1, description="part of each head that is rotated by position")
+    rotary_base: float = Field(10000.0, gt=0, description="of the rotation's wavelengths (theta)")
+    rotary_style: Literal["interleaved", "half"] = Field(
+        "half", description="which dimensions are pairs: 2i, 2i+1 or i, i+d/2"
+    )
+    tie_embeddings: bool = Field(False, description="whether the head's weight is the embedding's")
+    document_mask: bool = Field(False, description="whether packed documents are kept from seeing each other")
     mup: MupConfig = MupConfig()
 
     @model_validator(mode="after")
@@ -64,15 +69,14 @@ class ModelConfig(Strict):
         rotary = self.d_head * self.rotary_fraction
         if rotary != int(rotary) or int(rotary) % 2:
             raise ValueError(
-                f"rotary_fraction: expected an even number of rotary dimensions, got {self.rotary_fraction} x "
-                f"d_head {self.d_head} = {rotary:g}"
+                f"rotary_fraction: expected an even number of rotary dimensions, got {self.rotary_fraction} x d_head "
+                f"{self.d_head} = {rotary:g} with d_model {self.d_model} and n_heads {self.n_heads}"
             )
         group = self.n_heads // self.kv_heads * self.d_head  # the smallest width with whole heads
         grouped = self.kv_heads != self.n_heads  # else a base of fewer, smaller heads will do
         if self.mup.parametrization != "sp" and self.mup.base_d_model % (group if grouped else 2):
-            raise ValueError(
-                f"mup.base_d_model: expected a multiple of {group if grouped else 2}, got {self.mup.base_d_model}"
-            )
+            unit = f"{group}, d_model / n_kv_heads" if grouped else "2"
+            raise ValueError(f"mup.base_d_model: expected a multiple of {unit}, got {self.mup.base_d_model}")
         return self
 
     @cached_property
@@ -112,29 +116,45 @@ LADDER = re.compile(r"(?P<family>[a-z0-9-]+?)-w(?P<width>\d{1,6})(?:-l(?P<layers
 
 
 def preset(name: str) -> Config:
-    """The mapping of a preset (`model:` and its published `optimizer:`), by name.
+    """The mapping of a preset (`model:` and its published `optimizer:`), or of a rung of a ladder, by name.
 
-    A ladder rung `FAMILY-wWIDTH[-lLAYERS]` (crystalcoder-w256, amber-w128-l8) is computed from the family's
-    proxy file. Raises ConfigError for an unknown name, with the nearest known one.
+    Raises ConfigError for an unknown name, with the nearest known one.
     """
-    rung = LADDER.fullmatch(name)
-    family = rung["family"] if rung else name
-    file = CONFIGS / "models" / (f"{family}-proxy.yaml" if rung or not _file(name).is_file() else f"{name}.yaml")
+    computed = rung(name)
+    if computed is not None:
+        return computed
+    file = _file(name) if _file(name).is_file() else _file(f"{name}-proxy")
     if not file.is_file():
         raise ConfigError(f"{name}: no such model{nearest(name, [*presets(), *families()])}")
-    config = load_yaml(file)
-    if "model" not in config.mapping:
-        raise ConfigError(f"{file}: model: expected a model's section, none given")
-    if rung:
-        if rung["layers"]:
-            config = override(config, [f"model.n_layers={rung['layers']}"])
-        shape = with_width(parse(ModelConfig, config.mapping["model"], config, ("model",)), int(rung["width"]))
-        changed = ("d_model", "n_heads", "n_kv_heads", "d_ff")
-        config = override(config, [f"model.{k}={v}" for k in changed if (v := getattr(shape, k)) is not None])
+    return _model(file)
+
+
+def rung(name: str) -> Config | None:
+    """The mapping of a ladder rung `FAMILY-wWIDTH[-lLAYERS]` (crystalcoder-w256, amber-w128-l8); None for other names.
+
+    It is computed from the family's proxy file. Raises ConfigError for a width that no model of the family has.
+    """
+    match = LADDER.fullmatch(name)
+    if match is None or match["family"] not in families():
+        return None
+    config = _model(_file(f"{match['family']}-proxy"))
+    shape = with_width(parse(ModelConfig, config.mapping["model"], config, ("model",)), int(match["width"]))
+    changed = {k: v for k in ("d_model", "n_heads", "n_kv_heads", "d_ff") if (v := getattr(shape, k)) is not None}
+    if match["layers"]:
+        changed["n_layers"] = int(match["layers"])
+    config = merge(config, layer({"model": changed}, name))
+    parse(ModelConfig, config.mapping["model"], config, ("model",))
     return config
 
 
-def _file(name: str):
+def _model(file: Path) -> Config:
+    config = load_yaml(file, ("models",))
+    if "model" not in config.mapping:
+        raise ConfigError(f"{file}: model: expected a model's section, none given")
+    return config
+
+
+def _file(name: str) -> Path:
     return CONFIGS / "models" / f"{name}.yaml"
 
 

@@ -140,7 +140,7 @@ def test_a_build_goes_on_without_workers_that_cannot_start(tmp_path, toy):
 
 def test_the_second_time_no_client_is_called(tmp_path, toy, monkeypatch):
     first = list(documents(toy, "python", tmp_path / "cache"))
-    monkeypatch.setattr(subprocess, "run", None)
+    monkeypatch.setattr(packages, "child", None)
     monkeypatch.setattr(extract, "extract", None)
     assert list(documents(toy, "python", tmp_path / "cache")) == first
 

@@ -33,7 +33,7 @@ def test_the_ladder_reaches_the_published_shape():
         ({"n_kv_heads": 4}, "n_kv_heads", "divisor of n_heads 2"),
         ({"rotary_fraction": 0.3}, "rotary_fraction", "even number of rotary dimensions"),
         ({"rotary_fraction": 0.09375}, "rotary_fraction", "= 3"),
-        ({"d_model": "64"}, "d_model", "valid integer"),
+        ({"d_model": "64"}, "d_model", "a whole number greater than 0"),
         ({"d_model": -64}, "d_model", "greater than 0"),
         ({"norm": "batchnorm"}, "norm", "'layernorm' or 'rmsnorm'"),
         ({"d_modle": 64}, "d_modle", "did you mean 'd_model'"),

@@ -1,0 +1,112 @@
+"""`crystal data …`: the token store and the ledger of a run. Imports when it runs."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from crystal.config import ConfigError
+from crystal.help import Commands
+from crystal.options import Json, Overrides, Run, Step, console, print_result
+
+data = Commands(
+    help="""The token store and the ledger of a run.
+
+Examples:
+    crystal data stats demo
+    crystal data where demo --step 12
+"""
+)
+
+
+@data.command()
+def verify(run: Run, overrides: Overrides = None, as_json: Json = False) -> None:
+    """Compare every file of the run's token store with its sha256.
+
+    Examples:
+        crystal data verify demo
+        crystal data verify mine.yaml --json
+    """
+    store = _ledger(run, overrides).store
+    try:
+        files = store.verify()
+    except ConfigError as mismatch:
+        result = {"verdict": "FAIL", "store": str(store.directory), "message": str(mismatch)}
+        print_result(result, as_json, f"FAIL {mismatch}")
+        raise typer.Exit(1) from None
+    result = {"verdict": "PASS", "store": str(store.directory), "files": files}
+    print_result(result, as_json, f"PASS {store.directory}: {len(files)} files verified")
+
+
+@data.command()
+def stats(run: Run, overrides: Overrides = None, as_json: Json = False) -> None:
+    """Documents, tokens and rows of every source, and how many epochs the run makes of each.
+
+    Examples:
+        crystal data stats demo
+        crystal data stats demo curriculum.scale=0.005
+    """
+    from crystal.ledger import stats_text
+
+    result = _ledger(run, overrides).stats()
+    print_result(result, as_json, stats_text(result))
+
+
+@data.command()
+def show(
+    run: Run,
+    step: Step,
+    overrides: Overrides = None,
+    rows: Annotated[int, typer.Option(min=1, metavar="N", help="how many rows to show")] = 2,
+    as_json: Json = False,
+) -> None:
+    """Rows of a step as text, just as the model gets them.
+
+    Examples:
+        crystal data show demo --step 20
+        crystal data show demo --step 300 --rows 5
+    """
+    from crystal.ledger import show_text
+
+    result = _ledger(run, overrides).show(step, rows)
+    print_result(result, as_json, show_text(result))
+
+
+@data.command()
+def where(run: Run, step: Step, overrides: Overrides = None, as_json: Json = False) -> None:
+    """Which documents went into a step.
+
+    Examples:
+        crystal data where demo --step 12
+        crystal data where demo --step 12 --json
+    """
+    from crystal.ledger import where_text
+
+    result = _ledger(run, overrides).where(step)
+    print_result(result, as_json, where_text(result))
+
+
+@data.command()
+def when(
+    run: Run,
+    doc: Annotated[str, typer.Option(metavar="ID", help="a document's id, as `data where` prints it")],
+    overrides: Overrides = None,
+    as_json: Json = False,
+) -> None:
+    """At which steps a document is seen.
+
+    Examples:
+        crystal data when demo --doc 43ab64e19f7c0d52
+        crystal data when demo --doc 43ab64e19f7c0d52 --json
+    """
+    result = _ledger(run, overrides).when(doc)
+    steps = " ".join(map(str, result["steps"])) or "never"
+    print_result(result, as_json, f"{result['document']} ({result['source']}): steps {steps}")
+
+
+def _ledger(run: str, overrides: list[str] | None):
+    from crystal.ledger import Ledger
+    from crystal.run import load_run
+
+    return Ledger(load_run(run, overrides or ()), console())

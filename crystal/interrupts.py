@@ -1,0 +1,249 @@
+"""Ctrl-C and SIGTERM outside training: what is under way is undone, one line is said, the command exits with 130.
+
+Both raise KeyboardInterrupt in the main thread, which unwinds through every `with` and `finally`. That exception can
+get lost on its way: libraries catch everything while they are imported, destructors drop it, C code makes an error of
+its own out of it. So this module remembers that a signal came:
+
+- inside an import the exception waits for the import's end; a command that is still importing has nothing to undo
+  and exits at once;
+- whatever error ends the command after a signal counts as the interrupt;
+- another signal a second later exits at once, for something hangs.
+
+Training has its own answer to the first signal: it saves (`crystal.training.guards`).
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from types import FrameType
+
+CODE = 130
+PATIENCE = 1.0  # seconds in which a second signal is taken for the same one, sent twice
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class _State:
+    def __init__(self) -> None:
+        self.number = 0  # the signal that came, or 0
+        self.since = 0.0
+        self.raised = False
+        self.held = 0  # blocks that are finished first
+
+
+_state = _State()
+_before: dict = {}  # what `listen` replaced
+_groups: set[int] = set()  # process groups to end with this process
+
+
+def listen() -> None:
+    """From now on both signals are heard here. In a thread other than the main one this does nothing."""
+    if _before or threading.current_thread() is not threading.main_thread():
+        return
+    for number in (*_SIGNALS, signal.SIGALRM):
+        if number == signal.SIGALRM or signal.getsignal(number) is not signal.SIG_IGN:  # as nohup and `&` ask for
+            _before[number] = signal.signal(number, _hear)
+    _before["hooks"] = sys.unraisablehook, threading.excepthook
+    sys.unraisablehook, threading.excepthook = _unraisable, _in_thread
+
+
+def _unlisten() -> None:
+    if _before:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        sys.unraisablehook, threading.excepthook = _before.pop("hooks")
+        for number, handler in _before.items():
+            signal.signal(number, handler)
+        _before.clear()
+
+
+def obeyed(command: Callable[[], int | None]) -> int | None:
+    """command(), or 130 when a signal ended it, whatever error became of that on its way."""
+    lasting = bool(_before)
+    listen()
+    _state.__init__()
+    try:
+        return command()
+    except KeyboardInterrupt:
+        return CODE
+    except Exception:
+        if not _state.number:
+            raise
+        return CODE
+    finally:
+        if not lasting:
+            _unlisten()
+
+
+def line() -> str:
+    """What to say on stderr of the signal that came."""
+    over_echo = "\r" if os.isatty(2) and os.environ.get("TERM", "dumb") != "dumb" else ""  # the terminal's ^C
+    return f"{over_echo}crystal: {'terminated' if _state.number == signal.SIGTERM else 'interrupted'}"
+
+
+def over(code: int) -> None:
+    """The command has ended and said all it had to: from now on a signal only ends the process sooner.
+
+    After a signal the process ends here: a thread that is at work is not waited for.
+    """
+    for number in _SIGNALS:
+        if number in _before:
+            signal.signal(number, lambda *_: os._exit(code))
+    if _state.number:
+        _kill_workers()
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        os._exit(code)
+
+
+def leave() -> None:
+    """End this process now, and those it started."""
+    end_children()
+    _kill_workers()
+    progress = sys.modules.get("crystal.progress")
+    if progress is not None:
+        progress.restore()
+    if os.environ.get("RANK", "0") == "0":
+        os.write(2, f"{line()}\n".encode())
+    os._exit(CODE)
+
+
+def _kill_workers() -> None:
+    multiprocessing = sys.modules.get("multiprocessing")
+    for worker in multiprocessing.active_children() if multiprocessing else ():
+        worker.kill()
+
+
+def _hear(number: int, frame: FrameType | None) -> None:
+    reminder = number == signal.SIGALRM
+    if not _state.number:
+        if reminder:
+            return
+        _state.number, _state.since = number, time.monotonic()
+    elif not reminder and time.monotonic() - _state.since > PATIENCE:
+        leave()
+    if _state.raised or _state.held:
+        return
+    importer = _outermost_import(frame)
+    if importer is not None:
+        if _has_not_begun(importer):
+            leave()
+        _remind()
+        return
+    _state.raised = True
+    raise KeyboardInterrupt
+
+
+def _remind() -> None:
+    signal.setitimer(signal.ITIMER_REAL, 0.02)
+
+
+def _outermost_import(frame: FrameType | None) -> FrameType | None:
+    found = None
+    while frame is not None:
+        if frame.f_code.co_filename == "<frozen importlib._bootstrap>":
+            found = frame
+        frame = frame.f_back
+    return found
+
+
+def _has_not_begun(importer: FrameType) -> bool:
+    """Whether the import stands in a command's own file: what it needs is imported before it does anything."""
+    caller = importer.f_back
+    file = caller.f_code.co_filename if caller else ""
+    while caller is not None and caller.f_code.co_filename == file and not _starts(caller):
+        caller = caller.f_back
+    return caller is None or _starts(caller)
+
+
+def _starts(frame: FrameType) -> bool:
+    folder = os.path.basename(os.path.dirname(frame.f_code.co_filename))
+    return frame.f_code.co_name == "<module>" or folder in ("typer", "click", "_click")
+
+
+def _unraisable(unraisable) -> None:
+    """A destructor cannot raise: an interrupt that fell into one is raised again."""
+    if not _state.number:
+        _before["hooks"][0](unraisable)
+    elif unraisable.exc_type is KeyboardInterrupt:
+        _state.raised = False
+        _remind()
+
+
+def _in_thread(failed) -> None:
+    """What a thread says while the command is being undone is no news."""
+    if not _state.number:
+        _before["hooks"][1](failed)
+
+
+@contextlib.contextmanager
+def finishing() -> Iterator[None]:
+    """A short block that a signal does not cut in two: it is raised at the block's end."""
+    if threading.current_thread() is not threading.main_thread():  # signals are the main thread's
+        yield
+        return
+    _state.held += 1
+    try:
+        yield
+    finally:
+        _state.held -= 1
+    if _state.number and not _state.held and not _state.raised:
+        _state.raised = True
+        raise KeyboardInterrupt
+
+
+@contextlib.contextmanager
+def shielded() -> Iterator[None]:
+    """Processes started inside do not hear Ctrl-C, which a terminal sends to all: who starts them ends them."""
+    from multiprocessing import resource_tracker
+
+    resource_tracker.ensure_running()  # starting it later would lift the block
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextlib.contextmanager
+def child(command: list[str], **options) -> Iterator[subprocess.Popen]:
+    """A program in a process group of its own, which is ended with this block, it and all that it started.
+
+    It does not hear a terminal's Ctrl-C and has no input from it. options: those of subprocess.Popen.
+    """
+    process = None
+    try:
+        with finishing():
+            process = subprocess.Popen(command, process_group=0, **({"stdin": subprocess.DEVNULL} | options))
+            _groups.add(process.pid)
+        yield process
+    finally:
+        if process is not None:
+            if process.poll() is None:
+                _end(process.pid)
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(1)
+                _end(process.pid, signal.SIGKILL)
+                process.wait()
+            _groups.discard(process.pid)
+            for pipe in (process.stdin, process.stdout, process.stderr):
+                if pipe is not None:
+                    with contextlib.suppress(OSError):
+                        pipe.close()
+
+
+def end_children() -> None:
+    """End every `child` that runs, in whichever thread it was started."""
+    for group in list(_groups):
+        _end(group)
+
+
+def _end(group: int, number: int = signal.SIGTERM) -> None:
+    with contextlib.suppress(OSError):
+        os.killpg(group, number)

@@ -1,0 +1,220 @@
+"""The keys of a run: value, origin, type, default and meaning of each; and the JSON schema of a run file."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import textwrap
+import types
+import typing
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+import annotated_types
+import pydantic
+import yaml
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined, to_jsonable_python
+
+from crystal.config import CONFIGS, ConfigError, Strict, nearest
+from crystal.run import RunConfig, RunFile
+
+
+@dataclass(frozen=True)
+class Key:
+    """One key of a run, resolved. default is None where `required`."""
+
+    key: str  # dotted; items of a list by their name, where that leads to them
+    place: str  # the same, items of a list by position
+    value: Any
+    origin: str  # the file that set it, `command line`, or `default`
+    type: str
+    default: Any
+    required: bool
+    description: str
+
+
+def run_keys(run: RunFile, wanted: str | None = None) -> list[Key]:
+    """All keys of a run in the order of its sections, or the key `wanted`, or those of the section `wanted`.
+
+    Raises ConfigError for one that there is not, with the nearest that there is.
+    """
+    found = list(_section(run, run.config, (), ()))
+    if wanted is None:
+        return found
+    chosen = [k for k in found if any(f"{name}.".startswith(f"{wanted}.") for name in (k.key, k.place))]
+    if chosen:
+        return chosen
+    names = list(dict.fromkeys(_with_sections(found)))
+    ends = [name for name in names if name.endswith(f".{wanted}")]  # a key's own name, without its section
+    hint = f"; did you mean '{ends[0]}'?" if ends else nearest(wanted, names)
+    raise ConfigError(f"{run.path}: {wanted}: unknown key{hint}", file=run.path, key=wanted)
+
+
+def _with_sections(keys: list[Key]) -> Iterator[str]:
+    for name in (name for key in keys for name in (key.key, key.place)):
+        words = name.split(".")
+        yield from (".".join(words[:end]) for end in range(1, len(words) + 1))
+
+
+def _section(run: RunFile, section: pydantic.BaseModel, loc: tuple, shown: tuple) -> Iterator[Key]:
+    """The keys of a section. loc: its place in the file; shown: the same with names for positions."""
+    for name, field in type(section).model_fields.items():
+        word = field.alias or name
+        yield from _value(run, getattr(section, name), field, (*loc, word), (*shown, word))
+
+
+def _value(run: RunFile, value: Any, field: FieldInfo, loc: tuple, shown: tuple) -> Iterator[Key]:
+    if isinstance(value, pydantic.BaseModel):
+        yield from _section(run, value, loc, shown)
+    elif isinstance(value, tuple) and value and isinstance(value[0], pydantic.BaseModel):
+        for i, item in enumerate(value):
+            yield from _section(run, item, (*loc, i), (*shown, _item_name(value, i)))
+    elif isinstance(value, dict) and value:
+        item_field = FieldInfo(annotation=get_args(field.annotation)[1], description=field.description)
+        for word, item in value.items():
+            yield from _value(run, item, item_field, (*loc, word), (*shown, word))
+    else:
+        default = field.get_default(call_default_factory=True)
+        required = default is PydanticUndefined
+        plain, default = to_jsonable_python(value), None if required else to_jsonable_python(default)
+        yield Key(
+            ".".join(map(str, shown)), ".".join(map(str, loc)), plain,
+            _origin(run, loc, not required and plain == default), type_text(field.annotation, field.metadata),
+            default, required, field.description or _meaning(field.annotation),
+        )  # fmt: skip
+
+
+def _item_name(items: tuple, position: int) -> str | int:
+    """An item's `name`, as overrides take it, where it has one that leads to it alone; else its position."""
+    names = [getattr(item, "name", None) for item in items]
+    name = names[position]
+    plain = isinstance(name, str) and name and "." not in name and not name.isdecimal() and names.count(name) == 1
+    return name if plain else position
+
+
+def _origin(run: RunFile, loc: tuple, is_default: bool) -> str:
+    """The file that set the key at `loc`, itself or by a shorter form of its section: `sources: {english: 1.0}`."""
+    origins, node = run.source.origin, run.source.mapping
+    set_at, depth = node, 0
+    for end, word in enumerate(loc, 1):
+        if loc[:end] not in origins:
+            break
+        node = node[word]
+        set_at, depth = node, end
+    short_form = not isinstance(set_at, dict | list)
+    if depth == len(loc) or (short_form and depth and not is_default):
+        return origins[loc[:depth]]
+    return "default"
+
+
+def _meaning(annotation: Any) -> str:
+    """The first line of a section's docstring: what an optional section that is not there would be."""
+    models = [a for a in (annotation, *get_args(annotation)) if isinstance(a, type) and issubclass(a, Strict)]
+    return (models[0].__doc__ or "").partition("\n")[0] if models else ""
+
+
+def type_text(annotation: Any, metadata: typing.Sequence[Any] = ()) -> str:
+    """A field's type in words: `integer > 0 or null`."""
+    origin, parts = get_origin(annotation), get_args(annotation)
+    if isinstance(annotation, FieldInfo):
+        return type_text(annotation.annotation, annotation.metadata)
+    if origin is Annotated:
+        inner = [m for part in parts[1:] for m in (part.metadata if isinstance(part, FieldInfo) else [part])]
+        return type_text(parts[0], [*inner, *metadata])
+    if origin in (Union, types.UnionType):
+        return _either(dict.fromkeys(type_text(part, metadata) for part in parts))
+    if origin is Literal:
+        return _either(map(str, parts))
+    if annotation in (type(None), None):
+        return "null"
+    if origin is tuple:
+        items = list(dict.fromkeys(type_text(part) for part in parts if part is not ...))
+        return f"list of {_either(items)}" if ... in parts else f"list of {len(parts)}: {_either(items)}"
+    if origin is dict:
+        return f"mapping of {type_text(parts[1])}"
+    if isinstance(annotation, type) and issubclass(annotation, pydantic.BaseModel):
+        return "section"
+    names = {bool: "true or false", int: "integer", float: "number", str: "text", Path: "path"}
+    return names.get(annotation, getattr(annotation, "__name__", str(annotation))) + _bounds(metadata)
+
+
+def _either(words: Iterable[str]) -> str:
+    *words, last = words
+    return f"{', '.join(words)} or {last}" if words else last
+
+
+def _bounds(metadata: typing.Sequence[Any]) -> str:
+    low = {m.gt: ">" for m in metadata if isinstance(m, annotated_types.Gt)}
+    low |= {m.ge: ">=" for m in metadata if isinstance(m, annotated_types.Ge)}
+    high = {m.lt: "<" for m in metadata if isinstance(m, annotated_types.Lt)}
+    high |= {m.le: "<=" for m in metadata if isinstance(m, annotated_types.Le)}
+    patterns = [m.pattern for m in metadata if getattr(m, "pattern", None)]
+    words = [f" {sign} {bound}" for bound, sign in (low | high).items()] + [f" matching {p}" for p in patterns]
+    return " and".join(words)
+
+
+def as_dict(run: RunFile, keys: list[Key]) -> dict:
+    """The keys, JSON-ready."""
+    return {"run": run.path, "keys": {k.key: {n: v for n, v in asdict(k).items() if n != "key"} for k in keys}}
+
+
+def keys_text(keys: list[Key]) -> str:
+    """Two lines a key: value and origin; type, default and meaning. On a terminal the second is wrapped."""
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else 0
+    lines = []
+    for k in keys:
+        default = "no default" if k.required else f"default {_yaml(k.default)}"
+        origin = k.origin
+        if Path(origin).is_relative_to(CONFIGS):
+            origin = str(Path("configs") / Path(origin).relative_to(CONFIGS))
+        about = f"[{k.type}, {default}] {k.description}".rstrip()
+        lines.append(f"{k.key}: {_yaml(k.value)}  # {origin}")
+        wrapped = textwrap.wrap(about, width - 4, break_on_hyphens=False) if width > 20 else [about]
+        lines += [f"    {line}" for line in wrapped]
+    return "\n".join(lines)
+
+
+def _yaml(value: Any) -> str:
+    """A value on one line, as an override takes it."""
+    return yaml.safe_dump([value], default_flow_style=True, width=sys.maxsize, allow_unicode=True).strip()[1:-1]
+
+
+def schema() -> dict:
+    """The JSON schema of a run file, for editors that complete YAML.
+
+    A file may leave out what another one that it extends says, so no key of a mapping is required, not even the one
+    that says which of several sections it is. Items of a list, which is replaced whole, keep what they require.
+    """
+    whole = RunConfig.model_json_schema(by_alias=True)
+    definitions, items = whole["$defs"], set(_items(whole))
+    for section in (whole, *(definitions[name] for name in definitions if name not in items)):
+        section.pop("required", None)
+        for key in section["properties"].values():
+            if "oneOf" in key:
+                key["anyOf"] = key.pop("oneOf")
+                key.pop("discriminator", None)
+    name = {"type": "string"}
+    extends = {
+        "anyOf": [name, {"type": "array", "items": name}],
+        "description": "files that this one is merged onto: a path from here, or a packaged file (runs/demo)",
+    }
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        **whole,
+        "title": "crystal run file",
+        "properties": {"extends": extends, **whole["properties"]},
+    }
+
+
+def _items(node: Any, in_list: bool = False) -> Iterator[str]:
+    """Names of the sections that stand in lists."""
+    if isinstance(node, list):
+        yield from (name for part in node for name in _items(part, in_list))
+    elif isinstance(node, dict):
+        if in_list and "$ref" in node:
+            yield node["$ref"].rpartition("/")[2]
+        for word, part in node.items():
+            yield from _items(part, word == "items" or (in_list and word == "anyOf"))
