@@ -343,7 +343,7 @@ def coord_check(
     ] = None,
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="write JSON, pictures and a page, SP beside")] = None,
     formats: Annotated[
-        str | None, typer.Option("--format", metavar="png,pdf,svg", help="of the pictures, one or more; default png")
+        str | None, typer.Option("--format", metavar="NAME,...", help="of the pictures: png, pdf, svg; default: png")
     ] = None,
     as_json: Json = False,
 ) -> None:
