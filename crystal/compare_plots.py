@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import io
 import math
-import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from crystal.compare import Curves
-from crystal.config import ConfigError
-from crystal.printable import printable_line
-from crystal.training.plots import COLOURS
+from crystal.pictures import colors, literal, save
 
-FORMATS = (".png", ".svg", ".pdf")
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 _COLUMNS = 3  # of the small pictures, one a source
-_STYLES = ("-", "--", ":", "-.")  # when the colours are used up
 
 
 def draw(runs: list[Curves], out: Path, sources: list[str]) -> None:
@@ -22,23 +20,27 @@ def draw(runs: list[Curves], out: Path, sources: list[str]) -> None:
 
     A run's training loss is a pale line, and a line of running means over it.
     """
-    if out.suffix.lower() not in FORMATS:
-        raise ConfigError(f"--out: expected a file ending in {', '.join(FORMATS)}, got {out}")
+    save(lambda: figure_of(runs, sources), out)
+
+
+def figure_of(runs: list[Curves], sources: list[str]) -> Figure:
+    """The figure that `draw` writes."""
     from matplotlib.figure import Figure  # without pyplot, which keeps every figure it made
     from matplotlib.ticker import EngFormatter
 
+    colored = list(zip(runs, colors(len(runs)), strict=True))
     columns = min(len(sources), _COLUMNS) or 1
     rows = math.ceil(len(sources) / columns)
     figure = Figure(figsize=(9, 4.2 + 2.4 * rows), layout="constrained")
     grid = figure.add_gridspec(1 + rows, columns, height_ratios=[1.7] + [1] * rows)
     above = figure.add_subplot(grid[0, :])
-    lines = [_training(above, run, i) for i, run in enumerate(runs)]
+    lines = [_training(above, run, color) for run, color in colored]
     above.set_title("training loss, smoothed over pale raw", loc="left", fontsize=10)
     _limit(above, [run.loss for run in runs])
     for number, source in enumerate(sources):
         axes = figure.add_subplot(grid[1 + number // columns, number % columns], sharex=above)
-        points = [_validation(axes, run, i, source) for i, run in enumerate(runs)]
-        axes.set_title(f"validation, {_plain(source)}", loc="left", fontsize=10)
+        points = [_validation(axes, run, color, source) for run, color in colored]
+        axes.set_title(f"validation, {literal(source)}", loc="left", fontsize=10)
         _limit(axes, points)
     for axes in figure.axes:
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
@@ -50,28 +52,24 @@ def draw(runs: list[Curves], out: Path, sources: list[str]) -> None:
             axes.set_xlabel("tokens", fontsize=9)
         if axes.get_subplotspec().colspan.start == 0:
             axes.set_ylabel("nats per token", fontsize=9)
-    labels = [_plain(run.label) + ("" if run.loss else " (no steps recorded)") for run in runs]
+    labels = [literal(run.label) + ("" if run.loss else " (no steps recorded)") for run in runs]
     figure.legend(lines, labels, loc="outside upper left", ncols=min(len(runs), 4), fontsize=9, frameon=False)
-    _save(figure, out)
+    return figure
 
 
-def _style(i: int) -> dict:
-    return {"color": COLOURS[i % len(COLOURS)], "ls": _STYLES[i // len(COLOURS) % len(_STYLES)]}
-
-
-def _training(axes, run: Curves, i: int):
+def _training(axes, run: Curves, color: str):
     """Draw a run's training loss; its line, for the legend."""
-    axes.plot(run.tokens, run.loss, color=COLOURS[i % len(COLOURS)], alpha=0.22, lw=0.8)
-    (line,) = axes.plot(run.tokens, smoothed(run.loss), lw=1.6, **_style(i))
+    axes.plot(run.tokens, run.loss, color=color, alpha=0.22, lw=0.8)
+    (line,) = axes.plot(run.tokens, smoothed(run.loss), color=color, lw=1.6)
     return line
 
 
-def _validation(axes, run: Curves, i: int, source: str) -> list[float]:
+def _validation(axes, run: Curves, color: str, source: str) -> list[float]:
     points = [
         (t, by_source[source]) for t, by_source in zip(run.val_tokens, run.val_loss, strict=True) if source in by_source
     ]
     tokens, values = zip(*points, strict=True) if points else ((), ())
-    axes.plot(tokens, values, marker="o", ms=3, lw=1.2, **_style(i))
+    axes.plot(tokens, values, color=color, marker="o", ms=3, lw=1.2)
     return list(values)
 
 
@@ -98,22 +96,3 @@ def _limit(axes, curves: list[list[float]]) -> None:
         low, high = min(later), max(later)
         room = 0.06 * (high - low) or 0.05 * abs(high) or 0.05
         axes.set_ylim(low - room, high + room)
-
-
-def _plain(text: str) -> str:
-    """As it stands: no formula in dollars, and no leading underscore, with which matplotlib hides a line."""
-    shown = printable_line(text).replace("$", r"\$")
-    return f" {shown}" if shown.startswith("_") else shown
-
-
-def _save(figure, out: Path) -> None:
-    """Write the picture aside and rename it."""
-    content = io.BytesIO()
-    figure.savefig(content, format=out.suffix.lower()[1:], dpi=130)
-    aside = out.with_name(f".{out.name}.tmp")
-    try:
-        aside.write_bytes(content.getvalue())
-        os.replace(aside, out)
-    except OSError as error:
-        aside.unlink(missing_ok=True)
-        raise ConfigError(f"--out: {out} cannot be written: {error.strerror}") from None

@@ -30,7 +30,7 @@ def verify(run: Run, overrides: Overrides = None, as_json: Json = False) -> None
     """
     store = _ledger(run, overrides).store
     try:
-        files = store.verify()
+        files = store.verify(console())
     except ConfigError as mismatch:
         result = {"verdict": "FAIL", "store": str(store.directory), "message": str(mismatch)}
         print_result(result, as_json, f"FAIL {mismatch}")

@@ -9,16 +9,21 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from crystal.config import ConfigError, parse
 from crystal.data.tokenizer import Tokenizer
+from crystal.progress import Bar
 from crystal.training.checkpoint import Checkpoint, locate, read
 from crystal.zoo.build import build, plan_for
 from crystal.zoo.config import ModelConfig
 from crystal.zoo.decoder import Decoder
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 
 class LayerCache:
@@ -149,10 +154,11 @@ def generate_text(
     top_k: int | None = None,
     top_p: float | None = None,
     seed: int = 0,
+    console: Console | None = None,
 ) -> dict:
     """Continue a text from a checkpoint or run directory: {text, tokens, prompt_tokens, ended}, JSON-ready.
 
-    text: what follows the prompt, without it; tokens: the new ids; ended: `eos` or `length`.
+    text: what follows the prompt, without it; tokens: the new ids; ended: `eos` or `length`. console: progress.
     Raises ConfigError as `generate` and `load_decoder` do, and for a checkpoint without a tokenizer.
     """
     opened = read(locate(Path(checkpoint), stage))
@@ -160,7 +166,11 @@ def generate_text(
     model, _ = load_decoder(opened)
     start = [tokenizer.bos_id] if opened.state.get("bos", True) else []
     ids = start + tokenizer.encode(prompt)
-    new = list(generate(model, ids, max_new_tokens, temperature, top_k, top_p, seed, tokenizer.eos_id))
+    new = []
+    with Bar(console, "generating", max_new_tokens, unit="tokens") as bar:
+        for token in generate(model, ids, max_new_tokens, temperature, top_k, top_p, seed, tokenizer.eos_id):
+            new.append(token)
+            bar.advance()
     # decoded together: at the start of a text the tokenizer drops the space that belongs to a first word
     text = tokenizer.decode(ids + new)[len(tokenizer.decode(ids)) :]
     ended = "eos" if new[-1] == tokenizer.eos_id else "length"

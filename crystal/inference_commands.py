@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from crystal.options import Checkpoint, Json, print_result
+from crystal.options import Checkpoint, Json, console, print_result
 
 
 def logits(
@@ -55,5 +55,5 @@ def generate(
     """
     from crystal.generate import generate_text
 
-    result = generate_text(checkpoint, prompt, stage, max_new_tokens, temperature, top_k, top_p, seed)
+    result = generate_text(checkpoint, prompt, stage, max_new_tokens, temperature, top_k, top_p, seed, console())
     print_result(result, as_json, prompt + result["text"], raw=not sys.stdout.isatty())

@@ -77,6 +77,7 @@ def obeyed(command: Callable[[], int | None]) -> int | None:
             raise
         return CODE
     finally:
+        _restore_terminal()
         if not lasting:
             _unlisten()
 
@@ -106,12 +107,16 @@ def leave() -> None:
     """End this process now, and those it started."""
     end_children()
     _kill_workers()
-    progress = sys.modules.get("crystal.progress")
-    if progress is not None:
-        progress.restore()
+    _restore_terminal()
     if os.environ.get("RANK", "0") == "0":
         os.write(2, f"{line()}\n".encode())
     os._exit(CODE)
+
+
+def _restore_terminal() -> None:
+    progress = sys.modules.get("crystal.progress")
+    if progress is not None:
+        progress.restore()
 
 
 def _kill_workers() -> None:

@@ -5,21 +5,21 @@ from __future__ import annotations
 import shutil
 import sys
 import textwrap
-import types
-import typing
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Any
 
-import annotated_types
 import pydantic
 import yaml
-from pydantic.fields import FieldInfo
-from pydantic_core import PydanticUndefined, to_jsonable_python
+from pydantic_core import to_jsonable_python
 
-from crystal.config import CONFIGS, ConfigError, Strict, nearest
+from crystal.config import COMMAND_LINE, CONFIGS, ConfigError
+from crystal.mistakes import describe, nearest
 from crystal.run import RunConfig, RunFile
+
+AUTO = (("model", "vocab_size"), ("train", "micro_batch_size"))  # which a run that is read has a number for
 
 
 @dataclass(frozen=True)
@@ -61,30 +61,49 @@ def _with_sections(keys: list[Key]) -> Iterator[str]:
 
 def _section(run: RunFile, section: pydantic.BaseModel, loc: tuple, shown: tuple) -> Iterator[Key]:
     """The keys of a section. loc: its place in the file; shown: the same with names for positions."""
+    schema = _schema(type(section))
     for name, field in type(section).model_fields.items():
         word = field.alias or name
-        yield from _value(run, getattr(section, name), field, (*loc, word), (*shown, word))
+        yield from _value(run, getattr(section, name), schema["properties"][word], schema, (*loc, word), (*shown, word))
 
 
-def _value(run: RunFile, value: Any, field: FieldInfo, loc: tuple, shown: tuple) -> Iterator[Key]:
+def _value(run: RunFile, value: Any, field: dict, root: dict, loc: tuple, shown: tuple) -> Iterator[Key]:
+    """The key at `loc`, or those below it. field: its JSON schema, whose definitions are in root."""
     if isinstance(value, pydantic.BaseModel):
         yield from _section(run, value, loc, shown)
     elif isinstance(value, tuple) and value and isinstance(value[0], pydantic.BaseModel):
         for i, item in enumerate(value):
             yield from _section(run, item, (*loc, i), (*shown, _item_name(value, i)))
     elif isinstance(value, dict) and value:
-        item_field = FieldInfo(annotation=get_args(field.annotation)[1], description=field.description)
+        mapping = next(part for part in field.get("anyOf", [field]) if part.get("type") == "object")
+        each = {"description": field.get("description", ""), **mapping["additionalProperties"]}
         for word, item in value.items():
-            yield from _value(run, item, item_field, (*loc, word), (*shown, word))
+            yield from _value(run, item, each, root, (*loc, word), (*shown, word))
     else:
-        default = field.get_default(call_default_factory=True)
-        required = default is PydanticUndefined
-        plain, default = to_jsonable_python(value), None if required else to_jsonable_python(default)
+        auto = loc in AUTO
+        default = "auto" if auto else field.get("default")
+        required, plain = not auto and "default" not in field, to_jsonable_python(value)
         yield Key(
-            ".".join(map(str, shown)), ".".join(map(str, loc)), plain,
-            _origin(run, loc, not required and plain == default), type_text(field.annotation, field.metadata),
-            default, required, field.description or _meaning(field.annotation),
-        )  # fmt: skip
+            key=".".join(map(str, shown)),
+            place=".".join(map(str, loc)),
+            value=plain,
+            origin=_origin(run, loc, not required and plain == default),
+            type=describe(field, root) + (" or 'auto'" if auto else ""),
+            default=default,
+            required=required,
+            description=field.get("description") or _meaning(field, root),
+        )
+
+
+@cache
+def _schema(section: type[pydantic.BaseModel]) -> dict:
+    return section.model_json_schema()
+
+
+def _meaning(field: dict, root: dict) -> str:
+    """What an optional section that is not there would be: the first line of its docstring."""
+    names = [part["$ref"].rpartition("/")[2] for part in field.get("anyOf", [field]) if "$ref" in part]
+    return root["$defs"][names[0]].get("description", "").partition("\n")[0] if names else ""
 
 
 def _item_name(items: tuple, position: int) -> str | int:
@@ -106,54 +125,8 @@ def _origin(run: RunFile, loc: tuple, is_default: bool) -> str:
         set_at, depth = node, end
     short_form = not isinstance(set_at, dict | list)
     if depth == len(loc) or (short_form and depth and not is_default):
-        return origins[loc[:depth]]
+        return COMMAND_LINE if origins[loc[:depth]].startswith(COMMAND_LINE) else origins[loc[:depth]]
     return "default"
-
-
-def _meaning(annotation: Any) -> str:
-    """The first line of a section's docstring: what an optional section that is not there would be."""
-    models = [a for a in (annotation, *get_args(annotation)) if isinstance(a, type) and issubclass(a, Strict)]
-    return (models[0].__doc__ or "").partition("\n")[0] if models else ""
-
-
-def type_text(annotation: Any, metadata: typing.Sequence[Any] = ()) -> str:
-    """A field's type in words: `integer > 0 or null`."""
-    origin, parts = get_origin(annotation), get_args(annotation)
-    if isinstance(annotation, FieldInfo):
-        return type_text(annotation.annotation, annotation.metadata)
-    if origin is Annotated:
-        inner = [m for part in parts[1:] for m in (part.metadata if isinstance(part, FieldInfo) else [part])]
-        return type_text(parts[0], [*inner, *metadata])
-    if origin in (Union, types.UnionType):
-        return _either(dict.fromkeys(type_text(part, metadata) for part in parts))
-    if origin is Literal:
-        return _either(map(str, parts))
-    if annotation in (type(None), None):
-        return "null"
-    if origin is tuple:
-        items = list(dict.fromkeys(type_text(part) for part in parts if part is not ...))
-        return f"list of {_either(items)}" if ... in parts else f"list of {len(parts)}: {_either(items)}"
-    if origin is dict:
-        return f"mapping of {type_text(parts[1])}"
-    if isinstance(annotation, type) and issubclass(annotation, pydantic.BaseModel):
-        return "section"
-    names = {bool: "true or false", int: "integer", float: "number", str: "text", Path: "path"}
-    return names.get(annotation, getattr(annotation, "__name__", str(annotation))) + _bounds(metadata)
-
-
-def _either(words: Iterable[str]) -> str:
-    *words, last = words
-    return f"{', '.join(words)} or {last}" if words else last
-
-
-def _bounds(metadata: typing.Sequence[Any]) -> str:
-    low = {m.gt: ">" for m in metadata if isinstance(m, annotated_types.Gt)}
-    low |= {m.ge: ">=" for m in metadata if isinstance(m, annotated_types.Ge)}
-    high = {m.lt: "<" for m in metadata if isinstance(m, annotated_types.Lt)}
-    high |= {m.le: "<=" for m in metadata if isinstance(m, annotated_types.Le)}
-    patterns = [m.pattern for m in metadata if getattr(m, "pattern", None)]
-    words = [f" {sign} {bound}" for bound, sign in (low | high).items()] + [f" matching {p}" for p in patterns]
-    return " and".join(words)
 
 
 def as_dict(run: RunFile, keys: list[Key]) -> dict:
@@ -196,6 +169,10 @@ def schema() -> dict:
             if "oneOf" in key:
                 key["anyOf"] = key.pop("oneOf")
                 key.pop("discriminator", None)
+    for section, key in AUTO:
+        number = definitions[whole["properties"][section]["$ref"].rpartition("/")[2]]["properties"][key]
+        bounds = {word: number.pop(word) for word in ("type", "exclusiveMinimum")}
+        number |= {"anyOf": [bounds, {"const": "auto"}], "default": "auto"}
     name = {"type": "string"}
     extends = {
         "anyOf": [name, {"type": "array", "items": name}],

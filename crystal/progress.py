@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 WIDE = 72  # columns from which there is room for numbers and elapsed time
 _SPACING = 0.25  # seconds between two samples of the speed
 _SAMPLES = 120
+_DELAY, _PERIOD = 0.15, 0.1  # seconds before the first drawing, and between two
 _LONGEST = 60.0  # seconds between two lines where nothing is redrawn
 _drawn: set[Bar] = set()  # those whose line is on a terminal now
 
@@ -68,7 +69,7 @@ class Bar:
         self.console = console or Console(quiet=True)
         self.keep, self.lines, self.unit = keep, lines, unit
         self.draws = _can_redraw(self.console)
-        self._live = Live(self, console=self.console, refresh_per_second=10, redirect_stdout=False)
+        self._live = Live(self, console=self.console, auto_refresh=False, redirect_stdout=False)
         self._lock, self._ended = threading.Lock(), threading.Event()
         self.begin(what, total)
 
@@ -123,25 +124,33 @@ class Bar:
         return max((self.total - last) * each - min(now - until, each), 0.0)
 
     def __enter__(self) -> Bar:
-        if self.draws:
-            _drawn.add(self)
-            self._live.start(refresh=True)
-        elif not self.console.quiet:
-            threading.Thread(target=self._tell, daemon=True).start()
+        if not self.console.quiet:
+            threading.Thread(target=self._draw if self.draws else self._tell, daemon=True).start()
         return self
 
     def __exit__(self, *exc: object) -> None:
         self._ended.set()
-        if self.draws:
-            self._live.transient = not self.keep
-            self._live.stop()
-            _drawn.discard(self)
+        with self._lock:
+            if self in _drawn:
+                self._live.transient = not self.keep
+                self._live.stop()
+                _drawn.discard(self)
 
-    # ------------------------------------------------------------------------------- where nothing is redrawn
+    def _draw(self) -> None:
+        """Draw ten times a second; what is over at once is not drawn."""
+        if self._ended.wait(_DELAY):
+            return
+        with self._lock:
+            if self._ended.is_set():
+                return
+            _drawn.add(self)
+            self._live.start(refresh=True)
+        while not self._ended.wait(_PERIOD):
+            self._live.refresh()
 
     def _tell(self) -> None:
         """Say how far it is after 1, 2, 4 … seconds, and from then on every minute."""
-        while not self._ended.wait(0.25):
+        while not self._ended.wait(_DELAY):
             now = time.monotonic()
             if now - self._said >= min(max(self._said - self.began, 1.0), _LONGEST):
                 self._say()
@@ -156,8 +165,6 @@ class Bar:
                 count = f"{self.unit} {count}"
             parts = [f"{self.what}: {count}" if count else self.what, self.numbers, self._time()]
             note(self.console, "  ".join(printable_line(part) for part in parts if part))
-
-    # ------------------------------------------------------------------------------------------ on a terminal
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         # the cursor stays at the line's start: a window that is made narrower breaks the line behind it, and

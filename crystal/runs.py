@@ -109,7 +109,7 @@ def run_state(directory: Path) -> RunState | None:
     rates = [v for r in recorded[-_RATE_STEPS:] if (v := number(r.get("tokens_per_second")))]
     rate = statistics.median(rates) if rates else None
     started = next((i for i in reversed(range(len(events))) if events[i].get("event") == "start"), None)
-    since = {e.get("event"): e for e in (events if started is None else events[started:])}
+    since = {str(e.get("event")): e for e in (events if started is None else events[started:])}
     state = _state(directory, since, bool(recorded or events or checkpoint), step, steps, checkpoint)
     goal = _whole(since.get("start", {}).get("stop")) or steps
     left = max(goal - step, 0) * tokens_per_step / rate if rate and goal and tokens_per_step else None

@@ -11,7 +11,7 @@ import json
 import math
 import os
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -223,6 +223,7 @@ def name_from(directory: Path, file: str | Path) -> str:
     return name if meant.samefile(whole) else str(whole)  # another file has the packaged one's name, here
 
 
+@cache
 def family(name: str) -> tuple[ModelConfig, OptimizerConfig]:
     """The proxy that a ladder starts from, and its published optimizer."""
     source = preset(f"{name}-proxy")

@@ -17,7 +17,8 @@ from rich.console import Console
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-torch.set_num_threads(2)
+# workers that share the cores have one thread each: more would wait for one another, most of all on a busy machine
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 settings.register_profile("crystal", deadline=None, max_examples=50)
 settings.load_profile("crystal")
 

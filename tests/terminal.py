@@ -39,6 +39,8 @@ class Terminal:
 
     slow: {"module.name": seconds} that each call of a function waits before it does its work. None: the first call
     waits until `release`, and `stuck` is true meanwhile. False: the function does nothing. A path takes its place.
+    "deaf", "forgetful", "wordy": it waits as well and loses a KeyboardInterrupt, in a loop, in a destructor, or by
+    making another error of it.
     into: {1: path, 2: path}, files that stdout or stderr go into.
     """
 
@@ -222,6 +224,9 @@ def _slow_down(name, seconds, mark):
         setattr(owner, name, seconds)
         return
 
+    if isinstance(seconds, str):
+        setattr(owner, name, lambda *_, **__: globals()[f"_{seconds}"](mark))
+        return
     released = []
 
     def slow(*arguments, **named):
@@ -236,6 +241,35 @@ def _slow_down(name, seconds, mark):
         return original(*arguments, **named)
 
     setattr(owner, name, slow)
+
+
+def _deaf(mark):
+    mark.touch()
+    while True:
+        with contextlib.suppress(KeyboardInterrupt):
+            time.sleep(60)
+
+
+class _Forgetful:
+    def __init__(self, mark):
+        self.mark = mark
+
+    def __del__(self):
+        self.mark.touch()
+        time.sleep(60)
+
+
+def _forgetful(mark):
+    _Forgetful(mark)
+    time.sleep(60)
+
+
+def _wordy(mark):
+    try:
+        mark.touch()
+        time.sleep(60)
+    except KeyboardInterrupt:
+        raise RuntimeError("innards") from None
 
 
 def _session(leader):

@@ -1,13 +1,14 @@
 """`crystal config`: every key of a run with value, origin, type, default and meaning; and the schema of run files."""
 
 import json
+from typing import get_args
 
 import pytest
 import yaml
 from recorded import record_run
 
 from crystal import keys
-from crystal.config import CONFIGS, _Loader, _models, load_yaml
+from crystal.config import CONFIGS, Strict, _Loader, load_yaml
 from crystal.run import RunConfig, load_run
 
 
@@ -22,8 +23,8 @@ def test_each_key_has_value_origin_type_default_and_meaning(crystal, tmp_path):
     mine.write_text("extends: runs/demo\ntrain: {seed: 5}\n")
     got = shown(crystal("config", mine, "--json", "train.eval_rows=8"))
     assert got["train.seed"] == {
-        "place": "train.seed", "value": 5, "origin": str(mine), "type": "integer", "default": 1, "required": False,
-        "description": "of the first weights, the order of the data and FIM",
+        "place": "train.seed", "value": 5, "origin": str(mine), "type": "a whole number", "default": 1,
+        "required": False, "description": "of the first weights, the order of the data and FIM",
     }  # fmt: skip
     assert (got["train.eval_rows"]["value"], got["train.eval_rows"]["origin"]) == (8, "command line")
     assert got["train.max_bad_steps"]["origin"] == "default"
@@ -58,15 +59,22 @@ def test_what_is_shown_can_be_given_as_an_override(name):
         assert (again.value, again.origin) == (key.value, "command line"), assignment
 
 
+def below(annotation):
+    """The sections that a value may be, or hold."""
+    if isinstance(annotation, type) and issubclass(annotation, Strict):
+        return [annotation]
+    return [section for part in get_args(annotation) for section in below(part)]
+
+
 def test_every_key_that_a_run_can_have_is_explained():
     sections = {RunConfig}
     for _ in range(5):
-        sections |= {m for s in sections for f in s.model_fields.values() for m in _models(f.annotation)}
+        sections |= {m for s in sections for f in s.model_fields.values() for m in below(f.annotation)}
     assert len(sections) > 15
     for section in sections:
         assert section.__doc__
         for name, field in section.model_fields.items():
-            assert field.description or _models(field.annotation), f"{section.__name__}.{name} says nothing of itself"
+            assert field.description or below(field.annotation), f"{section.__name__}.{name} says nothing of itself"
 
 
 def test_short_forms_come_from_the_file_that_has_them(tmp_path):
@@ -124,20 +132,21 @@ def test_the_text_says_the_same(crystal):
     assert (code, out) == (
         0,
         "curriculum.scale: 0.0025  # configs/runs/demo.yaml\n"
-        "    [number > 0, default 1.0] factor on the published steps, warm-ups and checkpoint cadences\n",
+        "    [a number greater than 0, default 1.0] factor on the published steps, warm-ups and checkpoint cadences\n",
     )
 
 
-@pytest.mark.parametrize(
-    ("annotation", "text"),
-    [
-        (int, "integer"), (bool, "true or false"), (float | None, "number or null"), (str, "text"),
-        (tuple[int, ...], "list of integer"), (tuple[float, float], "list of 2: number"),
-        (dict[str, float], "mapping of number"), (RunConfig | None, "section or null"),
-    ],
-)  # fmt: skip
-def test_types_are_told_in_words(annotation, text):
-    assert keys.type_text(annotation) == text
+def test_what_a_run_chooses_by_itself_is_auto_by_default(crystal, tmp_path, schema):
+    mine = tmp_path / "mine.yaml"
+    mine.write_text("extends: runs/demo\n")
+    for section, name in keys.AUTO:
+        key = f"{section}.{name}"
+        (got,) = keys.run_keys(load_run(mine, [f"{key}=auto"]), key)
+        assert (got.origin, got.default, got.required) == ("command line", "auto", False)
+        assert isinstance(got.value, int)
+        assert got.type.endswith("or 'auto'")
+        assert misfits({section: {name: "auto"}}, schema, schema) == []
+        assert misfits({section: {name: 0}}, schema, schema)
 
 
 def misfits(value, schema, whole):

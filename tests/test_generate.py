@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from closeness import assert_near, path_length
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -60,7 +61,7 @@ def test_cached_logits_are_those_of_the_full_forward_pass(pieces, model):
             seen += size
             assert cache.length == seen
     assert full.abs().max() > 0.5
-    assert (torch.cat(got) - full).abs().max() < 1e-5 * full.abs().max()
+    assert_near(torch.cat(got), full, path_length(model.config, 24))
 
 
 def test_a_batch_is_cached_row_by_row(model):
@@ -70,7 +71,7 @@ def test_a_batch_is_cached_row_by_row(model):
         model(ids[:, :7], cache=cache)
         got = model(ids[:, 7:], cache=cache)
         full = model(ids)[:, 7:]
-    assert (got - full).abs().max() < 1e-5 * full.abs().max()
+    assert_near(got, full, path_length(model.config, 12))
 
 
 def test_next_logits_carry_the_multipliers_of_mup():
@@ -80,7 +81,7 @@ def test_next_logits_carry_the_multipliers_of_mup():
     ids = prompt(9)
     with torch.inference_mode():
         full = model(torch.tensor([ids]))[0, -1]
-        assert torch.allclose(next_logits(model, ids, KVCache(model, 9)), full, rtol=1e-5, atol=1e-5)
+        assert_near(next_logits(model, ids, KVCache(model, 9)), full, path_length(model.config, 9))
 
 
 def test_a_full_cache_says_so(model):
@@ -196,7 +197,10 @@ def test_a_checkpoint_gives_its_decoder(tmp_path, model):
     loaded, opened = load_decoder(checkpoint(tmp_path / "c", model.config))
     assert opened.directory == tmp_path / "c"
     ids = torch.tensor([prompt(10)])
-    assert torch.equal(logits(loaded, ids), logits(model, ids))
+    weights = dict(model.named_parameters())
+    assert all(torch.equal(weights[name], p) for name, p in loaded.named_parameters())
+    # the file's weights are not aligned as those in memory, on which a product's roundings may depend
+    assert_near(logits(loaded, ids), logits(model, ids), path_length(model.config, 10))
     assert not any(p.requires_grad or p.is_meta for p in loaded.parameters())
 
 
@@ -295,7 +299,7 @@ def test_a_file_of_ids_becomes_a_file_of_logits(dtype, tmp_path):
     assert logits_file(path, tmp_path / "ids.npy", tmp_path / "out.npy") == (2, 11, 96)
     got = np.load(tmp_path / "out.npy", allow_pickle=False)
     assert got.dtype == np.float32
-    assert np.array_equal(got, logits(model, torch.from_numpy(ids)).numpy())
+    assert_near(torch.from_numpy(got), logits(model, torch.from_numpy(ids)), path_length(CRYSTAL, 11))
 
 
 def test_one_sequence_is_a_batch_of_one(tmp_path):

@@ -12,9 +12,15 @@ from pathlib import Path
 
 import pytest
 import yaml
+from hypothesis import given
+from hypothesis import strategies as st
 from rich.cells import cell_len
 from terminal import ESCAPE, LEFT, Terminal
 
+from crystal.printable import printable, printable_line
+from crystal.progress import Bar
+
+UNSAFE = re.compile("[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 STEP = "crystal.backends.cpu.CpuBackend.train_step"
 NO_PLOT = {"crystal.training.plots.plot_losses": False}
 ESCAPES = "\x1b]0;title\x07 \x1b[31mred \x9b2J \u202eback \u2066x\x7f"
@@ -166,6 +172,31 @@ def test_in_a_file_a_line_is_one_line(terminal, run, tmp_path):
     assert any(line.startswith(f"stage 1 {long}: step 4/5  loss") for line in said.splitlines())
 
 
+TEXT = st.text(st.characters(codec=None) | st.sampled_from("漢[]/:\x1b\x9b\u202e\n\t"))
+
+
+@given(TEXT, st.integers(20, 200), st.integers(0, 10**6), st.integers(1, 10**6), TEXT)
+def test_a_line_of_progress_fits_whatever_it_is_called(what, room, completed, total, numbers):
+    bar = Bar(None, what, total)
+    bar.numbers = numbers
+    bar.reach(min(completed, total))
+    line = bar.line(room).plain
+    assert cell_len(line) <= room
+    assert not UNSAFE.search(line)
+    if room >= 39:
+        assert f" {bar.completed:,}/{total:,} " in f" {line} "
+        assert re.search(r" (\d+:\d\d|-:--)( left)?$", line)
+
+
+@given(TEXT)
+def test_printable_text_holds_nothing_that_a_terminal_obeys(text):
+    assert not UNSAFE.search(printable(text).replace("\n", "").replace("\t", ""))
+    assert not UNSAFE.search(printable_line(text))
+    safe = UNSAFE.sub("", text)
+    assert printable_line(safe) == safe
+    printable(text).encode("utf-8")
+
+
 # ---------------------------------------------------------------------------------------- control characters
 
 
@@ -191,7 +222,7 @@ def test_what_documents_hold_is_shown_escaped(terminal, hostile):
         term = terminal("data", words[0], hostile, *words[1:])
         assert term.ended() == 0, term.output
         text = ESCAPE.sub("", term.output[term.output.rfind("\x1b[2K") + 4 :])
-        assert not re.search("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", text)
+        assert not UNSAFE.search(re.sub(r"\r\n|\t", "", text))
         if words[0] == "show":
             assert "\\x1b]0;title\\x07 \\x1b[31mred" in text
             assert "\t" in text
@@ -411,6 +442,28 @@ def test_ctrl_c_during_a_benchmark_ends_its_trainers(terminal):
     term = terminal("bench", "train", "--d-model", "64", slow={"crystal.bench_train.matmul_peak": 0})
     term.until(lambda t: len(_children(t)) > 2)
     interrupted(term)
+
+
+@pytest.mark.parametrize("how", ["wordy", "forgetful"])
+def test_an_interrupt_that_others_lose_on_its_way_is_still_one(terminal, run, how):
+    term = terminal("schedule", run, slow={"crystal.describe.schedule": how})
+    term.until(lambda t: t.stuck)
+    interrupted(term)
+
+
+def test_what_hears_no_interrupt_ends_at_the_second(terminal, run):
+    term = terminal("schedule", run, slow={"crystal.describe.schedule": "deaf"})
+    term.until(lambda t: t.stuck)
+    term.type(b"\x03")
+    time.sleep(1.1)  # sooner, it is the same one twice
+    interrupted(term)
+
+
+def test_an_impatient_ctrl_c_is_one(terminal, run):
+    term = terminal("schedule", run, slow={"crystal.describe.schedule": None})
+    term.until(lambda t: t.stuck)
+    term.type(b"\x03\x03\x03")
+    interrupted(term, typed=True)
 
 
 def test_sigterm_outside_training_is_the_same(terminal, run):

@@ -21,7 +21,7 @@ import os
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable
 from pathlib import Path
-from typing import IO, Literal
+from typing import IO, TYPE_CHECKING, Literal
 
 import numpy as np
 
@@ -29,6 +29,10 @@ from crystal.config import ConfigError, Strict, nearest, parse
 from crystal.data import pack
 from crystal.data.tokenizer import Tokenizer
 from crystal.files import sha256_of
+from crystal.progress import Bar
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 VERSION = 1
 SPLITS = ("train", "val")
@@ -177,16 +181,19 @@ class TokenStore:
         self.check_tokenizer(tokenizer)
         return tokenizer
 
-    def verify(self) -> list[str]:
+    def verify(self, console: Console | None = None) -> list[str]:
         """Compare every file's sha256; returns the names. Raises ConfigError for the first bad one."""
         expected = {self.manifest["tokenizer"]["path"]: self.manifest["tokenizer"]["sha256"]}
         for source, entry in self._entries.items():
             expected |= {shard.file: shard.sha256 for shard in entry.shards}
             expected[f"{source}/documents.jsonl"] = entry.documents_sha256
-        for name, sha256 in expected.items():
-            found = sha256_of(self.directory / name)
-            if found != sha256:
-                raise ConfigError(f"{self.directory / name}: expected sha256 {sha256}, got {found}")
+        sizes = {name: (self.directory / name).stat().st_size for name in expected}
+        with Bar(console, "verifying", sum(sizes.values()), unit="bytes") as bar:
+            for name, sha256 in expected.items():
+                found = sha256_of(self.directory / name)
+                bar.advance(sizes[name])
+                if found != sha256:
+                    raise ConfigError(f"{self.directory / name}: expected sha256 {sha256}, got {found}")
         return list(expected)
 
     def rows(self, source: str, split: str = "train") -> int:

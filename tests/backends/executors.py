@@ -20,7 +20,7 @@ def train_on(processes, directory):
     for process in started:
         process.start()
     for process in started:
-        process.join(120)
+        process.join(600)
         process.kill()
     assert [p.exitcode for p in started] == [0] * processes
     return [torch.load(directory / f"{rank}.pt", weights_only=True) for rank in range(processes)]

@@ -7,10 +7,12 @@ import signal
 import pytest
 import torch
 from cerebras_jobs import ENVIRONMENT, TWO_STAGES, backends, batch, curriculum, micro_batches, model, needs_cerebras
+from closeness import near, path_length
 
 from crystal.backends.cerebras.bridge import CerebrasBackend
 from crystal.backends.config import CerebrasConfig, ClusterConfig, OptimizerConfig
 from crystal.config import ConfigError
+from crystal.run import load_run
 from crystal.training.guards import plan_differences
 from crystal.zoo.build import initial_weights, plan_for
 
@@ -42,6 +44,13 @@ def losses(directory):
     return [record["loss"] for record in records if "loss" in record]
 
 
+def assert_near_at_every_step(theirs, ours, run):
+    """Losses of a run of rows of 32 tokens."""
+    config = load_run(run).config.model
+    for step, (found, expected) in enumerate(zip(theirs, ours, strict=True), 1):
+        assert found == near(expected, path_length(config, 32, step)), step
+
+
 @needs_cerebras
 @pytest.mark.parametrize(
     ("optimizer", "changes"),
@@ -51,14 +60,15 @@ def losses(directory):
     ],
     ids=["crystalcoder, Cerebras' AdamW", "amber, torch's AdamW, documents apart"],
 )
-def test_twenty_steps_agree_with_the_cpu_backend_to_a_millionth(tmp_path, optimizer, changes):
+def test_twenty_steps_agree_with_the_cpu_backend(tmp_path, optimizer, changes):
     cpu, cerebras = backends(tmp_path, optimizer, model(**changes), PUBLISHED)
     for step in range(1, 21):
         rows = micro_batches(batch(step))
         ours, theirs = cpu.train_step(step, rows).host(), cerebras.train_step(step, rows).host()
-        assert theirs["loss"] == pytest.approx(ours["loss"], rel=1e-6), step
-        assert theirs["grad_norm"] == pytest.approx(ours["grad_norm"], rel=1e-5)
-        assert theirs["source_nll"] == pytest.approx(ours["source_nll"], rel=1e-5)
+        length = path_length(model(**changes), 16, step)
+        assert theirs["loss"] == near(ours["loss"], length), step
+        assert theirs["grad_norm"] == near(ours["grad_norm"], 25 * length)
+        assert theirs["source_nll"] == near(ours["source_nll"], length)
         assert theirs["source_tokens"] == ours["source_tokens"]
         assert ours["grad_norm"] > 1, "clipping had something to do"
     ours, theirs = weights(cpu), weights(cerebras)
@@ -76,7 +86,7 @@ def test_groups_follow_the_plan_and_evaluation_agrees(pair):
     assert plan_differences(cerebras.plan, cerebras.groups()) == []
     for rows in (8, 3):  # validation may end with a smaller batch
         ours, theirs = cpu.eval_step(batch(7, rows)), cerebras.eval_step(batch(7, rows))
-        assert torch.allclose(ours[0], theirs[0], rtol=1e-6)
+        assert theirs[0].tolist() == near(ours[0].tolist(), path_length(model(), 16))
         assert torch.equal(ours[1], theirs[1])
 
 
@@ -92,7 +102,7 @@ def test_a_stage_that_starts_the_optimizer_afresh_does_so(pair):
             assert all(not t.any() for n, t in cerebras.state() if n.startswith("optimizer."))
         rows = micro_batches(batch(step))
         ours, theirs = cpu.train_step(step, rows).host(), cerebras.train_step(step, rows).host()
-        assert theirs["loss"] == pytest.approx(ours["loss"], rel=1e-5), step
+        assert theirs["loss"] == near(ours["loss"], path_length(model(), 16, step - 8)), step
     assert cerebras.scalars() == cpu.scalars() == {"optimizer_step": 2}
 
 
@@ -125,7 +135,7 @@ def test_state_goes_to_the_cpu_backend_and_back(pair):
         return ((n.removeprefix(prefix + "."), t) for n, t in saved.items() if n.startswith(prefix + "."))
 
     cpu.load(read, scalars)
-    assert cpu.train_step(6, micro_batches(batch(6))).host()["loss"] == pytest.approx(following["loss"], rel=1e-6)
+    assert cpu.train_step(6, micro_batches(batch(6))).host()["loss"] == near(following["loss"], path_length(model(), 16))
     cerebras.load(read, scalars)
     assert all(torch.equal(tensor, saved[name]) for name, tensor in cerebras.state())
     assert cerebras.train_step(6, micro_batches(batch(6))).host() == following
@@ -162,8 +172,7 @@ def test_crystal_train_runs_a_proxy_and_goes_on_from_its_checkpoint(make_run, tr
     ours = losses(train(path, "backend.dtype=fp32", f"run_dir={tmp_path / 'cpu'}", until=12).directory)
     theirs = losses(train(path, *words, until=12).directory)
     assert len(ours) == 12
-    assert theirs == pytest.approx(ours, rel=1e-5)
-    assert theirs[:10] == pytest.approx(ours[:10], rel=1e-6)
+    assert_near_at_every_step(theirs, ours, path)
     train(path, *words, f"run_dir={tmp_path / 'again'}", until=7)
     assert losses(train(path, *words, f"run_dir={tmp_path / 'again'}", until=12).directory) == theirs
 
@@ -182,7 +191,7 @@ def test_a_run_moves_from_cpu_to_cerebras_and_back_with_its_losses_unbroken(make
         directory = train(path, backend, f"run_dir={tmp_path / 'moved'}", until=until).directory
     ours, theirs = losses(alone), losses(directory)
     assert len(theirs) == 14
-    assert theirs == pytest.approx(ours, rel=1e-5)
+    assert_near_at_every_step(theirs, ours, path)
 
 
 def test_without_an_environment_the_message_says_how_to_make_one(tmp_path):

@@ -59,7 +59,7 @@ def test_state_is_what_the_cpu_backend_holds(dtype, each):
 @pytest.mark.parametrize("recompute", ["none", "attention", "block"])
 @pytest.mark.parametrize("name", ["amber-w256-l2", "crystalcoder-w256-l2"])
 def test_activations_are_what_autograd_keeps_of_a_block(name, recompute, monkeypatch):
-    # flash attention, as on CUDA and for long rows; short ones on a CPU keep their probabilities
+    # attention that keeps no probabilities, as everywhere but for short rows on a CPU without gcc
     monkeypatch.setattr(importlib.import_module("crystal.kernels.attention"), "LONGEST", 0)
     config = model_config(name)
     decoder = build(config, plan_for(config)).to_empty(device="cpu").to(torch.bfloat16)

@@ -1,9 +1,12 @@
 """The reference backend: plan = optimizer, accumulation, clipping, precision, and state that comes back whole."""
 
 import math
+import os
+import shutil
 
 import pytest
 import torch
+from closeness import assert_near, near, path_length, tolerance
 
 from crystal.backends.base import MicroBatch
 from crystal.backends.cast import round_to_bf16
@@ -15,6 +18,7 @@ from crystal.zoo.config import model_config
 
 CONFIG = model_config("crystalcoder-w64-l2").model_copy(update={"vocab_size": 96, "max_seq_len": 32})
 OPTIMIZER = OptimizerConfig(eps=1e-9)
+ONE_STEP, THREE_STEPS = path_length(CONFIG, 16), path_length(CONFIG, 16, step=3)
 
 
 def backend(dtype="fp32", optimizer=OPTIMIZER, schedule=lambda step: 0.01, config=CONFIG):
@@ -84,7 +88,7 @@ def test_the_step_equals_plain_torch(dtype):
          for r in plan.tensors],
         betas=(0.9, 0.95), eps=1e-3,
     )  # fmt: skip
-    tolerance = 1e-5 if dtype == "fp32" else 3e-2
+    rel = tolerance(THREE_STEPS) if dtype == "fp32" else 3e-2
     for step in range(1, 4):
         data = batch(seed=step)
         result = made.train_step(step, [data]).host()
@@ -94,20 +98,21 @@ def test_the_step_equals_plain_torch(dtype):
         norm = torch.nn.utils.clip_grad_norm_(plain.parameters(), 1.0)
         adamw.step()
         adamw.zero_grad()
-        assert result["loss"] == pytest.approx(loss.item(), rel=tolerance)
-        assert result["grad_norm"] == pytest.approx(norm.item(), rel=10 * tolerance)
+        assert result["loss"] == pytest.approx(loss.item(), rel=rel)
+        assert result["grad_norm"] == pytest.approx(norm.item(), rel=10 * rel)
     if dtype == "fp32":
         for name, p in named.items():
-            assert torch.allclose(p, made.weights[name], atol=1e-6), name
+            moved = 3 * 0.01  # by three updates, at most
+            assert_near(made.weights[name], p, THREE_STEPS, size=max(p.abs().max().item(), moved))
 
 
 def test_accumulated_micro_batches_equal_one_batch():
     one, four = backend(), backend()
     whole = batch(rows=8)
     a, b = one.train_step(1, [whole]).host(), four.train_step(1, split(whole, 4)).host()
-    assert a["loss"] == pytest.approx(b["loss"], rel=1e-6)
-    assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-5)
-    assert a["source_nll"] == pytest.approx(b["source_nll"], rel=1e-6)
+    assert a["loss"] == near(b["loss"], ONE_STEP)
+    assert a["grad_norm"] == near(b["grad_norm"], 3 * ONE_STEP)  # forward and twice back
+    assert a["source_nll"] == near(b["source_nll"], ONE_STEP)
 
 
 def test_the_learning_rate_does_not_advance_with_micro_batches():
@@ -125,7 +130,7 @@ def test_the_loss_is_divided_by_batch_times_length_even_where_masked():
     made = backend()
     masked = batch(masked=[(slice(None), slice(8, None))])
     result = made.train_step(1, [masked]).host()
-    assert result["loss"] == pytest.approx(sum(result["source_nll"]) / (4 * 16), rel=1e-6)
+    assert result["loss"] == near(sum(result["source_nll"]) / (4 * 16), 4 * 16)
     assert sum(result["source_tokens"]) == 4 * 8
 
 
@@ -243,6 +248,7 @@ def test_both_models_learn_a_batch_by_heart(name, change, dtype):
     assert losses[-1] < 0.5
 
 
+@pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="torch.compile wants a C++ compiler")
 def test_compiled_blocks_take_the_same_steps():
     def losses(compile):
         config = CONFIG.model_copy(update={"n_layers": 1})
@@ -254,4 +260,4 @@ def test_compiled_blocks_take_the_same_steps():
         assert made.decoder().state_dict().keys() == made.weights.keys()
         return found
 
-    assert losses(True) == pytest.approx(losses(False), rel=1e-5)
+    assert losses(True) == near(losses(False), THREE_STEPS)

@@ -1,8 +1,8 @@
 """A run under torchrun: a process or a machine that dies, and everything starts again from the last sealed checkpoint.
 
-Tolerance: losses 1e-5 up to step 11, the first of stage 2; from then on 1e-2, because words that are new then have
-second moments of almost nothing, by which AdamW divides: the `cpu` backend alone, with 8 rows in a micro-batch instead
-of 2, is off by 2e-3 at step 16.
+Tolerance: losses are the same, but for sums in another order, up to step 11, the first of stage 2; from then on to
+1e-2, because words that are new then have second moments of almost nothing, by which AdamW divides: the `cpu` backend
+alone, with 8 rows in a micro-batch instead of 2, is off by 2e-3 at step 16.
 """
 
 import json
@@ -15,11 +15,13 @@ import time
 from pathlib import Path
 
 import pytest
+from closeness import path_length, tolerance
 
 from crystal.config import ConfigError
 from crystal.run import load_run
 from crystal.training import checkpoint
 from crystal.training.metrics import read_metrics
+from crystal.zoo.config import ModelConfig
 
 CPU = ["backend.dtype=fp32", "backend.threads=1"]
 LAYOUT = ["backend.name=cuda", "backend.device=cpu", "backend.dtype=fp32", "backend.compile=false"]
@@ -34,7 +36,7 @@ def events(run_dir: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def wait_for(condition, process, seconds: float = 240):
+def wait_for(condition, process, seconds: float = 600):
     end = time.monotonic() + seconds
     while not condition():
         assert process.poll() is None, "torchrun ended too early"
@@ -42,13 +44,14 @@ def wait_for(condition, process, seconds: float = 240):
         time.sleep(0.05)
 
 
-def assert_same_run(run_dir: Path, whole_dir: Path) -> None:
+def assert_same_run(run_dir: Path, whole_dir: Path, model: ModelConfig) -> None:
     expected, found = ({r["step"]: r for r in read_metrics(d)} for d in (whole_dir, run_dir))
     assert list(found) == list(expected)
     for step, record in expected.items():
         for key in {"loss", "source_loss", "val_loss"} & set(record):
-            tolerance = 1e-5 if step < 11 or (step == 11 and key != "val_loss") else 1e-2
-            assert found[step][key] == pytest.approx(record[key], rel=tolerance), (step, key)
+            first = step < 11 or (step == 11 and key != "val_loss")
+            rel = tolerance(path_length(model, 32, step + 1)) if first else 1e-2
+            assert found[step][key] == pytest.approx(record[key], rel=rel), (step, key)
 
 
 def test_a_killed_process_costs_the_steps_since_the_last_checkpoint_and_no_more(make_run, train, tmp_path):
@@ -65,7 +68,7 @@ def test_a_killed_process_costs_the_steps_since_the_last_checkpoint_and_no_more(
     try:
         wait_for(lambda: any(e["event"] == "checkpoint" for e in events(run_dir)), process)
         os.kill(children(process.pid)[-1], signal.SIGKILL)
-        out, err = process.communicate(timeout=240)
+        out, err = process.communicate(timeout=600)
     finally:
         process.kill()
     assert process.returncode == 0, err
@@ -74,7 +77,7 @@ def test_a_killed_process_costs_the_steps_since_the_last_checkpoint_and_no_more(
     assert starts[0] == 0
     assert len(starts) == 2
     assert starts[1] in [e["step"] for e in events(run_dir) if e["event"] == "checkpoint"]
-    assert_same_run(run_dir, whole.directory)
+    assert_same_run(run_dir, whole.directory, load_run(path).config.model)
     # and one process takes the run over, from shards of two
     assert len(checkpoint.read(checkpoint.locate(run_dir)).shards) == 2
     after = train(path, *CPU, f"run_dir={run_dir}", until=20)
@@ -115,7 +118,7 @@ def test_a_node_that_dies_is_replaced_and_the_run_goes_on(make_run, train, tmp_p
         for pid in (dead.pid, *children(dead.pid)):
             os.kill(pid, signal.SIGKILL)
         nodes.append(node())
-        out, err = nodes[0].communicate(timeout=240)
+        out, err = nodes[0].communicate(timeout=600)
     finally:
         for process in nodes:  # when the first, with the store, has left, the other may wait for it for minutes
             process.kill()
@@ -125,7 +128,7 @@ def test_a_node_that_dies_is_replaced_and_the_run_goes_on(make_run, train, tmp_p
     starts = [e["step"] for e in events(run_dir) if e["event"] == "start"]
     assert starts[0] == 0
     assert starts[-1] >= 3
-    assert_same_run(run_dir, whole.directory)
+    assert_same_run(run_dir, whole.directory, load_run(path).config.model)
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,10 @@
 """Parallel layouts on gloo processes of this machine: the same training as the `cpu` backend in one process.
 
-Tolerances, fp32: sums are made in another order in every layout, no more. Relative to the reference: losses 1e-5,
-gradient norms 1e-4 (5e-4 after the first step), each tensor's gradient 1e-3, its weights after three steps of AdamW
-1e-3 (AdamW divides by the gradient's size, so that a key's bias, whose gradient is all but zero, moves by the noise in
-it: it is left out). With bf16 compute roundings differ too: losses 5e-3, gradient norms 5e-2, gradients 2.5e-2.
+Tolerances, fp32: sums are made in another order in every layout, no more. Relative to the reference: losses 6e-5
+(closeness.py), gradient norms 3e-4 (1.5e-3 after the first step), each tensor's gradient 1e-3, its weights after three
+steps of AdamW 1e-3 (AdamW divides by the gradient's size, so that a key's bias, whose gradient is all but zero, moves
+by the noise in it: it is left out). With bf16 compute roundings differ too, each by up to 2^-8: losses 1.6e-2, gradient
+norms 0.16, gradients 2.5e-2.
 """
 
 import functools
@@ -13,7 +14,23 @@ import time
 
 import pytest
 import torch
-from layouts import LAYOUTS, OPTIMIZER, RESHAPED, STEPS, batch, cuda, made, name_of, own, saver, train, worker
+from closeness import path_length, tolerance
+from layouts import (
+    LAYOUTS,
+    LENGTH,
+    MODELS,
+    OPTIMIZER,
+    RESHAPED,
+    STEPS,
+    batch,
+    cuda,
+    made,
+    name_of,
+    own,
+    saver,
+    train,
+    worker,
+)
 
 from crystal.backends.config import CpuConfig
 from crystal.backends.cpu import CpuBackend
@@ -21,7 +38,7 @@ from crystal.training import checkpoint
 from crystal.training.guards import plan_differences
 
 CASES = [case for cases in LAYOUTS.values() for case in cases]
-BF16 = 5e-3  # of losses
+FP32, BF16 = tolerance(max(path_length(model, LENGTH, STEPS) for model in MODELS.values())), 4 * 2**-8  # of losses
 
 
 @pytest.fixture(scope="module")
@@ -72,15 +89,16 @@ def assert_close(found: dict, expected: dict, tolerance: float, floor: float = 0
         assert error <= tolerance, f"{name}: {error:.1e}"
 
 
-def assert_same_numbers(found: dict, expected: dict, rel: float = 1e-5):
-    """Losses within rel, gradient norms within ten times as much, fifty once AdamW has divided by small gradients."""
+def assert_same_numbers(found: dict, expected: dict, rel: float = FP32):
+    """Losses within rel, gradient norms within five times as much, 25 once AdamW has divided by small gradients."""
     for step, (a, b) in enumerate(zip(found["steps"], expected["steps"], strict=True), 1):
         assert a["applied"]
         assert a["loss"] == pytest.approx(b["loss"], rel=rel), step
-        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=(10 if step == 1 or rel == BF16 else 50) * rel), step
+        times = 10 if rel == BF16 else 5 if step == 1 else 25
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=times * rel), step
         assert a["source_nll"] == pytest.approx(b["source_nll"], rel=rel), step
         assert a["source_tokens"] == b["source_tokens"], step
-    assert found["eval"][0] == pytest.approx(expected["eval"][0], rel=10 * rel)
+    assert found["eval"][0] == pytest.approx(expected["eval"][0], rel=2 * rel)
     assert found["eval"][1] == expected["eval"][1]
 
 
@@ -97,7 +115,7 @@ def test_a_layout_trains_as_one_process_does(trained, reference, model, sizes, s
     dtype = settings.get("dtype", "fp32")
     directory, (expected_in, expected) = trained / name_of(model, sizes, settings), reference(model, dtype)
     found = numbers(directory)
-    assert_same_numbers(found, expected, 1e-5 if dtype == "fp32" else BF16)
+    assert_same_numbers(found, expected, FP32 if dtype == "fp32" else BF16)
     # the same weights at the start, to the bit
     start, expected_start = tensors(directory, 0, "model"), tensors(expected_in, 0, "model")
     assert set(start) == set(expected_start)
@@ -106,8 +124,8 @@ def test_a_layout_trains_as_one_process_does(trained, reference, model, sizes, s
     gradients = tensors(expected_in, 1, "optimizer.exp_avg")
     total = torch.stack([g.norm() for g in gradients.values()]).norm().item()
     assert total == pytest.approx((1 - OPTIMIZER.betas[0]) * OPTIMIZER.grad_clip, rel=1e-5)
-    tolerance = 1e-3 if dtype == "fp32" else 5 * BF16
-    assert_close(tensors(directory, 1, "optimizer.exp_avg"), gradients, tolerance, floor=1e-3 * total)
+    rel = 1e-3 if dtype == "fp32" else 2.5e-2
+    assert_close(tensors(directory, 1, "optimizer.exp_avg"), gradients, rel, floor=1e-3 * total)
     assert found["plan"] == []
     assert found["signal"] == [15]  # sent to the last process, known to all
     assert found["decoder"]

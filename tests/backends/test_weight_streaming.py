@@ -62,8 +62,27 @@ def assert_equal(a, b, steps=20, parts=1):
     assert a.scalars() == b.scalars()
 
 
+@pytest.fixture
+def two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_every_weight_starts_at_a_multiple_of_64_bytes(tmp_path, dtype):
+    """As torch's own memory does: without it a product's last bits are nobody's promise (closeness.py)."""
+    made = streaming(tmp_path, config(d_ff=171), dtype)
+    made.initialise()
+    made.stream.open()
+    for piece, flat in made.stream.weights(made.store.layout.pieces):
+        assert {view.data_ptr() % 64 for view in piece.views(flat).values()} == {0}
+
+
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("name", ["amber", "crystalcoder"])
+@pytest.mark.usefixtures("two_threads")
 def test_twenty_steps_equal_the_cpu_backends_to_the_last_bit(tmp_path, name, dtype):
     """Loss, gradient norm, losses by source, validation, weights and moments; clipped at most steps, masked labels."""
     assert_equal(*pair(tmp_path, config(name), dtype))

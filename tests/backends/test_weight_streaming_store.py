@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from closeness import near, path_length
 from executors import STEPS, train_on
 from test_weight_streaming import batches, config, pair, streaming
 
@@ -45,8 +46,8 @@ def test_the_update_is_clipped_by_the_norm_over_all_tensors(tmp_path):
         made.store.read(piece, plane, 0, buffer.bytes).wait()
         flat = buffer.tensor(plane.dtype, 0, piece.numel)
         total += sum(view.double().square().sum() for view in piece.views(flat).values())
-    assert result.grad_norm.item() == pytest.approx(total.sqrt().item(), rel=1e-6)
-    assert made.update.scale == pytest.approx(1.0 / result.grad_norm.item(), rel=1e-6)
+    assert result.grad_norm.item() == near(total.sqrt().item(), max(piece.numel for piece in made.store.layout.pieces))
+    assert made.update.scale == near(1.0 / result.grad_norm.item(), 1)
 
 
 def test_a_step_of_four_micro_batches_reads_and_writes_what_a_step_of_one_does(tmp_path):
@@ -108,8 +109,9 @@ def test_two_executors_equal_one_with_twice_the_batch(tmp_path):
         for alone in (cpu, one):
             expected = alone.train_step(step, batches(step)).host()
             for found in two:
-                assert found["steps"][step - 1]["loss"] == pytest.approx(expected["loss"], rel=1e-5)
-                assert found["steps"][step - 1]["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-4)
+                length = path_length(config(), 16, step)
+                assert found["steps"][step - 1]["loss"] == near(expected["loss"], length)
+                assert found["steps"][step - 1]["grad_norm"] == near(expected["grad_norm"], 25 * length)
                 assert found["steps"][step - 1]["source_tokens"] == expected["source_tokens"]
     for name, tensor in one.state():
         if name.startswith("model."):

@@ -230,12 +230,15 @@ def test_a_vocabulary_without_fim_tokens_is_refused(tokenizer):
 
 
 def test_a_row_of_2048_takes_milliseconds(published, texts):
-    """Generous here (a shared machine); about 2 ms when nothing else runs."""
+    """Of the processor's time, and the least of ten: others may have the machine. About 2 ms where it is idle."""
     import time
 
     ids = [i for text in texts for i in [BOS, *published.encode(text), EOS]]
     row = np.array((ids * 3)[:2049])
-    start = time.perf_counter()
-    for seed in range(10):
+
+    def seconds(seed):
+        start = time.process_time()
         fim_row(row, published, 0.9, 0.5, np.random.default_rng(seed))
-    assert (time.perf_counter() - start) / 10 < 0.05
+        return time.process_time() - start
+
+    assert min(map(seconds, range(10))) < 0.05

@@ -8,7 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from crystal.kernels import attention, dispatch, linear_cross_entropy, native, rms_norm, swiglu
+from crystal.kernels import dispatch, linear_cross_entropy, native, rms_norm, swiglu
+from crystal.kernels.attention_kept import attention_kept
 from crystal.kernels.catalog import OPERATORS
 from crystal.kernels.proof.accuracy import errors, outputs_and_gradients
 from crystal.kernels.proof.behaviour import same_bits
@@ -75,9 +76,9 @@ def test_attention_with_kept_probabilities(dtype, calls):
     def exact(q, k, v, scale):
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
 
-    ours = gradients(attention, dtype)
+    ours = gradients(attention_kept, dtype)
     assert set(calls) == {"causal_softmax", "softmax_backward"}
-    columns = zip(ours, gradients(by_torch(attention), dtype), gradients(exact, torch.float64), strict=True)
+    columns = zip(ours, gradients(by_torch(attention_kept), dtype), gradients(exact, torch.float64), strict=True)
     for mine, others, right in columns:
         assert (mine - right).norm() <= 1.05 * (others - right).norm() + TWO_PARTS_IN_2_22 * right.norm()
 

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from closeness import assert_near, product_tolerance
 
 from crystal.kernels import rope, rope_table
 from crystal.zoo.build import build, initial_tensor, initial_weights, parameter_count, plan_for
@@ -145,8 +146,9 @@ def test_muP_multipliers_scale_what_they_name():
     assert decoder.multipliers.logits == pytest.approx(2.22 / (64 / 256))
     assert decoder.multipliers.attention == 1 / 32
     with torch.no_grad():
-        expected = decoder.hidden(ids) @ decoder.embed.weight.T * decoder.multipliers.logits
-        assert torch.equal(decoder(ids), expected)
+        h_BTD, head_DV = decoder.hidden(ids), decoder.embed.weight.T
+        off = decoder(ids) - h_BTD @ head_DV * decoder.multipliers.logits
+        assert (off.abs() <= product_tolerance(h_BTD, head_DV) * decoder.multipliers.logits).all()
 
 
 def test_blocks_work_as_stateless_templates():
@@ -173,9 +175,11 @@ def test_fused_loss_head_equals_plain_cross_entropy(dtype):
     loss, nll = linear_cross_entropy(x, w, labels, weights, 0.7)
     (3 * loss).backward()
     x2, w2 = x.detach().clone().requires_grad_(), w.detach().clone().requires_grad_()
-    plain = F.cross_entropy(0.7 * (x2 @ w2.T).float(), labels, reduction="none")
+    scores = 0.7 * (x2 @ w2.T).float()
+    plain = F.cross_entropy(scores, labels, reduction="none")
     (3 * (plain * weights).sum()).backward()
-    assert torch.allclose(nll, plain, atol=1e-5)
-    assert torch.allclose(loss, (plain * weights).sum(), atol=1e-5)
-    assert torch.allclose(x.grad, x2.grad, atol=1e-6)
-    assert torch.allclose(w.grad, w2.grad, atol=1e-6)
+    length, size = 16 + 40, scores.detach().abs().max().item()  # a score's sum and the softmax's
+    assert_near(nll, plain, length, size)
+    assert_near(loss, (plain * weights).sum(), length + 1030, size)
+    assert_near(x.grad, x2.grad, length + 40)
+    assert_near(w.grad, w2.grad, length + 1030)
