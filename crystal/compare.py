@@ -226,7 +226,9 @@ def _text(result: dict, sources: list[str]) -> str:
         ]
         lines += ["", "training loss, mean since the row above", *_table(["TOKENS", "STEP", *letters.values()], rows)]
     final = result["validation"][-1]["val_loss"] if result["validation"] else {r["label"]: r["val_loss"] for r in runs}
-    rows = [[printable_line(source), *(_cell(final.get(label, {}).get(source)) for label in letters)] for source in sources]
+    rows = [
+        [printable_line(source), *(_cell(final.get(label, {}).get(source)) for label in letters)] for source in sources
+    ]
     if rows:
         common = result["validation"]
         where = f"at {short(common[-1]['tokens'])} tokens" if common else "each run's last, at different tokens"
