@@ -171,7 +171,8 @@ def _load(path: Path, kinds: Sequence[str], computed: Callable, above: tuple[Pat
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}", file=path) from None
     if not isinstance(mapping, dict):
-        raise mistake(str(path), (), f"expected a mapping of keys, got {'nothing' if mapping is None else found(mapping)}")
+        got = "nothing" if mapping is None else found(mapping)
+        raise mistake(str(path), (), f"expected a mapping of keys, got {got}")
     parents = mapping.pop("extends", [])
     parents = [parents] if isinstance(parents, str) else parents
     if not isinstance(parents, list) or not all(isinstance(parent, str) for parent in parents):
@@ -195,7 +196,7 @@ def _yaml(text: str) -> Any:
         return yaml.load(text, _Loader)  # noqa: S506  a SafeLoader, see above
     except RecursionError:
         raise yaml.YAMLError("nested too deeply") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:  # `!!int x`, `!!bool x`, a number of 5,000 digits
+    except (ValueError, KeyError, TypeError, AttributeError) as error:  # `!!int x`, `!!bool x`, 5,000 digits
         raise yaml.YAMLError(f"a value that is not what it says ({error})") from None
 
 

@@ -51,7 +51,7 @@ def explain(cls: type[pydantic.BaseModel], mapping: Any, problem: pydantic.Valid
     if error["type"] in _OWN:  # it may name the key that it is about: `n_heads: expected a divisor …`
         key, colon, rest = message.partition(": ")
         words = tuple(int(word) if word.isdecimal() else word for word in key.split("."))
-        if colon and (isinstance(words[0], int) or words[0] in place.keys() or _holds(place.value, words[0])):
+        if colon and (isinstance(words[0], int) or words[0] in place.section_keys() or _holds(place.value, words[0])):
             return (*loc, *words), rest
     if error["type"] in _TAG:
         return (*loc, "name"), message
@@ -83,19 +83,20 @@ class _Place:
         self.root, self.schema, self.value = root, root, mapping
         self.loc: tuple = ()
         self.in_union = False  # the path ends at a union, with no key of the user's behind it
+        self.holder: dict = {}  # the schema of the section or mapping that the place is in
         self.beside: list[str] = []  # the keys that may stand where one is missing or unknown
         path = error["loc"]
         for i, part in enumerate(path):
             absent = error["type"] in ("missing", "extra_forbidden") and i == len(path) - 1
             below = self._below(part)
-            self.beside = self.keys() if absent else []
+            self.beside = self.section_keys() if absent else []
             if part == "[key]":
-                self.schema = {"type": "string", "pattern": next(iter(holder.get("patternProperties", {})), None)}
+                self.schema = {"type": "string", "pattern": next(iter(self.holder.get("patternProperties", {})), None)}
                 self.value, self.loc = self.loc[-1], self.loc[:-1]
             elif tagged := self._tagged(part):
                 self.schema = tagged
             elif absent or _holds(self.value, part):
-                holder, self.in_union = self._branch("object"), False
+                self.holder, self.in_union = self._branch("object"), False
                 self.loc = (*self.loc, part)
                 self.schema, self.value = below or {}, None if absent else self.value[part]
             elif len(self._branches()) > 1:
@@ -103,7 +104,7 @@ class _Place:
             else:
                 self.schema = below or {}
 
-    def keys(self) -> list[str]:
+    def section_keys(self) -> list[str]:
         """The keys of the section at this place."""
         return [*self._branch("object").get("properties", {})]
 

@@ -1,4 +1,4 @@
-"""`crystal audit`, `coord-check` and `transfer`: muP proved, and what was tuned transferred. Imports when it runs."""
+"""`crystal audit`, `coord-check`, `transfer`: is muP right, and do hyperparameters carry over. Imports when it runs."""
 
 from __future__ import annotations
 

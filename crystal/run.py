@@ -159,7 +159,7 @@ def corpus_of(run: RunFile) -> Recipe:
 
 
 def check_vocabulary(run: RunFile) -> None:
-    """Raise ConfigError where the model's vocabulary is not the one that the tokenizer has, or will have when trained."""
+    """Raise ConfigError where the model does not have the vocabulary that the tokenizer has or will have."""
     expected, got = vocab_size(run.config.data.tokenizer), run.config.model.vocab_size
     if expected not in (None, got):
         trained = run.config.data.tokenizer.train

@@ -37,11 +37,9 @@ def held(sweep: Sweep) -> Iterator[None]:
     Raises ConfigError when the directory cannot be written, is held by another process, or is no sweep's.
     """
     directory, _ = sweep.directory, sweep.data  # prepared first: it may take long, or fail
-    if directory.exists() and not directory.is_dir():
-        raise ConfigError(f"{directory}: expected a directory, but it is a file")
+    make_directory(directory)
     with ExitStack() as stack:
         try:
-            directory.mkdir(parents=True, exist_ok=True)
             stack.enter_context(alone_in(directory))
             if (directory / "sweep.json").exists():
                 read_record(directory)
@@ -49,6 +47,16 @@ def held(sweep: Sweep) -> Iterator[None]:
         except OSError as error:
             raise ConfigError(f"{directory}: cannot be written: {error.strerror}") from None
         yield
+
+
+def make_directory(directory: Path) -> None:
+    """Make a directory for results, unless it is there. Raises ConfigError."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        raise ConfigError(f"{directory}: expected a directory, but it is a file") from None
+    except OSError as error:
+        raise ConfigError(f"{directory}: cannot be written: {error.strerror}") from None
 
 
 def _record(sweep: Sweep) -> dict:
@@ -82,7 +90,8 @@ def read_record(directory: Path) -> dict:
             f"{directory}: holds the trials of an older crystal, which did not record all that made them; "
             f"use another --out"
         )
-    if not isinstance(record, dict) or record.get("format") != FORMAT or not isinstance(record.get("config"), dict):
+    keys = {"format", "dtype", "fingerprint", "corpus", "config"}
+    if not isinstance(record, dict) or not keys <= record.keys() or record["format"] != FORMAT:
         raise ConfigError(f"{file}: expected the record of a sweep, format {FORMAT}; use another --out")
     return record
 

@@ -19,7 +19,7 @@ from crystal.mup.transfer import Transfer, Trial, judge
 from crystal.progress import Bar, note
 from crystal.run import prepare_run
 from crystal.sweep import Sweep, as_trials, load_sweep, points, sweep_of
-from crystal.sweep_run import held, read_record, run_sweep
+from crystal.sweep_run import held, make_directory, read_record, run_sweep
 from crystal.sweep_store import finished, open_trials
 from crystal.transfer_target import check_target, write_target
 from crystal.zoo.build import parameter_count
@@ -169,6 +169,7 @@ def judge_again(file: Path, overrides: list[str], out: Path | None) -> tuple[dic
     record = read_record(file.parent)
     source = override(Config(record["config"], {(): str(file.parent / "sweep.json")}), overrides)
     sweep = sweep_of(source, out or file.parent)
+    make_directory(sweep.directory)
     try:
         rows = json.loads(file.read_text(encoding="utf-8"))
         return judged(sweep, rows, {key: record[key] for key in ("fingerprint", "corpus")})

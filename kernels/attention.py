@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from crystal.kernels import tuning
+import crystal.kernels.tuning as tuning
 from crystal.kernels.attention_kept import attention_kept
 from crystal.kernels.attention_native import attention_native, available
 
@@ -40,13 +40,14 @@ PATHS: dict[Path, Callable[[Tensor, Tensor, Tensor, float], Tensor]] = {
     "torch": attention_torch,
 }
 
+
 @torch.compiler.assume_constant_result  # a compiler cannot look into files
-def _chosen(dtype: torch.dtype, tokens: int, d_head: int) -> Path:
+def _chosen(key: str, long: bool) -> Path:
     """The path that was measured to be the fastest here, of those that there are."""
-    chosen = tuning.chosen(tuning.attention_key(dtype, tokens, d_head), "native")
+    chosen = tuning.chosen(key, "native")
     if chosen == "native" and not available():
         chosen = "kept"
-    return "torch" if chosen == "kept" and tokens > LONGEST else chosen
+    return "torch" if chosen == "kept" and long else chosen
 
 
 def path(q: Tensor) -> Path:
@@ -55,7 +56,8 @@ def path(q: Tensor) -> Path:
         return "torch"
     if not (torch.compiler.is_compiling() or type(q) in (Tensor, torch.nn.Parameter)):  # a DTensor, say
         return "torch"
-    return _chosen(q.dtype, q.shape[2], q.shape[3])
+    key = tuning.attention_key(q.dtype, q.shape[2], q.shape[3])  # no numbers below: they may be symbols in a graph
+    return _chosen(key, True) if q.shape[2] > LONGEST else _chosen(key, False)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None = None) -> Tensor:

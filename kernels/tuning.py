@@ -25,7 +25,7 @@ from pathlib import Path
 
 import torch
 
-from crystal.kernels import waiting
+import crystal.kernels.waiting as waiting
 from crystal.kernels.gcc import cache
 
 LONGEST = 5.0  # seconds of measuring, at most
@@ -183,7 +183,9 @@ def attention_key(dtype: torch.dtype, tokens: int, d_head: int) -> str:
     """The case that decides attention's path: long sequences, or short ones by the heads' size."""
     if tokens > LONG:
         return f"{NAMES[dtype]} attention long"
-    size = min(HEAD_SIZES, key=lambda s: max(s, d_head) / min(s, d_head))
+    for size in HEAD_SIZES:  # the nearest, by comparisons alone: in a compiler's graph d_head may be a symbol
+        if d_head * d_head <= 2 * size * size:
+            break
     return f"{NAMES[dtype]} attention heads of {size}"
 
 

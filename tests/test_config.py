@@ -112,7 +112,7 @@ def test_bad_files_name_themselves(tmp_path, text, message):
 def test_files_that_are_no_text_and_names_that_are_no_file_get_one_line(tmp_path):
     (tmp_path / "x.yaml").write_bytes(b"a: \xff\xfe")
     for name in (tmp_path / "x.yaml", tmp_path, "", "/", "..", "n" * 300):
-        with pytest.raises(ConfigError, match=r"cannot be read: expected UTF-8|it is a directory|no such file|too long"):
+        with pytest.raises(ConfigError, match=r"read: expected UTF-8|it is a directory|no such file|too long"):
             load_yaml(name)
 
 
@@ -192,15 +192,15 @@ def test_a_run_extends_a_rung_of_a_ladder_and_fills_in_what_it_does_not_say(own,
     ("overrides", "line"),
     [
         (("model.d_model=0",), "command line: model.d_model=0: expected a whole number greater than 0, got 0"),
-        (("model.d_model=65",), "command line: model.d_model=65: model.n_heads: expected a divisor of d_model 65, got 2"),
+        (("model.d_model=65",), "command line: model.d_model=65: model.n_heads: expected a divisor of d_model 65, go"),
         (("model.d_model=100",), "command line: model.d_model=100: model.rotary_fraction: expected an even number"),
-        (("model.max_seq_len=16",), "command line: model.max_seq_len=16: curriculum.seq_len: expected at most model.max"),
-        (("curriculum.global_batch_size=7", "train.micro_batch_size=4"), "command line: train.micro_batch_size=4: expec"),
-        (("curriculum.stages.one.lr=x",), "command line: curriculum.stages.one.lr=x: curriculum.stages.0.lr: expected a"),
-        (("curriculum.stages.0={name: one, lr: [{to: x}]}",), "command line: curriculum.stages.0={name: one, lr: [{to: x"),
-        (("curriculum.seq_len=4096",), "command line: curriculum.seq_len=4096: expected at most model.max_seq_len 2048"),
-        (("backend={name: cuda, parallel: {tp: 3}}",), "command line: backend={name: cuda, parallel: {tp: 3}}: backend.par"),
-        (("data.tokenizer={path: none.json}", "model.vocab_size=auto"), "command line: model.vocab_size=auto: auto needs "),
+        (("model.max_seq_len=16",), "command line: model.max_seq_len=16: curriculum.seq_len: expected at most model."),
+        (("curriculum.global_batch_size=7", "train.micro_batch_size=4"), "command line: train.micro_batch_size=4: ex"),
+        (("curriculum.stages.one.lr=x",), "command line: curriculum.stages.one.lr=x: curriculum.stages.0.lr: expecte"),
+        (("curriculum.stages.0={name: one, lr: [{to: x}]}",), "command line: curriculum.stages.0={name: one, lr: [{t"),
+        (("curriculum.seq_len=4096",), "command line: curriculum.seq_len=4096: expected at most model.max_seq_len 20"),
+        (("backend={name: cuda, parallel: {tp: 3}}",), "command line: backend={name: cuda, parallel: {tp: 3}}: backe"),
+        (("data.tokenizer={path: none.json}", "model.vocab_size=auto"), "command line: model.vocab_size=auto: auto n"),
     ],
 )
 def test_an_override_is_named_as_the_override(own, overrides, line):

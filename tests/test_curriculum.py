@@ -216,7 +216,7 @@ MISTAKES = [
     (
         small(sources={"a": 1.5, "b": -0.5}),
         "stages.0.sources.b",
-        "expected a number of at least 0 or null, got -0.5",
+        "expected a mapping of keys or a number of at least 0, got -0.5",
     ),
     (
         small(sources={"a": 0.5, "b": {"tokens": 5}}),
@@ -298,7 +298,7 @@ MISTAKES = [
         "stages.0.sources.web",
         "expected a source of the corpus (css, english, html, javascript, python), or a pattern of curriculum.bind",
     ),
-    (small(sources={"pyhton": 1.0}), "stages.0.sources.pyhton", "expected a source of the corpus (css, english, html, "),
+    (small(sources={"pyhton": 1.0}), "stages.0.sources.pyhton", "expected a source of the corpus (css, english, html"),
     (
         small(sources={"web": 0.5, "wiki": 0.3, "css": 0.2}) | {"bind": {"css": "css"}},
         "bind",

@@ -19,8 +19,16 @@ SOURCES = list({p.resolve(): p for p in SOURCES}.values())
 # Rooms from the ground up; a module may import its own room and those below it (DESIGN §1).
 FLOORS = [
     {
-        "crystal", "crystal.config", "crystal.errors", "crystal.files", "crystal.interrupts", "crystal.memory", "crystal.printable",
-        "crystal.progress", "crystal.schedule", "crystal.kernels",
+        "crystal",
+        "crystal.config",
+        "crystal.errors",
+        "crystal.files",
+        "crystal.interrupts",
+        "crystal.memory",
+        "crystal.printable",
+        "crystal.progress",
+        "crystal.schedule",
+        "crystal.kernels",
     },
     {"crystal.mup", "crystal.pictures"},
     {"crystal.zoo", "crystal.data"},

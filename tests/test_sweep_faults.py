@@ -321,6 +321,7 @@ def test_a_finished_sweep_is_judged_again_wherever_it_was_moved(sweep_file, tmp_
     (moved / "transfer.json").unlink()
     monkeypatch.setattr(sweep_store, "open_trials", pytest.fail)
     after = json.loads(json.dumps(judge_again(moved / "trials.json", [], None)[0]))
+    assert judge_again(moved / "trials.json", [], tmp_path / "new" / "place")[0]["shift_octaves"] == 0
     paths = ("plot", "target")
     assert {k: v for k, v in after.items() if k not in paths} == {k: v for k, v in before.items() if k not in paths}
     assert json.loads((moved / "transfer.json").read_text()) == after

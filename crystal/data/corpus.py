@@ -68,7 +68,9 @@ def load_recipe(name_or_path: str | Path) -> Recipe:
 
 
 def _placed(entry: Entry, base: Path) -> Entry:
-    return entry.model_copy(update={"files": str(base / Path(entry.files).expanduser())}) if entry.files else entry
+    if entry.files is None:
+        return entry
+    return entry.model_copy(update={"files": os.path.normpath(base / Path(entry.files).expanduser())})
 
 
 def fetch(recipe: Recipe, cache: Path, console: Console | None = None) -> None:
@@ -93,7 +95,8 @@ def fingerprint(recipe: Recipe, console: Console | None = None) -> str:
 def documents(recipe: Recipe, source: str, cache: Path, reading: local.Reading | None = None) -> Iterator[Document]:
     """The documents of one source, in an order that depends on nothing but the recipe and its archives.
 
-    Fetches and extracts what is not yet in the cache. reading: is told how far it is. Raises ConfigError for an
+    Fetches and extracts what is not yet in the cache. reading: is told how far it is, and what of
+    the user's own files was passed over. Raises ConfigError for an
     unknown source, for what cannot be fetched or read, and for a source that turns out empty.
     """
     if source not in recipe.sources:
@@ -201,14 +204,17 @@ def _made(
 ) -> Iterator[Document]:
     """The documents of a source, made from its archives and files."""
     seen = filters.Seen() if _copied(source) else None
-    total = 0
+    reading = reading or local.Reading()
+    total, unfit = 0, 0
     for entry in source.entries:
         size = 0
-        for path, text, license_ in (
-            _package(entry, source, cache) if entry.package else local.rows(entry, reading)
-        ):
+        for path, text, license_ in _package(entry, source, cache) if entry.package else local.rows(entry, reading):
             text = text.encode("utf-8", "replace").decode("utf-8")  # a lone surrogate cannot be written
+            if not text.strip():
+                reading.skip(f"{path}: an empty document")
+                continue
             if not filters.good(text, source.filter) or (seen and seen.repeats(text)):
+                unfit += 1
                 continue
             length = len(text.encode("utf-8"))
             if source.max_bytes and total + length > source.max_bytes:
@@ -221,7 +227,16 @@ def _made(
         if bar is not None:
             bar.advance()
     if not total:
-        raise ConfigError(f"source {name}: no document passes its filters")
+        raise ConfigError(f"source {name}: {_nothing(source, reading, unfit)}")
+
+
+def _nothing(source: Source, reading: local.Reading, unfit: int) -> str:
+    """Why a source has no document."""
+    if unfit:
+        return f"none of its {unfit + reading.skipped} documents passes its filter '{source.filter}'"
+    if reading.skipped:
+        return f"all of its {reading.skipped} documents are without text; the first: {reading.first}"
+    return f"no document in {', '.join(entry.files or entry.package for entry in source.entries)}"
 
 
 def _package(entry: Entry, source: Source, cache: Path) -> Iterator[tuple[str, str, str]]:
@@ -251,7 +266,9 @@ def _source_fingerprint(source: Source, cache: Path, bar: Bar | None = None) -> 
     parts = [extract.VERSION, source.model_dump(exclude={"entries"})]
     for entry in source.entries:
         hashes = [(name, packages.sha256(file, cache, bar)) for name, file in _files_of(entry, cache)]
-        parts.append([entry.model_dump(exclude={"files", "sha256"}), hashes])
+        # a key younger than the first corpora counts where it is set, or they would all be made again
+        young = set() if entry.skip_bad else {"skip_bad"}
+        parts.append([entry.model_dump(exclude={"files", "sha256"} | young), hashes])
     return _digest(parts)
 
 

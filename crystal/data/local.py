@@ -1,15 +1,20 @@
-"""Files of the user's own as documents: JSON lines, plain or compressed by gzip or zstandard, and Parquet.
+"""Files of the user's own as documents: rows of JSON lines, CSV and Parquet, and plain files of text or code.
 
-This is how the real SlimPajama (jsonl.zst, `text`, `meta.redpajama_set_name`) and StarCoder (Parquet,
-`content`, `max_stars_repo_path`) come in. Rows are streamed: no file is ever held whole.
+This is how the real SlimPajama (jsonl.zst, `text`, `meta.redpajama_set_name`) and StarCoder (Parquet, `content`,
+`max_stars_repo_path`) come in, and how a folder of one's own notes and programs does. Everything is streamed: no file
+is ever held whole.
 """
 
 from __future__ import annotations
 
+import codecs
 import contextlib
+import csv
+import errno
 import glob
 import gzip
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,14 +22,29 @@ from typing import Any
 from crystal.config import ConfigError
 from crystal.data.recipe import Entry
 
-_SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".jsonl.zst", ".json.zst", ".parquet")
+ROW_FORMATS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
+_PACKED = (".gz", ".zst")  # before which any other suffix but .parquet's may stand
+_PIECE = 32_000  # characters of a plain file that make a document; it is cut at the next empty line
+_KINDS = {".gz": "gzip", ".zst": "zstandard", ".parquet": "Parquet"}
+
+
+def row_format(file: Path) -> str | None:
+    """The suffix in ROW_FORMATS of a file that holds rows; None for a plain file, which is text itself."""
+    name = file.name.lower()
+    for packed in _PACKED:
+        name = name.removesuffix(packed)
+    return next((suffix for suffix in ROW_FORMATS if name.endswith(suffix)), None)
 
 
 class Reading:
-    """How much of some files has been read, for a progress bar: `share` goes from 0 to 1 with their bytes."""
+    """How much of some files has been read, for a progress bar: `share` goes from 0 to 1 with their bytes.
+
+    skipped: how many rows and files without text were passed over; first: what was wrong with the first of them.
+    """
 
     def __init__(self) -> None:
         self.total = 0
+        self.skipped, self.first = 0, ""
         self._done = 0
         self._at: Callable[[], float] = lambda: 0
 
@@ -35,50 +55,92 @@ class Reading:
         yield
         self._done, self._at = self._done + file.stat().st_size, lambda: 0
 
+    def skip(self, what: str) -> None:
+        """Count something that was passed over."""
+        self.first = self.first or what
+        self.skipped += 1
+
     @property
     def share(self) -> float:
         return min((self._done + self._at()) / max(self.total, 1), 1.0)
 
 
 def files(entry: Entry) -> list[tuple[str, Path]]:
-    """(name, file) of each data file meant by `entry.files`, sorted by name; a directory is walked.
+    """(name, file) of each file meant by `entry.files`, sorted by name. Of a directory those are its files of rows.
 
     Names are relative to the directory, or to the part of a glob before its first wildcard, so that they do
-    not tell where the data lies. Raises ConfigError when there is none, or one of a kind that cannot be read.
+    not tell where the data lies. Raises ConfigError when there is none.
     """
     place = Path(entry.files)
     if place.is_dir():
-        base, found = place, [p for p in place.rglob("*") if p.name.endswith(_SUFFIXES)]
+        base, found = place, [p for p in place.rglob("*") if row_format(p) and p.is_file()]
+        if not found:
+            raise ConfigError(f"{place}: expected {', '.join(ROW_FORMATS)} files, {_held_by(place)}")
     elif place.is_file():
         base, found = place.parent, [place]
     else:
         base = next((parent for parent in place.parents if not glob.has_magic(str(parent))), Path())
-        found = [Path(p) for p in glob.glob(entry.files, recursive=True)]
-    found = [file for file in found if file.is_file()]
-    if not found:
-        raise ConfigError(f"{entry.files}: expected a file, a directory or a glob with data, found none")
-    for file in found:
-        if not file.name.endswith(_SUFFIXES):
-            raise ConfigError(f"{file}: expected one of {', '.join(_SUFFIXES)}")
+        found = [p for p in map(Path, glob.glob(entry.files, recursive=True)) if p.is_file()]
+        if not found:
+            raise ConfigError(f"{place}: {'matches no file' if glob.has_magic(entry.files) else 'does not exist'}")
     return sorted((file.relative_to(base).as_posix(), file) for file in found)
 
 
-def rows(entry: Entry, reading: Reading | None = None) -> Iterator[tuple[str, str, str]]:
-    """(path, text, licence) of each row that `entry.where` lets through. reading: is told how far it is.
+def _held_by(directory: Path) -> str:
+    """What a directory without rows has instead, and how to name it."""
+    suffixes = Counter(p.suffix for p in directory.rglob("*") if p.is_file())
+    if not suffixes:
+        return "it has no file"
+    (suffix, count), *others = suffixes.most_common()
+    kinds = f"{count} files of the kind '{suffix}'" + (f" and {sum(n for _, n in others)} others" if others else "")
+    return f"it has {kinds}; name plain files by a glob, such as {directory}/**/*{suffix}"
 
-    The path is "file.jsonl:line" ("file.parquet:row"; both from 1), or "file.jsonl:ID" with `id_key`.
-    Raises ConfigError naming file and line for a row without its text, and for a file that cannot be read.
+
+def rows(entry: Entry, reading: Reading | None = None) -> Iterator[tuple[str, str, str]]:
+    """(path, text, licence) of each row that `entry.where` lets through, and of each piece of a plain file.
+
+    The path is "file.jsonl:line" ("file.parquet:row"; both from 1), or "file.jsonl:ID" with `id_key`; of a plain file
+    "file.txt", or "file.txt:line" where a piece begins. Raises ConfigError naming file and line for what gives no
+    text, or with `skip_bad` passes over it; and naming the file for one that cannot be read. reading: is told how far
+    it is.
     """
+    reading = reading or Reading()
     for name, file in files(entry):
+        if row_format(file) is None:
+            for line, text in plain(file, entry, reading):
+                yield f"{name}:{line}" if line else name, text, entry.license
+            continue
         for number, row in read(file, entry, reading):
             if any(str(_get(row, key)) != value for key, value in entry.where.items()):
                 continue
             text = _get(row, entry.text_key)
             if not isinstance(text, str):
-                found = ", ".join(row) if isinstance(row, dict) else type(row).__name__
-                raise ConfigError(f"{file}:{number}: expected text under '{entry.text_key}', found {found}")
+                _refuse(f"{file}:{number}: {_textless(row, entry.text_key)}", entry, reading)
+                continue
             ident = _get(row, entry.id_key) if entry.id_key else None
             yield f"{name}:{number if ident is None else ident}", text, _license(entry, row)
+
+
+def _refuse(message: str, entry: Entry, reading: Reading) -> None:
+    if not entry.skip_bad:
+        raise ConfigError(message)
+    reading.skip(message)
+
+
+def _textless(row: Any, key: str) -> str:
+    if not isinstance(row, dict):
+        return f"expected an object with '{key}', found {_kind(row)}"
+    value = _get(row, key)
+    if value is None and key not in row:
+        return f"expected text under '{key}', found the keys {', '.join(map(str, row)) or '(none)'}"
+    return f"expected text under '{key}', found {_kind(value)}"
+
+
+def _kind(value: Any) -> str:
+    if value is None or isinstance(value, bool | int | float):
+        return json.dumps(value)
+    names = {str: "text", list: "a list", dict: "an object", bytes: "bytes"}
+    return names.get(type(value), f"a {type(value).__name__}")
 
 
 def _license(entry: Entry, row: Any) -> str:
@@ -97,39 +159,175 @@ def _get(row: Any, key: str) -> Any:
     return row
 
 
+# ------------------------------------------------------------------------------------------------- reading
+
+
 def read(file: Path, entry: Entry, reading: Reading | None = None) -> Iterator[tuple[int, Any]]:
-    """(row number from 1, row) of a data file. Raises ConfigError naming the file when it cannot be read."""
+    """(row number from 1, row) of a file of rows. Raises ConfigError naming the file when it cannot be read."""
     reading = reading or Reading()
-    read = _parquet_rows(file, entry, reading) if file.suffix == ".parquet" else _json_rows(file, reading)
+    kind = row_format(file)
+    if kind == ".parquet":
+        return _told(file, _parquet_rows(file, entry, reading))
+    if kind in (".csv", ".tsv"):
+        return _told(file, _csv_rows(file, entry, reading, "\t" if kind == ".tsv" else ","))
+    return _told(file, _json_rows(file, entry, reading))
+
+
+def plain(file: Path, entry: Entry, reading: Reading | None = None) -> Iterator[tuple[int, str]]:
+    """(line of its beginning, text) of each piece of a plain file; 0 for a file that is one piece.
+
+    Raises ConfigError, or with `skip_bad` ends the file there, at the first line that is not UTF-8 text.
+    """
+    reading = reading or Reading()
+    pieces = _told(file, _pieces(file, reading))
+    held: list[tuple[int, str]] = []
+    try:
+        for line, text in pieces:
+            yield from held
+            held = [(line, text)]
+    except NotTextError as error:
+        _refuse(str(error), entry, reading)
+    yield from ((0 if line == 1 else line, text) for line, text in held)
+
+
+class NotTextError(ConfigError):
+    """A line is not UTF-8 text: of another encoding, or the file is no text at all."""
+
+
+def _told(file: Path, read: Iterator[tuple[int, Any]]) -> Iterator[tuple[int, Any]]:
+    """What `read` gives; every exception that a codec or parser has of its own becomes one line."""
     number = 0
     while True:
         try:
             number, row = next(read)
         except StopIteration:
             return
-        except ConfigError:
+        except (ConfigError, MemoryError):
             raise
-        except json.JSONDecodeError as error:
-            raise ConfigError(f"{file}:{number + 1}: expected a line of JSON ({error.msg})") from None
-        except Exception as error:  # every codec has exceptions of its own, and all mean the same
-            raise ConfigError(f"{file}: cannot be read after row {number}: {error}") from None
+        except Exception as error:  # every codec has exceptions of its own
+            raise ConfigError(f"{file}: {_reason(file, number, error)}") from None
         yield number, row
 
 
-def _json_rows(file: Path, reading: Reading) -> Iterator[tuple[int, Any]]:
+def _reason(file: Path, number: int, error: Exception) -> str:
+    if isinstance(error, OSError) and error.errno is not None:
+        return "does not exist" if error.errno == errno.ENOENT else f"cannot be read: {error.strerror}"
+    kind, after = _KINDS.get(file.suffix.lower(), "readable"), f" after row {number}" if number else ""
+    if isinstance(error, EOFError):
+        return f"the file ends too early{after}: is it cut short?"
+    with file.open("rb") as stream:
+        head = stream.read(8)
+    found = f"damage{after}" if number else f"a file that begins with {head!r}" if head else "an empty file"
+    return f"expected {kind} data, found {found} ({' '.join(str(error).split())[:200]})"
+
+
+def _json_rows(file: Path, entry: Entry, reading: Reading) -> Iterator[tuple[int, Any]]:
+    blank = 0  # the first of the blank lines just read; at the end of a file they do no harm
     for number, line in enumerate(_lines(file, reading), 1):
-        yield number, json.loads(line) if line.strip() else {}
+        if not line.strip():
+            blank = blank or number
+            continue
+        if blank:
+            _refuse(f"{file}:{blank}: expected an object with '{entry.text_key}', found a blank line", entry, reading)
+            blank = 0
+        try:
+            row = json.loads(line.rstrip())
+        except json.JSONDecodeError as error:
+            _refuse(f"{file}:{number}: {_no_json(line, number, error)}", entry, reading)
+        except UnicodeDecodeError as error:
+            _refuse(f"{file}:{number}: {_not_text(error.object[error.start])}", entry, reading)
+        except (ValueError, RecursionError) as error:
+            _refuse(f"{file}:{number}: expected a line of JSON ({error})", entry, reading)
+        else:
+            yield number, row
 
 
-def _lines(file: Path, reading: Reading) -> Iterator[bytes]:
-    if file.suffix != ".zst":
+def _no_json(line: bytes, number: int, error: json.JSONDecodeError) -> str:
+    if (number == 1 and line.strip() in (b"[", b"{")) or line.lstrip().startswith(b"[{"):
+        return "expected an object a line, found JSON over several lines; `jq -c` puts each on one"
+    return f"expected a line of JSON ({error.msg} at column {error.colno})"
+
+
+def _csv_rows(file: Path, entry: Entry, reading: Reading, delimiter: str) -> Iterator[tuple[int, Any]]:
+    csv.field_size_limit(1 << 30)  # a document is a field
+    table = csv.DictReader((line for _, line in _text_lines(file, reading)), delimiter=delimiter, restkey="")
+    _check_columns(file, entry, table.fieldnames or [])
+    yield from enumerate(table, 1)
+
+
+def _check_columns(file: Path, entry: Entry, names: list[str]) -> None:
+    if not {entry.text_key, entry.text_key.partition(".")[0]} & set(names):
+        listed = ", ".join(names[:20]) + (" …" if len(names) > 20 else "")
+        raise ConfigError(f"{file}: expected a column '{entry.text_key}', found {listed or 'none'}")
+
+
+def _parquet_rows(file: Path, entry: Entry, reading: Reading) -> Iterator[tuple[int, dict]]:
+    import pyarrow.parquet
+
+    with pyarrow.parquet.ParquetFile(file) as table:
+        names = table.schema_arrow.names
+        _check_columns(file, entry, names)
+        keys = [entry.text_key, entry.id_key, entry.license_key, *entry.where]
+        wanted = {key for key in keys if key} | {key.partition(".")[0] for key in keys if key}
+        columns = [name for name in names if name in wanted]
+        number, each = 0, file.stat().st_size / max(table.metadata.num_rows, 1)
+        with reading.of(file, lambda: number * each):
+            for batch in table.iter_batches(batch_size=256, columns=columns):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield number, row
+
+
+def _pieces(file: Path, reading: Reading) -> Iterator[tuple[int, str]]:
+    held: list[str] = []
+    size, start = 0, 1
+    for number, line in _text_lines(file, reading):
+        if size >= _PIECE and (not held[-1].strip() or size >= 2 * _PIECE):
+            yield start, "".join(held)
+            held, size, start = [], 0, number
+        held.append(line)
+        size += len(line)
+    if held:
+        yield start, "".join(held)
+
+
+def _text_lines(file: Path, reading: Reading) -> Iterator[tuple[int, str]]:
+    """(number, line) of a text file, line ends as \\n, without a byte order mark; very long lines come in parts."""
+    decoder, number = codecs.getincrementaldecoder("utf-8-sig")(), 1
+    for line in _lines(file, reading, 1 << 16):
+        try:
+            text = decoder.decode(line)
+        except UnicodeDecodeError as error:
+            raise NotTextError(f"{file}:{number}: {_not_text(error.object[error.start])}") from None
+        if "\0" in text:
+            raise NotTextError(f"{file}:{number}: {_not_text(0)}")
+        if text:
+            yield number, text.replace("\r\n", "\n")
+        number += line.endswith(b"\n")
+    if decoder.getstate()[0]:
+        raise NotTextError(f"{file}:{number}: expected UTF-8 text, found half a character at the end")
+
+
+def _not_text(byte: int) -> str:
+    return f"expected UTF-8 text, found the byte 0x{byte:02x}" + (": is it a binary file?" if byte == 0 else "")
+
+
+def _lines(file: Path, reading: Reading, most: int = -1) -> Iterator[bytes]:
+    """Lines with their ends; most: of about so many bytes at most, longer ones come in parts."""
+    if file.suffix.lower() != ".zst":
         with file.open("rb") as raw, reading.of(file, raw.tell):
-            yield from gzip.GzipFile(fileobj=raw) if file.suffix == ".gz" else raw
+            stream = gzip.GzipFile(fileobj=raw) if file.suffix.lower() == ".gz" else raw
+            while line := stream.readline(most):
+                yield line
         return
     rest = b""
     for chunk in _zstandard_chunks(file, reading):
         *lines, rest = (rest + chunk).split(b"\n")
-        yield from lines
+        for line in lines:
+            yield line + b"\n"
+        if 0 <= most < len(rest):
+            yield rest
+            rest = b""
     if rest:
         yield rest
 
@@ -149,21 +347,3 @@ def _zstandard_chunks(file: Path, reading: Reading) -> Iterator[bytes]:
                     frame = zstandard.ZstdDecompressor().decompressobj()
     if inside:
         raise EOFError("the file ends inside a frame")
-
-
-def _parquet_rows(file: Path, entry: Entry, reading: Reading) -> Iterator[tuple[int, dict]]:
-    import pyarrow.parquet
-
-    with pyarrow.parquet.ParquetFile(file) as table:
-        names = table.schema_arrow.names
-        if not {entry.text_key, entry.text_key.partition(".")[0]} & set(names):
-            raise ConfigError(f"{file}: expected a column '{entry.text_key}', found {', '.join(names)}")
-        keys = [entry.text_key, entry.id_key, entry.license_key, *entry.where]
-        wanted = {key for key in keys if key} | {key.partition(".")[0] for key in keys if key}
-        columns = [name for name in names if name in wanted]
-        number, each = 0, file.stat().st_size / max(table.metadata.num_rows, 1)
-        with reading.of(file, lambda: number * each):
-            for batch in table.iter_batches(batch_size=256, columns=columns):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield number, row

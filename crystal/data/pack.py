@@ -100,7 +100,7 @@ class Spool:
 
     def __init__(self, directory: Path, seed: int, dtype: np.dtype) -> None:
         directory.mkdir(parents=True)
-        self.directory = directory
+        self.directory, self.seed = directory, seed
         self.purpose = f"shuffle {seed}"
         self.dtype = dtype
         self.tokens = 0

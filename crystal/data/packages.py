@@ -61,6 +61,7 @@ _BACKENDS = (
     "mesonpy",
     "maturin",
 )
+_SMALL = 1 << 18  # bytes below which a file is read again, for a hash of each of very many would fill the cache
 _NO_NETWORK = "no network, or the package index does not answer"
 
 
@@ -229,6 +230,8 @@ def sha256(file: Path, cache: Path, bar: Bar | None = None) -> str:
             digest.update(block)
             if bar is not None:
                 bar.advance(len(block))
+    if file.stat().st_size < _SMALL:
+        return digest.hexdigest()
     known.parent.mkdir(parents=True, exist_ok=True)
     known.write_text(digest.hexdigest(), encoding="ascii")  # half a hash is not 64 digits, see above
     return digest.hexdigest()

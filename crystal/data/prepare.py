@@ -30,8 +30,8 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from crystal.config import ConfigError, Strict, cache_dir, nearest
-from crystal.data import corpus, local, pack, store
-from crystal.data.tokenizer import Tokenizer, padded, train_tokenizer
+from crystal.data import corpus, holdout, local, pack, store
+from crystal.data.tokenizer import Tokenizer, VocabularyError, padded, train_tokenizer
 from crystal.files import sha256_of, sync
 from crystal.progress import Bar
 
@@ -40,7 +40,8 @@ if TYPE_CHECKING:
 
     from crystal.data.corpus import Document, Recipe
 
-_FORMAT = 1  # part of the fingerprint: raise it when the same inputs give other rows
+_FORMAT = 2  # part of a store's fingerprint: raise it when the same inputs give other rows
+_TOKENIZER_FORMAT = 1  # the same for a vocabulary trained here
 _BATCH_CHARS = 1 << 21
 
 
@@ -133,7 +134,7 @@ def _tokenizer(
     """The published vocabulary, or the one trained on the sources `names` (now, if it is not in the cache)."""
     if config.path is not None:
         return Tokenizer.load(config.path, added_tokens=config.added_tokens)
-    key = _digest([_FORMAT, corpus_fingerprint, names, config.train.model_dump()])
+    key = _digest([_TOKENIZER_FORMAT, corpus_fingerprint, names, config.train.model_dump()])
     path = cache_dir() / "tokenizers" / f"{recipe.name}-{config.train.vocab_size}-{key[:16]}.model"
     with _only_one(path, console):
         if not path.is_file():
@@ -142,7 +143,7 @@ def _tokenizer(
                 texts = _sample(recipe, names, config.train.bytes_per_source, bar)
                 try:
                     train_tokenizer(texts, config.train.vocab_size, path, bar)
-                except ConfigError as error:
+                except VocabularyError as error:
                     raise ConfigError(f"{where}: data.tokenizer.train: {error}") from None
     return Tokenizer.load(path, added_tokens=config.added_tokens)
 
@@ -195,15 +196,22 @@ class _Build:
         (self.partial / name).mkdir()
         train = pack.Spool(self.partial / f".{name}.train", data.shuffle_seed, self.dtype)
         val = pack.Spool(self.partial / f".{name}.val", data.shuffle_seed, self.dtype)
+        small = holdout.Small()
         bos = self.tokenizer.bos_id if data.bos else None
         for document, ids in self._tokenized(name):
             if len(ids) < data.min_tokens:
                 continue
             record = {"id": document.id, "path": document.path, "license": document.license}
             record["bytes"] = len(document.text.encode("utf-8", "replace"))
-            chosen = pack.hash_fraction("validation", document.id) < data.val_fraction
-            (val if chosen else train).add(record, pack.frame(ids, bos, self.tokenizer.eos_id, self.dtype))
+            fraction = pack.hash_fraction("validation", document.id)
+            tokens = pack.frame(ids, bos, self.tokenizer.eos_id, self.dtype)
+            (val if fraction < data.val_fraction else train).add(record, tokens)
+            if val.tokens <= seq_len and fraction >= data.val_fraction:
+                small.add(fraction, document.id, len(tokens))
 
+        if data.val_fraction and data.val_rows and val.tokens <= seq_len:
+            train, said = holdout.hold_out(train, val, small, seq_len + 1)
+            self.bar.note(f"{name}: {said}")
         wanted = pack.span_of_row(data.val_rows - 1, seq_len, overlap).stop if data.val_rows else 0
         held_out, taken = [], 0
         enough = val.tokens > seq_len  # fewer would be no row: then all are training documents
@@ -286,6 +294,8 @@ class _Build:
                 self.bar.reach(reading.share)
             if waiting:
                 yield from zip(waiting[0], waiting[1].result(), strict=True)
+            if reading.skipped:
+                self.bar.note(f"{name}: {reading.skipped:,} without text passed over; the first: {reading.first}")
         finally:
             pool.shutdown(wait=False, cancel_futures=True)  # whoever interrupts does not wait for a batch
 

@@ -19,7 +19,7 @@ PACKAGE = re.compile(
     r"|deb:(?P<deb>[a-z0-9][a-z0-9+.-]+)(?:=(?P<deb_version>[\w.:~+-]+))?"
     r"|npm:(?P<npm>(?:@[\w.-]+/)?[\w.-]+)@(?P<npm_version>[\w.+-]+)"
 )
-_FILES_ONLY = {"text_key", "id_key", "license_key", "where"}
+_FILES_ONLY = {"text_key", "id_key", "license_key", "where", "skip_bad"}
 _PACKAGE_ONLY = {"archive", "sha256", "include", "exclude", "extract", "start", "stop", "split"}
 
 
@@ -48,11 +48,12 @@ class Entry(Strict):
     stop: str | None = None  # … and ends before the next match of this
     split: str | None = None  # a document is cut before every match
 
-    files: str | None = None  # a file, a directory or a glob, relative to the recipe
+    files: str | None = None  # a file, a directory (of rows) or a glob, relative to the recipe
     text_key: str = "text"  # keys of a row, dotted where nested
     id_key: str | None = None
     license_key: str | None = None
     where: dict[str, str] = Field(default_factory=dict)  # only rows that hold these values
+    skip_bad: bool = False  # pass over rows without text and files that are not UTF-8; else the first is an error
 
     _regexes = field_validator("include", "exclude", "start", "stop", "split")(_regex)
 

@@ -55,6 +55,10 @@ def padded(n_base: int, added_tokens: bool) -> int:
     return -(-(n_base + (len(ADDED_TOKENS) if added_tokens else 0)) // 32) * 32
 
 
+class VocabularyError(ConfigError):
+    """The texts cannot fill a vocabulary of the size that was asked for, or hold too many characters for it."""
+
+
 class Tokenizer:
     """A vocabulary and its two directions.
 
@@ -130,15 +134,13 @@ class Tokenizer:
         return "".join(out)
 
 
-def train_tokenizer(
-    texts: Iterable[str], vocab_size: int, out_path: str | Path, bar: Bar | None = None
-) -> Tokenizer:
+def train_tokenizer(texts: Iterable[str], vocab_size: int, out_path: str | Path, bar: Bar | None = None) -> Tokenizer:
     """Train a byte-pair vocabulary of `vocab_size` base ids on `texts`, write it to `out_path` and load it.
 
     LLaMA's settings: byte fallback, text taken as it is (identity normalization), digits apart, pieces of
     spaces only allowed, 99.995 % of characters covered. Trained line by line, so a newline stays a byte
     token. The same texts in the same order give the same file. bar: where it shows how far it is. Raises
-    ConfigError when the texts cannot fill the vocabulary.
+    VocabularyError when the texts cannot fill the vocabulary.
     """
     settings = {
         "model_type": "bpe",
@@ -185,10 +187,19 @@ def _train(settings: dict, lines: Iterable[str], bar: Bar) -> bytes:
     if process.returncode == 0:
         return output
     if process.returncode == 3:
-        reason = output.decode("utf-8", "replace").rpartition("] ")[2].strip() or "there is no text"
+        reason = _reason(output.decode("utf-8", "replace"))
     else:
         reason = f"its process ended with {process.returncode}: {''.join(said) or 'no message'}"
-    raise ConfigError(f"a vocabulary of {size} cannot be trained: {reason}")
+    raise VocabularyError(f"a vocabulary of {size} cannot be trained: {reason}")
+
+
+def _reason(said: str) -> str:
+    """What sentencepiece says, in words that are about the user's text."""
+    if most := re.search(r"value <= (\d+)", said):
+        return f"this text can fill at most {most[1]}"
+    if needed := re.search(r"required_chars\. \d+ vs (\d+)", said):
+        return f"this text has so many characters that it needs more than {needed[1]}"
+    return said.rpartition("] ")[2].strip() or "there is no text"
 
 
 def _follow(log: IO[bytes], vocab_size: int, bar: Bar, said: list[str]) -> None:

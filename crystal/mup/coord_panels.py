@@ -72,11 +72,11 @@ class Panel:
 _RANK: dict[Verdict, int] = {"PASS": 0, "INCONCLUSIVE": 1, "FAIL": 2}
 
 
-def panels(check: CoordCheck, quantities: Iterable[str]) -> list[Panel]:
-    """A panel for each of `quantities`, empty where the check has no such rows."""
+def panels(check: CoordCheck, shown: Iterable[str]) -> list[Panel]:
+    """A panel for each of the quantities `shown`, empty where the check has no such rows."""
     rows = {(row.name, row.quantity): row for row in check.rows}
     found = []
-    for quantity in quantities:
+    for quantity in shown:
         kind, _, step = quantity.partition(" t=")
         means = _means(check, kind, int(step or 0))
         lines, left_out = [], []
@@ -152,19 +152,16 @@ def caption(check: CoordCheck) -> str:
 
 def kind_of(name: str) -> str:
     """The part of the model that a tensor or activation belongs to, by its name."""
-    words = name.lower()
-    inner = re.sub(r"^.*?\.\d+(\.|$)", "", words)  # inside its block
-    if "norm" in inner or re.search(r"\bln", inner) or inner == "":
+    inner = re.sub(r"^.*?\.(\d+|last)(\.|$)", "", name.lower())  # inside its block; "" is the block's own output
+    if inner == "" or "norm" in inner or re.search(r"\bln", inner):
         return "norms and residual stream"
     if "attn" in inner or "attention" in inner:
         return "attention"
     if any(word in inner for word in ("mlp", "feed_forward", "ffn")):
         return "mlp"
-    if "emb" in inner or inner.startswith("wte"):
+    if "emb" in inner or re.search(r"\bwte\b", inner):
         return "embedding"
-    if inner.startswith(("output", "head", "lm_head", "unembed")):
-        return "output"
-    return "norms and residual stream" if re.fullmatch(r".*\.last|.*last", inner) else "other"
+    return "output" if inner.startswith(("output", "head", "lm_head", "unembed")) else "other"
 
 
 @dataclass(frozen=True)

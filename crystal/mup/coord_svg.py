@@ -66,7 +66,8 @@ def _grid(check: CoordCheck, scale: _Scale) -> str:
 def _line(check: CoordCheck, line: Line, scale: _Scale) -> str:
     row = line.row
     slope = "" if row.slope is None else f"slope {row.slope:+z.2f}, "
-    title = html.escape(f"{line.name}: {slope}expected {row.expected:g}, {row.verdict}")
+    expected = "" if row.expected is None else f"expected {row.expected:g}, "
+    title = html.escape(f"{line.name}: {slope}{expected}{row.verdict}")
     along = scale.path(check.sizes, line.values)
     marks = ""
     for size, value in zip(check.sizes, line.values, strict=True):

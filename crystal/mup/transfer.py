@@ -225,8 +225,9 @@ def judge(trials: Sequence[Trial], max_shift: float = MAX_SHIFT, max_regret: flo
     elif len({w.verdict for w in judged.values()}) > 1:
         verdict, message = "INCONCLUSIVE", f"the verdict depends on how many points are fitted: {_dissent(judged)}"
     else:
-        verdict = window.verdict
-        message = f"{window.message} (the same in windows of {_octaves(judged)})"
+        verdict, message = window.verdict, window.message
+        if not any(o.edge for o in optima.values()):
+            message += f" (judged within {_octaves(judged)})"
     diverged = sum(t.diverged or not math.isfinite(t.loss) for t in trials)
     shift, shift_ci, regret, _ = _move(by_width, optima)
     return Transfer(

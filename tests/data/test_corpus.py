@@ -179,7 +179,9 @@ def test_an_interrupted_build_leaves_nothing(tmp_path, toy, monkeypatch):
 def test_unknown_and_empty_sources_are_named(tmp_path, toy, index):
     assert "did you mean 'python'" in fails(documents, toy, "pyton", tmp_path / "cache")
     empty = recipe(tmp_path, {"english": {"filter": "english", "entries": [WHEEL]}})
-    assert "english: no document passes" in fails(documents, empty, "english", tmp_path / "cache")
+    assert "english: none of its 6 documents passes its filter 'english'" in fails(
+        documents, empty, "english", tmp_path / "cache"
+    )
     nothing = recipe(tmp_path, {"css": {"entries": [WHEEL | {"include": r"\.css$"}]}})
     assert "pypi:toy==1.0: no member matches" in fails(documents, nothing, "css", tmp_path / "cache")
 

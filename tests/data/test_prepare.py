@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
 import random
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from crystal.config import ConfigError, parse
 from crystal.data import corpus, pack
@@ -125,10 +127,66 @@ def test_validation_rows_are_capped_and_the_rest_is_trained_on(recipe):
     assert (none.rows("english", "val"), none.manifest["sources"]["english"]["documents"]) == (0, 120)
 
 
+def prepare_and_listen(data, seq_len) -> tuple[TokenStore, str]:
+    """The store, and what the console was told on the way."""
+    console = Console(file=io.StringIO(), width=40)
+    return TokenStore.open(prepare(data, seq_len, console=console)), console.file.getvalue()
+
+
+def test_a_small_source_holds_out_the_documents_that_come_first_and_says_so(recipe):
+    """A share of a thousandth is no document here; what is held out does not depend on the shuffle or the row."""
+    held = []
+    for changes, seq_len in (({}, 32), ({}, 100), ({"shuffle_seed": 3}, 100)):
+        store, said = prepare_and_listen(config(recipe, val_fraction=0.001, **changes), seq_len)
+        ids = {s: {d["id"] for d in store.documents("python", s)} for s in ("train", "val")}
+        assert store.rows("python", "val") >= 1
+        assert len(ids["train"] | ids["val"]) == 60
+        assert not ids["train"] & ids["val"]
+        order = sorted(ids["train"] | ids["val"], key=lambda i: pack.hash_fraction("validation", i))
+        assert ids["val"] == set(order[: len(ids["val"])])
+        held.append(ids["val"])
+        assert "python: a small source: documents with" in said
+    assert held[0] <= held[1] == held[2]
+
+
+def test_a_source_of_few_documents_keeps_at_least_as_much_for_training(recipe, tmp_path):
+    lines = [json.dumps({"text": " ".join(WORDS[:12]) * n}) for n in (60, 2, 3, 4)]
+    (tmp_path / "python.jsonl").write_text("\n".join(lines))
+    store = TokenStore.open(prepare(config(recipe, val_fraction=0.001), 16))
+    sizes = {s: [d["tokens"] for d in store.documents("python", s)] for s in ("train", "val")}
+    assert store.rows("python", "val") >= 1
+    assert sum(sizes["val"]) <= sum(sizes["train"])
+    assert max(sizes["train"]) > max(sizes["val"])
+    (tmp_path / "python.jsonl").write_text(lines[0])
+    store, said = prepare_and_listen(config(recipe, val_fraction=0.001), 16)
+    assert store.rows("python", "val") == 0
+    assert "python: too little text to hold a row of it out: all of it is trained on" in said
+
+
 def test_too_little_for_a_validation_row_is_trained_on(recipe):
-    store = TokenStore.open(prepare(config(recipe), 2000))
+    for changes in ({"val_fraction": 0}, {"val_rows": 0}):
+        store = TokenStore.open(prepare(config(recipe, **changes), 32))
+        assert store.manifest["sources"]["python"]["val_documents"] == 0
+    store = TokenStore.open(prepare(config(recipe), 4000))
     assert store.manifest["sources"]["python"]["val_documents"] == 0
     assert store.manifest["sources"]["python"]["documents"] == 60
+
+
+def test_documents_without_text_are_counted_and_a_bad_row_is_not_the_tokenizers_fault(recipe, tmp_path):
+    with (tmp_path / "python.jsonl").open("a") as file:
+        file.write('{"text": ""}\n{"text": " \\n"}\n')
+    _, said = prepare_and_listen(config(recipe), 32)
+    assert "python: 2 without text passed over; the first: python.jsonl:61: an empty document" in said
+    with (tmp_path / "python.jsonl").open("a") as file:
+        file.write('{"text": null}\n')
+    with pytest.raises(ConfigError, match=rf"^{tmp_path}/python.jsonl:63: expected text under 'text', found null"):
+        prepare(config(recipe), 32)
+    (tmp_path / "python.jsonl").write_text('{"text": ""}\n')
+    with pytest.raises(ConfigError, match=r"^source python: all of its 1 documents are without text; the first: pyth"):
+        prepare(config(recipe), 32)
+    (tmp_path / "python.jsonl").write_text("")
+    with pytest.raises(ConfigError, match=rf"^source python: no document in {tmp_path}/python.jsonl"):
+        prepare(config(recipe), 32)
 
 
 def test_short_documents_are_dropped(recipe):
@@ -207,6 +265,6 @@ def test_mistakes_are_one_line(recipe):
         prepare(config(recipe), 99_999, where="run.yaml")
     with pytest.raises(ConfigError, match=r"^t\.yaml: tokenizer: .*expected either train: or path:"):
         config(recipe, tokenizer={})
-    with pytest.raises(ConfigError, match=r"^t\.yaml: data\.tokenizer\.train: a vocabulary of 9999"):
+    with pytest.raises(ConfigError, match=r"train: a vocabulary of 9999 .*: this text can fill at most \d+$"):
         prepare(config(recipe, tokenizer={"train": {"vocab_size": 9999, "bytes_per_source": 4000}}), 32, where="t.yaml")
     assert not [p for p in (prepare_module.cache_dir() / "stores").glob("*") if p.is_dir()]

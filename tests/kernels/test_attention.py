@@ -285,6 +285,16 @@ def test_compiled_and_exported_graphs_hold_the_operator(dtype):
 
 
 @needs_gcc
+def test_a_graph_of_any_length():
+    torch._dynamo.reset()
+    compiled = torch.compile(attention, fullgraph=True, backend="aot_eager", dynamic=True)
+    for length, n in ((5, 8), (64, 8), (600, 20)):
+        given = tensors(1, 2, length, n)
+        eager = results(attention, *given, 0.3)
+        assert all(same_bits(found, eager[name]) for name, found in results(compiled, *given, 0.3).items())
+
+
+@needs_gcc
 def test_the_operator_is_what_torch_expects_of_one():
     q, k, v, _ = tensors(1, 2, 30, 8)
     leaves = [t.requires_grad_() for t in (q, k, v)]

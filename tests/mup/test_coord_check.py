@@ -1,7 +1,9 @@
 """The coordinate check: statistics, verdicts, other people's models, depth, compiled and sharded models."""
 
+import html
 import json
 import math
+import shlex
 import subprocess
 import sys
 
@@ -14,7 +16,7 @@ from torch import nn
 
 from crystal.coordinates import Asked, check_model
 from crystal.mup import assert_coordinate_check
-from crystal.mup.coord_plots import _lines, _quantities
+from crystal.mup.coord_panels import panels, quantities
 from crystal.mup.measure import Task, clean, measure
 from crystal.mup.slopes import Slope, decide, fit_slope, student
 from crystal.mup.verdict import summary
@@ -172,8 +174,9 @@ def test_a_fault_of_many_tensors_is_said_once():
 
 def test_the_picture_over_depth_has_the_residual_stream():
     (check,) = check_model("amber", Asked(depths=(2, 4, 8), seeds=1), "completep")
-    assert len(_lines(check, "size", 4)["blocks.last"]) == 3
-    assert ("push", 0) not in _quantities(check)
+    (panel,) = panels(check, ["size t=4"])
+    assert {line.name: len(line.values) for line in panel.lines} == {"blocks.last": 3, "output": 3}
+    assert "push" not in quantities(check)
 
 
 def test_a_compiled_model_gives_the_same_verdict():
@@ -208,14 +211,21 @@ def test_sharded_models_give_the_same_verdict(under, family, parametrization, co
 
 
 def test_the_command_writes_json_picture_and_page(tmp_path):
-    done = crystal("coord-check", "amber", "--parametrization", "mup", "--out", str(tmp_path), "--json")
+    flags = ("--parametrization", "mup", "--format", "pdf,png", "--out", str(tmp_path), "--json")
+    done = crystal("coord-check", "amber", *flags)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
+    assert result["settings"] == {
+        "layers": 2, "optimizer": "AdamW", "lr": 0.00125, "dtype": "fp32", "batch": "4 x 64 random words of 256",
+    }  # fmt: skip
     assert {"verdict", "seconds", "tensors"} <= result.keys()
     assert {"name", "quantity", "slope", "ci", "expected", "verdict", "rule", "message"} <= result["tensors"][0].keys()
     assert (tmp_path / "coord-check.png").read_bytes()[:4] == b"\x89PNG"
+    assert (tmp_path / "coord-check.pdf").read_bytes()[:4] == b"%PDF"
     page = (tmp_path / "coord-check.html").read_text()
-    assert "PASS" in page
+    assert "<b>amber, mup</b>: all 21 pass" in page
+    assert "<b>amber, sp</b>: 14 of 21 fail" in page
+    assert html.escape(shlex.join(["crystal", "coord-check", "amber", *flags])) in page
     assert "http" not in page
 
 
@@ -228,6 +238,9 @@ def test_the_command_writes_json_picture_and_page(tmp_path):
         (("coord-check", "amber", "--widths", "65,128,256"), "width 65: expected a multiple of the head size"),
         (("coord-check", "amber", "--lr", "-1"), "--lr: expected a positive number"),
         (("coord-check", "amber", "--out", "/dev/null/x"), "--out: /dev/null/x cannot be written"),
+        (("coord-check", "amber", "--out", ".", "--format", "png,jpeg"), "--format: expected png, pdf, svg, or"),
+        (("coord-check", "amber", "--out", ".", "--format", ""), "--format: expected png, pdf, svg, or"),
+        (("coord-check", "amber", "--format", "pdf"), "--format: expected --out DIR beside it"),
         (("audit", "amber", "--base", "0"), "--base"),
         (("coord-check", "amber", "--depths", "2,4"), "--depths: expected one depth"),
         (("audit", "nothing.yaml"), "nothing.yaml"),

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from crystal.coordinates import Asked, check_beside, text, write
-from crystal.mup.coord_panels import bundles, caption, limits, panels, quantities, spread, worst_first
+from crystal.mup.coord_panels import bundles, caption, kind_of, limits, panels, quantities, spread, worst_first
 from crystal.mup.coord_plots import draw, figure
 from crystal.mup.coord_svg import svg
 from tests.mup.drawn_checks import NAMES, made_check
@@ -93,6 +93,26 @@ def test_lines_that_run_together_share_a_label_with_their_names_in_it():
     check.measured[0].values["blocks.1.attn.k", "size", 4] = 200.0
     labels = [b.label for b in bundles(panels(check, ["size t=4"])[0], 8, 12, 60)]
     assert sorted(labels) == ["0.attn.k, attn.{out,q}, mlp.{down,up}", "1.attn.k"]
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("embed.weight", "embedding"),
+        ("blocks.1.attn.q.weight", "attention"),
+        ("blocks.1.attn_norm", "norms and residual stream"),
+        ("blocks.last.mlp.down", "mlp"),
+        ("blocks.0", "norms and residual stream"),
+        ("blocks.last", "norms and residual stream"),
+        ("head.weight", "output"),
+        ("output", "output"),
+        ("model.layers.3.self_attn.q_proj.weight", "attention"),
+        ("transformer.wte.weight", "embedding"),
+        ("conv1", "other"),
+    ],
+)
+def test_kinds_of_lines(name, kind):
+    assert kind_of(name) == kind
 
 
 def test_what_has_no_place_on_a_logarithmic_axis_is_named():

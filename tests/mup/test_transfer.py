@@ -178,7 +178,7 @@ def test_a_window_with_fewer_than_three_points_is_not_judged_and_says_so():
     assert [w.verdict for w in found.windows.values()] == [None, "PASS", "PASS", "PASS"]
     assert found.windows[0.5].message == "±0.5 octaves hold 1 point at width 64, expected at least 3"
     assert found.windows[0.5].shift_octaves is None
-    assert "windows of ±1, ±1.5 and ±2 octaves" in found.message
+    assert "(judged within ±1, ±1.5 and ±2 octaves)" in found.message
     assert found.window_octaves == 2.0  # two steps of this grid
 
 
