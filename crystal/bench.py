@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from crystal import completion
+from crystal.errors import ConfigError
 from crystal.help import Commands
 from crystal.options import Json, console, print_result
 
@@ -117,7 +118,6 @@ def train(
         crystal bench train --peers transformers,nanogpt --dtype fp32
     """
     from crystal.bench_train import SHAPES, bench_train
-    from crystal.config import ConfigError
 
     if d_model not in SHAPES:
         raise ConfigError(f"--d-model {d_model}: expected one of {', '.join(map(str, SHAPES))}")

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from crystal.config import ConfigError
+from crystal.errors import ConfigError
 from crystal.help import Commands
 from crystal.options import Json, Overrides, Run, console, print_result
 

@@ -24,10 +24,11 @@ from crystal import __version__, completion, interrupts
 from crystal.bench import bench
 from crystal.cerebras import cerebras
 from crystal.complaints import complain, usage_message
-from crystal.config import ConfigError, cache_dir
 from crystal.config_command import config
 from crystal.data_commands import data
+from crystal.errors import ConfigError
 from crystal.exchange import export, import_
+from crystal.files import cache_dir
 from crystal.help import Commands
 from crystal.inference_commands import generate, logits
 from crystal.mup_commands import audit, coord_check, transfer
@@ -229,7 +230,7 @@ def schedule(
         typer.Option(metavar="STEP,...", help="steps inside the stage; default: where its schedule bends"),
     ] = None,
     plot: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="write a plot of the whole curriculum here (PNG)")
+        Path | None, typer.Option(metavar="FILE", help="draw the whole curriculum here: .png, .pdf or .svg")
     ] = None,
     as_json: Json = False,
 ) -> None:

@@ -11,7 +11,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from crystal.config import CONFIGS, ConfigError
+from crystal.errors import ConfigError
 from crystal.help import Group
 
 SHELLS = ("bash", "zsh", "fish")
@@ -47,6 +47,8 @@ def sweeps(incomplete: str) -> list[str]:
 
 
 def _packaged(kind: str) -> list[str]:
+    from crystal.config import CONFIGS
+
     return sorted(path.stem for path in (CONFIGS / kind).glob("*.yaml"))
 
 

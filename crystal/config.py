@@ -18,22 +18,12 @@ from typing import Any, NamedTuple, TypeVar
 import pydantic
 import yaml
 
+from crystal.errors import ConfigError
+from crystal.files import cache_dir as cache_dir
 from crystal.mistakes import explain, found, nearest
 
 CONFIGS = Path(__file__).resolve().parent / "configs"
 COMMAND_LINE = "command line"  # how the origin of what an override set begins
-
-
-class ConfigError(Exception):
-    """A mistake of the user's; `str()` is the one line to show. The command exits with 2.
-
-    file, key: where the mistake is, for `--json`: a config file's name, and the dotted key in it. None: not known.
-    """
-
-    def __init__(self, message: str = "", *, file: str | Path | None = None, key: str | None = None):
-        super().__init__(message)
-        self.file = None if file is None or str(file).startswith(COMMAND_LINE) else str(file)
-        self.key = key
 
 
 class Strict(pydantic.BaseModel):
@@ -125,11 +115,6 @@ _Loader.add_implicit_resolver(
     list("-+0123456789."),
 )
 _Loader.add_constructor("tag:yaml.org,2002:timestamp", yaml.SafeLoader.construct_yaml_str)
-
-
-def cache_dir() -> Path:
-    """Where fetched packages, corpora, tokenizers and stores live: $CRYSTAL_CACHE or ~/.cache/crystal."""
-    return Path(os.environ.get("CRYSTAL_CACHE") or Path.home() / ".cache" / "crystal")
 
 
 def find(name: str | Path, *kinds: str) -> Path:
@@ -323,7 +308,9 @@ def mistake(where: str | Config, loc: tuple, message: str) -> ConfigError:
     """The one line about the key at `loc`: `FILE: KEY: message`. where: as in `parse`."""
     key = _dotted(loc) or None
     if isinstance(where, Config):
-        return ConfigError(f"{where.place(loc, message)}: {message}", file=where.at_fault(loc, message), key=key)
+        at_fault = where.at_fault(loc, message)
+        file = None if at_fault.startswith(COMMAND_LINE) else at_fault
+        return ConfigError(f"{where.place(loc, message)}: {message}", file=file, key=key)
     return ConfigError(": ".join([where, *([key] if key else []), message]), file=where, key=key)
 
 

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from crystal import completion
-from crystal.config import ConfigError
+from crystal.errors import ConfigError
 from crystal.options import Json, print_out, print_result
 
 

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from crystal import completion
-from crystal.config import ConfigError
+from crystal.errors import ConfigError
 from crystal.options import Json, print_result
 
 

@@ -7,6 +7,11 @@ import os
 from pathlib import Path
 
 
+def cache_dir() -> Path:
+    """Where fetched packages, corpora, tokenizers and stores live: $CRYSTAL_CACHE or ~/.cache/crystal."""
+    return Path(os.environ.get("CRYSTAL_CACHE") or Path.home() / ".cache" / "crystal")
+
+
 def sha256_of(path: Path) -> str:
     """Hex sha256 of a file, read in pieces."""
     with path.open("rb") as file:

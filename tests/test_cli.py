@@ -235,7 +235,8 @@ from crystal.cli import main
 try:
     main()
 finally:
-    heavy = {"torch", "numpy", "transformers", "mup", "pyarrow", "matplotlib", "rich", "crystal.run"} & set(sys.modules)
+    heavy = {"torch", "numpy", "transformers", "mup", "pyarrow", "matplotlib", "rich", "pydantic", "yaml"}
+    heavy &= set(sys.modules)
     assert not heavy, heavy
 """
     before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime

@@ -21,6 +21,7 @@ FLOORS = [
     {
         "crystal",
         "crystal.config",
+        "crystal.errors",
         "crystal.files",
         "crystal.interrupts",
         "crystal.memory",
