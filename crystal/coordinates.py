@@ -191,7 +191,7 @@ def text(checks: Sequence[CoordCheck], out: Path | None = None) -> str:
         lines += [f"  {line}" for line in summary(bad)] if bad else []
         if len(bad) > len(summary(bad)):
             place = out / f"{_stem(check)}.html" if out else "--json, or --out DIR for a page"
-            lines.append(f"  all {len(bad)} rows that do not pass: {place}")
+            lines.append(f"  all {len(bad)} {'failing' if check.failures else 'inconclusive'} rows: {place}")
         lines += [f"  note: {note}" for note in check.notes]
         lines.append(f"  {'quantity':12} {'rows':>5} {'expected':>9} {'slopes':>16}  verdict")
         for (quantity, expected), rows in _by_quantity(check.rows).items():
@@ -249,7 +249,7 @@ def _stem(check: CoordCheck) -> str:
 def _made(check: CoordCheck) -> dict[str, str]:
     """How a check came about, for its page."""
     now = datetime.datetime.now(datetime.UTC)
-    cores = f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
+    cores = f"{os.cpu_count()} cores, threads: {torch.get_num_threads()}, {torch.backends.cpu.get_cpu_capability()}"
     return {
         "command": shlex.join(["crystal", *sys.argv[1:]]),
         "crystal": crystal.__version__,

@@ -192,7 +192,7 @@ text.end{text-anchor:end}text.mid{text-anchor:middle}
 .line.FAIL text{fill:var(--fail)}
 .line.INCONCLUSIVE{--c:var(--open)}.line.INCONCLUSIVE .mark{stroke-width:4.6}
 .keys,.filter{display:flex;flex-wrap:wrap;gap:.2rem 1rem;font-size:.9rem}.keys span{color:var(--fg)}
-.keys path{stroke-width:2.4}
+.keys .line path{stroke-width:2.4}
 .keys svg{display:inline-block;width:1.5rem;margin-right:.35rem;vertical-align:middle}
 .filter{align-items:center}#count{color:var(--soft)}
 input[type=search]{font:inherit;color:inherit;background:transparent;border:1px solid var(--soft);border-radius:4px;
