@@ -169,14 +169,18 @@ def judge_again(file: Path, overrides: list[str], out: Path | None) -> tuple[dic
     record = read_record(file.parent)
     source = override(Config(record["config"], {(): str(file.parent / "sweep.json")}), overrides)
     sweep = sweep_of(source, out or file.parent)
-    make_directory(sweep.directory)
+    keys = {"parametrization", "width", "depth", "seed", "lr", "loss", "diverged", "seconds", "cpu_seconds"}
     try:
         rows = json.loads(file.read_text(encoding="utf-8"))
-        return judged(sweep, rows, {key: record[key] for key in ("fingerprint", "corpus")})
-    except (ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"{file}: damaged, or not a sweep's trials: {type(error).__name__}: {error}") from None
+        whole = isinstance(rows, list) and all(isinstance(row, dict) and keys <= row.keys() for row in rows)
+    except ValueError:
+        whole = False
     except OSError as error:
         raise ConfigError(f"{file}: cannot be read: {error.strerror}") from None
+    if not whole:
+        raise ConfigError(f"{file}: damaged, or not a sweep's trials: expected a list of them, with {sorted(keys)}")
+    make_directory(sweep.directory)
+    return judged(sweep, rows, {key: record[key] for key in ("fingerprint", "corpus")})
 
 
 def judged(sweep: Sweep, rows: list[dict], made: dict) -> tuple[dict, str]:
