@@ -106,7 +106,7 @@ WHOLE = {
         (CurriculumConfig, {"name": "x", "seq_len": 0}, "seq_len: expected a whole number of at least 1, got 0"),
         (CurriculumConfig, {"bind": {"a": 1}}, "bind.a: expected text or a mapping of keys, each with a number great"),
         (CurriculumConfig, {"bind": {"a": {"b": "c"}}}, 'bind.a.b: expected a number greater than 0, got "c"'),
-        (StageConfig, {"sources": {"a": -1}}, "sources.a: expected a mapping of keys or a number of at least 0, got"),
+        (StageConfig, {"sources": {"a": -1}}, "sources.a: expected a mapping of keys or a number of at least 0"),
         (StageConfig, {"lr": -1}, "lr: expected a list, each a mapping of keys or a number of at least 0, got -1"),
         (StageConfig, {"lr": "fast"}, "lr: expected a number, or a list of pieces such as {from: 0, to: 0.01, steps:"),
         (StageConfig, {"lr": [{"from": 1, "to": "x"}]}, 'lr.0.to: expected a number of at least 0, got "x"'),

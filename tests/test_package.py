@@ -18,6 +18,7 @@ SOURCES = list({p.resolve(): p for p in SOURCES}.values())
 
 # Rooms from the ground up; a module may import its own room and those below it (DESIGN §1).
 FLOORS = [
+    {"crystal.mistakes", "crystal.printable"},
     {
         "crystal",
         "crystal.config",
@@ -25,7 +26,6 @@ FLOORS = [
         "crystal.files",
         "crystal.interrupts",
         "crystal.memory",
-        "crystal.printable",
         "crystal.progress",
         "crystal.schedule",
         "crystal.kernels",
