@@ -31,6 +31,7 @@ from crystal.exchange import export, import_
 from crystal.files import cache_dir
 from crystal.help import Commands
 from crystal.inference_commands import generate, logits
+from crystal.init_command import init
 from crystal.mup_commands import audit, coord_check, transfer
 from crystal.options import Json, Overrides, Run, is_first
 from crystal.options import console as _console
@@ -281,6 +282,7 @@ def plan(
     _print(result, as_json, plan_text(result))
 
 
+app.command()(init)
 app.command()(audit)
 app.command("coord-check")(coord_check)
 app.command()(transfer)

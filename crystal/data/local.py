@@ -173,6 +173,28 @@ def read(file: Path, entry: Entry, reading: Reading | None = None) -> Iterator[t
     return _told(file, _json_rows(file, entry, reading))
 
 
+def raw_rows(file: Path) -> Iterator[Any]:
+    """The rows of a file as they are, whatever their keys. Raises ConfigError when it cannot be read."""
+    reading, kind = Reading(), row_format(file)
+    entry = Entry(license="-", files=str(file), skip_bad=True)
+    if kind == ".parquet":
+        found = _raw_parquet(file)
+    elif kind in (".csv", ".tsv"):
+        lines = (line for _, line in _text_lines(file, reading))
+        found = enumerate(csv.DictReader(lines, delimiter="\t" if kind == ".tsv" else ",", restkey=""), 1)
+    else:
+        found = _json_rows(file, entry, reading)
+    return (row for _, row in _told(file, iter(found)))
+
+
+def _raw_parquet(file: Path) -> Iterator[tuple[int, dict]]:
+    import pyarrow.parquet
+
+    with pyarrow.parquet.ParquetFile(file) as table:
+        for batch in table.iter_batches(batch_size=64):
+            yield from enumerate(batch.to_pylist(), 1)
+
+
 def plain(file: Path, entry: Entry, reading: Reading | None = None) -> Iterator[tuple[int, str]]:
     """(line of its beginning, text) of each piece of a plain file; 0 for a file that is one piece.
 
