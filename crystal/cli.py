@@ -198,7 +198,7 @@ def train(
     loaded = load_run(run, overrides or ())
     check_until(loaded, until)
     if dry_run:
-        plan = describe.dry_run(loaded)
+        plan = describe.dry_run(loaded, stage, until)
         _print(plan, as_json, describe.dry_run_text(plan))
         return
     outcome = start(loaded, stage, until, _console())

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from dataclasses import asdict
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import torch
 
 from crystal.backends.config import OptimizerConfig
 from crystal.backends.cost import flops_per_token, memory_bytes, run_bytes
-from crystal.config import ConfigError, parse
-from crystal.curriculum import Stage, resolve
+from crystal.config import ConfigError, cache_dir, parse
+from crystal.curriculum import Curriculum, Stage, resolve, split_entry
+from crystal.data import corpus
+from crystal.data.corpus import Recipe
 from crystal.mup.plan import Plan
-from crystal.run import RunFile
+from crystal.run import RunFile, check_vocabulary, corpus_of
+from crystal.training import checkpoint
 from crystal.training.record import with_recorded_dtype
 from crystal.zoo.build import parameter_count, plan_for
 from crystal.zoo.config import ModelConfig, families, preset, presets
@@ -99,10 +104,19 @@ def plan_table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def dry_run(run: RunFile) -> dict:
-    """The whole run on paper: stages, steps, tokens, LR, checkpoints, memory, and FLOPs with their time here."""
+def dry_run(run: RunFile, stage: int | None = None, until: int | None = None) -> dict:
+    """The whole run on paper: stages, steps, tokens, LR, checkpoints, memory, and FLOPs with their time here.
+
+    stage, until: those of `crystal train`. Nothing is fetched or made. Raises ConfigError for what would end the run
+    whatever there is on this machine; what this machine lacks is said in `notes`.
+    """
+    check_vocabulary(run)
     run = with_recorded_dtype(run)
-    curriculum = resolve(run.config.curriculum, run.source)
+    recipe = corpus_of(run)
+    curriculum = resolve(run.config.curriculum, run.source, recipe.sources)
+    chosen = curriculum.stages[-1] if stage is None else curriculum.numbered(stage)
+    stop = min(chosen.first_step + chosen.steps, until or curriculum.steps)
+    train = run.config.train
     plan = run.config.plan()
     flops = flops_per_token(run.config.model, curriculum.seq_len) * curriculum.tokens
     backend = run.config.backend
@@ -114,7 +128,11 @@ def dry_run(run: RunFile) -> dict:
         "parameters": parameter_count(run.config.model),
         "steps": curriculum.steps,
         "tokens": curriculum.tokens,
-        "stages": [_stage(s) for s in curriculum.stages],
+        "stop": stop,
+        "stages": [_stage(s, train.checkpoint_every or s.checkpoint_every) for s in curriculum.stages],
+        "keep_checkpoints": train.keep_checkpoints,
+        "vocab_size": run.config.model.vocab_size,
+        "notes": [*_notes(run, curriculum, recipe)],
         "groups": _groups(plan),
         "dtype": backend.dtype,
         "memory_bytes": held["memory"],
@@ -126,7 +144,26 @@ def dry_run(run: RunFile) -> dict:
     }
 
 
-def _stage(stage: Stage) -> dict:
+def _notes(run: RunFile, curriculum: Curriculum, recipe: Recipe) -> Iterator[str]:
+    """What the run does before its first step, and what it lacks."""
+    config, used = run.config, {split_entry(entry)[0] for stage in curriculum.stages for entry in stage.bound}
+    if done := checkpoint.steps(config.directory / "checkpoints"):
+        yield f"goes on from step {done[-1]:,}, which {config.directory} has reached"
+    yield from corpus.needs(recipe, sorted(used), cache_dir())
+    if train := config.data.tokenizer.train:
+        ids = f"{config.model.vocab_size:,} with added tokens and padding"
+        yield f"a vocabulary of {train.vocab_size:,} is trained on the sources, unless it is there already ({ids})"
+    elif not config.data.tokenizer.path.is_file():
+        yield f"{run.where('data', 'tokenizer', 'path')}: {config.data.tokenizer.path} does not exist"
+    if idle := sorted(set(recipe.sources) - used):
+        yield f"no stage draws from {', '.join(idle)} of the corpus {recipe.name}"
+    published = {name for stage in config.curriculum.stages for name in stage.sources}
+    for pattern in config.curriculum.bind:
+        if not any(fnmatchcase(name, pattern) for name in published):
+            yield f"{run.where('curriculum', 'bind', pattern)}: matches no source of any stage"
+
+
+def _stage(stage: Stage, checkpoint_every: int) -> dict:
     edges = sorted({1, min(stage.schedule.knots[1], stage.steps), stage.steps})
     return {
         "name": stage.name,
@@ -141,8 +178,8 @@ def _stage(stage: Stage) -> dict:
         "spm_rate": stage.spm_rate,
         "lr": {str(t): stage.lr_at(t) for t in edges},
         "optimizer": "carried over" if stage.carry_optimizer else "fresh",
-        "checkpoint_every": stage.checkpoint_every,
-        "checkpoints": -(-stage.steps // stage.checkpoint_every),
+        "checkpoint_every": checkpoint_every,
+        "checkpoints": -(-stage.steps // checkpoint_every),
     }
 
 
@@ -195,6 +232,11 @@ def dry_run_text(result: dict) -> str:
         + f"; {result['flops']:.3g} FLOPs, "
         f"{least} at the {rate:,.0f} GFLOP/s that a matmul has on this machine now"
     )
+    if keep := result["keep_checkpoints"]:
+        lines.append(f"checkpoints: the newest {keep} and those at the ends of stages are kept")
+    if result["stop"] < result["steps"]:
+        lines.append(f"this command stops after step {result['stop']:,}")
+    lines += [f"note: {text}" for text in result["notes"]]
     return "\n".join(lines)
 
 

@@ -92,6 +92,25 @@ def fingerprint(recipe: Recipe, console: Console | None = None) -> str:
     return _digest([recipe.name, parts])
 
 
+def needs(recipe: Recipe, sources: list[str], cache: Path) -> Iterator[str]:
+    """What has to be fetched, and what does not exist, before the documents of these sources can be read."""
+    entries = {name: recipe.sources[name].entries for name in sources}
+    absent = packages.absent([entry for held in entries.values() for entry in held], cache)
+    if absent:
+        named = ", ".join(absent[:3]) + (" …" if len(absent) > 3 else "")
+        yield f"packages to fetch for the corpus {recipe.name}: {len(absent)} ({named})"
+    missing: dict[str, list[str]] = {}
+    for name, held in entries.items():
+        for entry in held:
+            if entry.files is not None:
+                try:
+                    local.files(entry)
+                except ConfigError as error:
+                    missing.setdefault(str(error), []).append(name)
+    for problem, names in missing.items():
+        yield f"{problem} (source {', '.join(dict.fromkeys(names))})"
+
+
 def documents(recipe: Recipe, source: str, cache: Path, reading: local.Reading | None = None) -> Iterator[Document]:
     """The documents of one source, in an order that depends on nothing but the recipe and its archives.
 

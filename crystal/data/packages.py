@@ -80,6 +80,12 @@ def fetch(entries: list[Entry], cache: Path, what: str, console: Console | None 
             archive(entry, cache)
 
 
+def absent(entries: Iterable[Entry], cache: Path) -> list[str]:
+    """The packages of entries whose archives are not in the cache, each once."""
+    named = (entry for entry in entries if entry.package)
+    return list(dict.fromkeys(entry.package for entry in named if not _archives(_folder(entry, cache))))
+
+
 def archive(entry: Entry, cache: Path) -> Path:
     """The entry's archive in the cache, fetched if it is not there, checked against the recipe's sha256."""
     folder = _folder(entry, cache)

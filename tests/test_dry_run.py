@@ -1,0 +1,84 @@
+"""`crystal train --dry-run` says what will happen, fetches nothing, makes nothing."""
+
+import pytest
+import yaml
+
+from crystal import describe
+from crystal.config import ConfigError
+from crystal.data import packages
+from crystal.run import load_run
+
+
+@pytest.fixture
+def dry_run(make_run, monkeypatch, tmp_path):
+    """dry_run(*overrides, stage=None, until=None, **changes) → the result; a fetch would fail the test."""
+    monkeypatch.setattr(packages, "_fetch_all", lambda *words: pytest.fail("fetched a package"))
+
+    def run(*overrides, stage=None, until=None, **changes):
+        path = make_run(**changes)
+        before = sorted(tmp_path.rglob("*"))
+        result = describe.dry_run(load_run(path, overrides), stage, until)
+        assert sorted(tmp_path.rglob("*")) == before
+        return result | {"text": describe.dry_run_text(result)}
+
+    return run
+
+
+def test_it_tells_the_cadence_that_the_run_has(dry_run):
+    assert [s["checkpoint_every"] for s in dry_run()["stages"]] == [4, 4, 4]
+    own = dry_run(**{"train.checkpoint_every": 7, "train.keep_checkpoints": 2})
+    assert [(s["checkpoint_every"], s["checkpoints"]) for s in own["stages"]] == [(7, 2), (7, 2), (7, 2)]
+    assert "checkpoint every 7 steps" in own["text"]
+    assert "checkpoints: the newest 2 and those at the ends of stages are kept" in own["text"]
+
+
+def test_it_tells_where_the_command_stops(dry_run):
+    assert dry_run()["stop"] == dry_run(until=30)["stop"] == 30
+    assert "stops after" not in dry_run()["text"]
+    assert "this command stops after step 10" in dry_run(stage=1)["text"]
+    assert [dry_run(stage=s, until=u)["stop"] for s, u in ((2, None), (2, 15), (None, 3))] == [22, 15, 3]
+    with pytest.raises(ConfigError, match="--stage: expected 1 to 3, got 4"):
+        dry_run(stage=4)
+
+
+def test_it_tells_the_vocabulary_and_refuses_one_that_will_not_fit(dry_run):
+    assert dry_run(**{"model.vocab_size": "auto"})["vocab_size"] == 352
+    assert "(352 with added tokens and padding)" in dry_run()["text"]
+    with pytest.raises(ConfigError, match=r"run\.yaml: model\.vocab_size: expected 352, .* got 320; auto takes it"):
+        dry_run(**{"model.vocab_size": 320})
+    missing = {"data.tokenizer": {"path": "none.model"}}
+    assert "run.yaml: data.tokenizer.path: none.model does not exist" in dry_run(**missing)["notes"][-1]
+    with pytest.raises(
+        ConfigError, match=r"model\.vocab_size: auto needs the tokenizer's file, and none\.model does not"
+    ):
+        dry_run(**missing | {"model.vocab_size": "auto"})
+
+
+def test_it_tells_of_a_corpus_that_does_not_exist_and_of_one_to_fetch(dry_run, tmp_path):
+    with pytest.raises(ConfigError, match=r"run\.yaml: data\.corpus: mien\.yaml: no such file"):
+        dry_run(**{"data.corpus": "mien.yaml"})
+    entries = {
+        "english": [{"files": "nowhere/*.jsonl", "license": "MIT"}, {"files": "gone", "license": "MIT"}],
+        "python": [{"package": "pypi:nothing==1", "include": "x", "license": "MIT"}],
+        "html": [{"files": "nowhere/*.jsonl", "license": "MIT"}],
+        "idle": [{"package": "pypi:idle==1", "include": "x", "license": "MIT"}],
+    }
+    recipe = {"name": "c", "sources": {name: {"entries": held} for name, held in entries.items()}}
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(recipe))
+    notes = dry_run(**{"data.corpus": str(tmp_path / "c.yaml"), "curriculum.bind": {"englsh": "python"}})["notes"]
+    assert "packages to fetch for the corpus c: 1 (pypi:nothing==1)" in notes
+    assert f"{tmp_path}/nowhere/*.jsonl: matches no file (source english, html)" in notes
+    assert f"{tmp_path}/gone: does not exist (source english)" in notes
+    assert "no stage draws from idle of the corpus c" in notes
+    assert f"{tmp_path}/run.yaml: curriculum.bind.englsh: matches no source of any stage" in notes
+
+
+def test_a_source_that_is_bound_nowhere_is_refused(dry_run):
+    message = r"curriculum\.stages\.0\.sources\.pyhton: expected a source of the corpus .*did you mean 'python'"
+    with pytest.raises(ConfigError, match=message):
+        dry_run("curriculum.stages.0.sources={english: 0.5, pyhton: 0.5}")
+
+
+def test_it_tells_that_a_run_goes_on(dry_run, make_run, train):
+    train(make_run(), until=2)
+    assert any(note.startswith("goes on from step 2") for note in dry_run()["notes"])
