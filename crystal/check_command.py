@@ -68,7 +68,8 @@ def run_check(
         if out is not None:
             plain = dataclasses.replace(asked, wrap=None, seeds=len({m.seed for m in checks[-1].measured}))
             beside = [] if parametrization == "sp" else check_model(model, plain, "sp", progress)
-            with bar.doing(f"writing {out}"), finishing():
+            bar.begin(f"writing {out}")
+            with finishing():
                 files = write(checks, beside, out, f"coordinate check of {model}")
             shown += "".join(f"\nwritten: {file}" for file in files)
     return as_dict(checks), shown
@@ -85,7 +86,7 @@ def _shown_on(bar: Bar, model: str, asked: Asked, checks: int) -> Callable[[int,
         if not begun:
             bar.begin(model, expected)
         bar.total = max(bar.total, begun + 1)  # more seeds where the verdict needs them
-        bar.reach(begun, f"{model}: size {size}, seed {seed}")
+        bar.reach(begun, f"size {size}, seed {seed}: {model}")
         begun += 1
 
     return progress

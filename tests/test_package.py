@@ -18,9 +18,10 @@ SOURCES = list({p.resolve(): p for p in SOURCES}.values())
 
 # Rooms from the ground up; a module may import its own room and those below it (DESIGN §1).
 FLOORS = [
+    {"crystal.interrupts", "crystal.printable"},
     {
-        "crystal", "crystal.config", "crystal.files", "crystal.interrupts", "crystal.memory", "crystal.printable",
-        "crystal.progress", "crystal.schedule", "crystal.kernels",
+        "crystal", "crystal.config", "crystal.files", "crystal.memory", "crystal.progress", "crystal.schedule",
+        "crystal.kernels",
     },
     {"crystal.mup"},
     {"crystal.zoo", "crystal.data"},
