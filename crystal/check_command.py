@@ -70,7 +70,8 @@ def run_check(
         if out is not None:
             plain = dataclasses.replace(asked, wrap=None, seeds=len({m.seed for m in checks[-1].measured}))
             beside = check_beside(model, plain, parametrization, progress)
-            with bar.doing(f"writing {out}"), finishing():
+            bar.begin(f"writing {out}")
+            with finishing():
                 files = write(checks, beside, out, f"Coordinate check of {model}", pictures)
             shown += "".join(f"\nwritten: {file}" for file in files)
     return as_dict(checks), shown
@@ -100,7 +101,7 @@ def _shown_on(bar: Bar, model: str, asked: Asked, checks: int) -> Callable[[int,
         if not begun:
             bar.begin(model, expected)
         bar.total = max(bar.total, begun + 1)  # more seeds where the verdict needs them
-        bar.reach(begun, f"{model}: size {size}, seed {seed}")
+        bar.reach(begun, f"size {size}, seed {seed}: {model}")
         begun += 1
 
     return progress

@@ -179,8 +179,9 @@ class Bar:
         wide = room >= WIDE - 1
         free = room - sum(cell_len(part) + 1 for part in (count, left) if part) - wide
         more = []
-        for part in (printable_line(self.numbers), _clock(time.monotonic() - self.began)) if wide else ():
-            if part and self.total is not None and free - cell_len(part) - 2 > 30:
+        elapsed = _clock(time.monotonic() - self.began)
+        for part in (printable_line(self.numbers), "" if left == elapsed else elapsed) if wide else ():
+            if part and free - cell_len(part) - 2 > 30:
                 more.append(part)
                 free -= cell_len(part) + 2
         bar = 0
