@@ -68,8 +68,7 @@ def run_check(
             checks = check_model(model, asked, parametrization, progress)
         shown = text(checks, out)
         if out is not None:
-            plain = dataclasses.replace(asked, wrap=None, seeds=len({m.seed for m in checks[-1].measured}))
-            beside = check_beside(model, plain, parametrization, progress)
+            beside = check_beside(model, dataclasses.replace(asked, wrap=None), parametrization, progress)
             bar.begin(f"writing {out}")
             with finishing():
                 files = write(checks, beside, out, f"Coordinate check of {model}", pictures)

@@ -9,7 +9,7 @@ import html
 from collections.abc import Mapping, Sequence
 
 from crystal.mup.coord_check import CoordCheck
-from crystal.mup.coord_panels import COLORS, Panel, caption, exponent, limits, panels, quantities, worst_first
+from crystal.mup.coord_panels import COLORS, Panel, caption, exponent, heading, limits, panels, quantities, worst_first
 from crystal.mup.coord_svg import svg
 from crystal.mup.verdict import Row, faults
 
@@ -76,7 +76,8 @@ def _pictures(checks: Sequence[CoordCheck]) -> str:
         parts.append(f'<h3>{html.escape(row[0].statistic.replace(chr(10), " "))}</h3><div class="panels">')
         axis = limits(row, ratio)
         for check, panel in zip(checks, row, strict=True):
-            parts.append(f"<figure>{svg(check, panel, axis)}<figcaption>{_under(check, panel)}</figcaption></figure>")
+            under = f"<b>{html.escape(heading(check, checks[0]))}</b>; {_under(panel)}"
+            parts.append(f"<figure>{svg(check, panel, axis)}<figcaption>{under}</figcaption></figure>")
         parts.append("</div>")
     return "".join(parts)
 
@@ -85,11 +86,10 @@ _KEY = '<svg viewBox="0 0 24 8"><path d="M1 4H23"/></svg>'
 _GUIDE = '<svg viewBox="0 0 24 8"><path class="guide" d="M1 4H23"/></svg>'
 
 
-def _under(check: CoordCheck, panel: Panel) -> str:
-    label = html.escape(check.label or "model")
+def _under(panel: Panel) -> str:
     expected = f"; expected {', '.join(map(exponent, panel.expected))}" if panel.lines else ""
     left_out = f"; zero or not finite, so not drawn: {', '.join(panel.left_out)}" if panel.left_out else ""
-    return f"<b>{label}</b>: {html.escape(panel.count() + expected + left_out)}"
+    return html.escape(f"here {panel.count()}{expected}{left_out}")
 
 
 def _table(check: CoordCheck) -> str:

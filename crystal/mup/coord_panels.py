@@ -137,12 +137,25 @@ def exponent(x: float) -> str:
     return {-0.5: "-1/2", 0.5: "1/2"}.get(x, f"{x:g}")
 
 
+def heading(check: CoordCheck, first: CoordCheck) -> str:
+    """`amber, mup: PASS (for comparison)`, with what it does not share with the first check, its seeds."""
+    seeds = seeds_of(check)
+    beside = "" if check is first else "for comparison" + (f", {seeds}" if seeds != seeds_of(first) else "")
+    return f"{check.label or 'model'}: {check.verdict}" + (f" ({beside})" if beside else "")
+
+
+def seeds_of(check: CoordCheck) -> str:
+    """`2 seeds`."""
+    seeds = len({m.seed for m in check.measured})
+    return f"{seeds} seeds" if seeds != 1 else "1 seed"
+
+
 def caption(check: CoordCheck) -> str:
     """How it was measured, in one sentence: sizes, seeds, steps, and what the caller of the check said."""
-    seeds, told = len({m.seed for m in check.measured}), check.settings
+    told = check.settings
     facts = [
         f"{check.along}s {', '.join(map(str, check.sizes))}",
-        f"mean over {seeds} seeds" if seeds > 1 else "1 seed",
+        f"mean over {seeds_of(check)}",
         f"{check.steps} steps",
         *(f"{key} {value:g}" if isinstance(value, float) else f"{key} {value}" for key, value in told.items()),
     ]

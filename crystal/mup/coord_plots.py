@@ -19,6 +19,7 @@ from crystal.mup.coord_panels import (
     bundles,
     caption,
     exponent,
+    heading,
     limits,
     panels,
     quantities,
@@ -56,8 +57,7 @@ def figure(checks: Sequence[CoordCheck]) -> Figure:
             _name(ax, panel, low, high)
         axes[line][0].set_ylim(low, high)
     for ax, check in zip(axes[0], checks, strict=True):
-        beside = "" if check is checks[0] else " (for comparison)"
-        title = f"{check.label or 'model'}: {check.verdict}{beside}"
+        title = heading(check, checks[0])
         ax.annotate(title, (0.5, 1.2), xycoords="axes fraction", ha="center", fontsize=10, parse_math=False)
     for ax, check in zip(axes[-1], checks, strict=True):
         ax.set_xlabel(check.along, fontsize=8)

@@ -223,8 +223,8 @@ def test_the_command_writes_json_picture_and_page(tmp_path):
     assert (tmp_path / "coord-check.png").read_bytes()[:4] == b"\x89PNG"
     assert (tmp_path / "coord-check.pdf").read_bytes()[:4] == b"%PDF"
     page = (tmp_path / "coord-check.html").read_text()
-    assert "<b>amber, mup</b>: all 21 pass" in page
-    assert "<b>amber, sp</b>: 14 of 21 fail" in page
+    assert "<b>amber, mup: PASS</b>; here all 21 pass" in page
+    assert "<b>amber, sp: FAIL (for comparison)</b>; here 14 of 21 fail" in page
     assert html.escape(shlex.join(["crystal", "coord-check", "amber", *flags])) in page
     assert "http" not in page
 
