@@ -18,12 +18,10 @@ SOURCES = list({p.resolve(): p for p in SOURCES}.values())
 
 # Rooms from the ground up; a module may import its own room and those below it (DESIGN §1).
 FLOORS = [
-    {"crystal.interrupts", "crystal.mistakes", "crystal.printable"},
+    {"crystal.errors", "crystal.files", "crystal.interrupts", "crystal.mistakes", "crystal.printable"},
     {
         "crystal",
         "crystal.config",
-        "crystal.errors",
-        "crystal.files",
         "crystal.memory",
         "crystal.progress",
         "crystal.schedule",

@@ -142,7 +142,7 @@ def _keys(files: list[Path]) -> dict[str, str]:
     lengths = {
         name: sum(len(row[name]) for row in flat if isinstance(row.get(name), str))
         for name in names
-        if sum(isinstance(row.get(name), str) and bool(row[name].strip()) for row in flat) * 2 >= len(flat)
+        if sum(_is_text(row.get(name)) for row in flat) * 2 >= len(flat)
     }
     if not lengths:
         raise ConfigError(f"{files[0]}: expected a column of text, found {', '.join(names) or 'no columns'}")
@@ -152,6 +152,10 @@ def _keys(files: list[Path]) -> dict[str, str]:
     unique = [key for key in ids if len({row[key] for row in flat}) == len(flat)]
     licensed = [key for key in _LICENSE_KEYS if key != text and any(row.get(key) for row in flat)]
     return found | ({"id_key": unique[0]} if unique else {}) | ({"license_key": licensed[0]} if licensed else {})
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and any(map(str.isalpha, value))
 
 
 def _flat(row: dict[str, Any]) -> dict[str, Any]:
