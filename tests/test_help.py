@@ -13,8 +13,8 @@ from crystal.config import find
 from crystal.help import shown_name
 
 METAVARS = {
-    "RUN.yaml", "SWEEP.yaml", "RUN", "CKPT", "MODEL", "DIR", "FILE", "NAME", "ID", "TEXT", "KEY", "N", "STEP", "X",
-    "KEY=VALUE", "NAME=FILE", "dotted.key=value", "N,...", "STEP,...", "NAME,...",
+    "RUN.yaml", "SWEEP.yaml", "RUN", "CKPT", "MODEL", "DIR", "FILE", "PATH", "NAME", "ID", "TEXT", "KEY", "N", "STEP",
+    "X", "KEY=VALUE", "NAME=FILE", "dotted.key=value", "N,...", "STEP,...", "NAME,...",
 }  # fmt: skip
 
 
