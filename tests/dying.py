@@ -1,13 +1,38 @@
-"""A training process that kills itself at a chosen write of its weight-streaming store, or is killed from outside."""
+"""Training processes that are killed: from outside, or by themselves at a chosen write of their weight-streaming store.
+
+They are forked from one that has imported torch, have one thread, and the environment of the test that starts them.
+"""
 
 import os
 import signal
+import sys
 from multiprocessing import get_context
 
 from rich.console import Console
 
 CONTEXT = get_context("forkserver")  # one process imports torch, the others are forked from it
-CONTEXT.set_forkserver_preload(["torch", "torch.utils.tensorboard", "crystal.training.start", "dying"])
+CONTEXT.set_forkserver_preload(["torch", "torch.utils.tensorboard", "crystal.cli", "crystal.training.start", "dying"])
+
+
+def start_command(*words, prints):
+    """`crystal WORDS`, which prints into a file."""
+    process = CONTEXT.Process(target=_command, args=(words, prints, dict(os.environ)), daemon=True)
+    process.start()
+    return process
+
+
+def _command(words, prints, environment):
+    import torch
+
+    from crystal.cli import main
+
+    os.environ |= environment
+    torch.set_num_threads(1)
+    with open(prints, "a") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    sys.argv = ["crystal", *map(str, words)]
+    main()
 
 
 def start_training(path, where=None, count=0):
@@ -15,18 +40,19 @@ def start_training(path, where=None, count=0):
 
     where: gradients or state, half-way through the write; record or boundaries, just before it; None for no such end.
     """
-    process = CONTEXT.Process(target=_train, args=(path, where, count), daemon=True)
+    process = CONTEXT.Process(target=_train, args=(path, where, count, dict(os.environ)), daemon=True)
     process.start()
     return process
 
 
-def _train(path, where, count):
+def _train(path, where, count, environment):
     import torch
 
     from crystal.backends.weight_streaming import boundaries, store, transfer
     from crystal.run import load_run
     from crystal.training.start import start
 
+    os.environ |= environment
     torch.set_num_threads(1)
     left = count
 

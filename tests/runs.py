@@ -1,10 +1,17 @@
 """A small real run for the tests: local jsonl files, a tiny CrystalCoder, three stages in a few seconds."""
 
 import json
+import os
 import random
 from pathlib import Path
+from unittest.mock import patch
 
+import torch
 import yaml
+from rich.console import Console
+
+from crystal.run import load_run
+from crystal.training.start import start
 
 WORDS = {
     "english": "the of and to in a is that for it as was with be by on not he his but at are this have".split(),
@@ -60,3 +67,15 @@ def write_run(corpus: Path, directory: Path, **changes) -> Path:
     path = directory / "run.yaml"
     path.write_text(yaml.safe_dump(run))
     return path
+
+
+def whole_run(corpus: Path, directory: Path, **changes) -> Path:
+    """The run from one end to the other with one thread, for a file of tests to share: its run directory."""
+    path = write_run(corpus, directory, **changes)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with patch.dict(os.environ, CRYSTAL_CACHE=str(corpus / "cache")):
+        outcome = start(load_run(path), None, None, Console(quiet=True, stderr=True))
+    torch.set_num_threads(threads)
+    assert outcome.step == 30
+    return outcome.directory

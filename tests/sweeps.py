@@ -1,8 +1,6 @@
 """Small sweeps for tests: a file, and ways to run it, for real or with losses from a formula."""
 
 import math
-import subprocess
-import sys
 from pathlib import Path
 
 import yaml
@@ -55,8 +53,3 @@ def fill(sweep: Sweep, most: int = 1000) -> int:
             trials.finish(claim, outcome | {"seconds": 1.0, "cpu_seconds": 1.0})
             count += 1
     return count
-
-
-def crystal(*arguments) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "crystal.cli", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False)

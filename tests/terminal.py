@@ -84,7 +84,7 @@ class Terminal:
             self.output += os.read(self.master, 1 << 16).decode("utf-8", "replace")
         return bool(ready)
 
-    def until(self, true, seconds=60):
+    def until(self, true, seconds=600):
         """Read until true(self)."""
         end = time.monotonic() + seconds
         while not true(self):
@@ -96,7 +96,7 @@ class Terminal:
             self.read()
         return self
 
-    def ended(self, seconds=60):
+    def ended(self, seconds=600):
         """Wait for the command's end; its exit code. Nothing that it started is left, and the terminal is sane."""
         self.until(lambda _: not self.shell.is_alive(), seconds)
         while self.read(0):

@@ -5,29 +5,19 @@ and the curriculum are the demo's, at a hundredth of its steps.
 """
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from command import crystal, crystal_process
 
 SHORT = ("curriculum.scale=0.0001", "curriculum.min_warmup_steps=2", "train.eval_every=10", "train.eval_rows=4")
-
-
-def crystal(*words: str, cwd: Path) -> subprocess.CompletedProcess:
-    """The command as a user gives it, in an empty directory."""
-    return subprocess.run(
-        [sys.executable, "-m", "crystal.cli", *words], cwd=cwd, capture_output=True, text=True, check=False,
-        env=os.environ | {"OMP_NUM_THREADS": "2"},
-    )  # fmt: skip
 
 
 @pytest.fixture(scope="session")
 def demo(tmp_path_factory):
     """A directory in which a short demo was trained, and the JSON that training printed."""
     cwd = tmp_path_factory.mktemp("demo")
-    done = crystal("train", "demo", "--json", *SHORT, cwd=cwd)
+    done = crystal_process("train", "demo", "--json", *SHORT, cwd=cwd, OMP_NUM_THREADS="2")
     if done.returncode and "not downloaded" in done.stderr:
         pytest.skip(f"the sample corpus is not in the cache and there is no package index: {done.stderr.strip()}")
     assert done.returncode == 0, done.stderr
@@ -50,7 +40,7 @@ def test_real_text_goes_through_all_three_stages(demo):
 def test_every_stage_writes_text(demo, stage, prompt):
     cwd, _ = demo
     words = ("generate", "runs/demo", "--stage", str(stage), "--prompt", prompt, "--max-new-tokens", "8", "--json")
-    done = crystal(*words, cwd=cwd)
+    done = crystal_process(*words, cwd=cwd)
     assert done.returncode == 0, done.stderr
     assert isinstance(json.loads(done.stdout)["text"], str)
     again = crystal(*words, cwd=cwd)

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 import yaml
+from command import crystal, crystal_process
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from sweeps import crystal, fill, load, run, write_sweep
+from sweeps import fill, load, run, write_sweep
 
 from crystal.config import ConfigError
 from crystal.kernels import tuning
@@ -28,7 +29,7 @@ def sweep_file(make_run) -> Path:
 
 def test_a_sweep_runs_judges_and_writes_everything(sweep_file, tmp_path):
     out = tmp_path / "out"
-    done = crystal("transfer", sweep_file, "--out", out, "--json", "target.run=amber-7b")
+    done = crystal_process("transfer", sweep_file, "--out", out, "--json", "target.run=amber-7b")
     assert done.returncode in (0, 1), done.stderr
     result = json.loads(done.stdout)
     assert {"verdict", "parametrization", "widths", "shift_octaves", "regret", "trials"} <= result.keys()

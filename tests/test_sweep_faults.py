@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from sweeps import crystal, fill, load, write_sweep
+from command import crystal, crystal_process
+from sweeps import fill, load, write_sweep
 
 from crystal import sweep_store
 from crystal.config import ConfigError
@@ -158,7 +159,7 @@ def test_a_damaged_or_foreign_record_is_one_line_and_is_left_as_it_is(sweep_file
 
 def test_a_worker_that_cannot_go_on_says_so_in_one_line(sweep_file, tmp_path):
     (tmp_path / "out" / "turn.lock").mkdir(parents=True)
-    line = refused(crystal("transfer", sweep_file, "--out", tmp_path / "out", "--workers", "1"))
+    line = refused(crystal_process("transfer", sweep_file, "--out", tmp_path / "out", "--workers", "1"))
     assert "turn.lock: Is a directory" in line
 
 

@@ -484,7 +484,7 @@ def test_ctrl_c_while_torch_is_imported(seconds):
     while _cpu(process.pid) < seconds:
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=600)
     assert (process.returncode, out, err) == (130, "", "crystal: interrupted\n")
 
 

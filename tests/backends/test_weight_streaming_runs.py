@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from dying import start_training
+from runs import whole_run
 
 from crystal.config import ConfigError
 from crystal.generate import generate_text
@@ -38,11 +39,10 @@ def assert_same_run(a: Path, b: Path) -> None:
     assert [n for n in left if not torch.equal(left[n], right[n])] == []
 
 
-@pytest.fixture
-def on_cpu(make_run, train):
+@pytest.fixture(scope="module")
+def on_cpu(corpus, tmp_path_factory):
     """The run on the `cpu` backend, three stages, the last with a fresh optimizer."""
-    path = make_run(**CPU)
-    return train(path, f"run_dir={path.parent / 'cpu'}").directory
+    return whole_run(corpus, tmp_path_factory.mktemp("cpu"), **CPU)
 
 
 def test_a_run_that_moves_between_backends_has_an_unbroken_loss_curve(make_run, train, on_cpu):

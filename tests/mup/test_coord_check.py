@@ -4,12 +4,11 @@ import html
 import json
 import math
 import shlex
-import subprocess
-import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
+from command import crystal, crystal_process
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
@@ -191,18 +190,12 @@ def test_a_compiled_model_gives_the_same_verdict():
         assert a.slope == pytest.approx(b.slope, abs=0.02), a.name
 
 
-def crystal(*arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-m", "crystal.cli", *arguments], capture_output=True, text=True, check=False
-    )
-
-
 @pytest.mark.parametrize("under", ["fsdp", "tp"])
 @pytest.mark.parametrize(
     ("family", "parametrization", "code"), [("crystalcoder", "crystalcoder", 0), ("amber", "sp", 1)]
 )
 def test_sharded_models_give_the_same_verdict(under, family, parametrization, code):
-    done = crystal("coord-check", family, "--parametrization", parametrization, "--under", under, "--json")
+    done = crystal_process("coord-check", family, "--parametrization", parametrization, "--under", under, "--json")
     assert done.returncode == code, done.stderr
     result = json.loads(done.stdout)
     assert result["verdict"] == ("FAIL" if code else "PASS")

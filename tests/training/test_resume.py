@@ -4,13 +4,13 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
+from dying import start_command
+from runs import whole_run
 
 from crystal.config import ConfigError
 from crystal.training import checkpoint
@@ -37,47 +37,37 @@ def assert_same_run(a: Path, b: Path) -> None:
     assert all(torch.equal(left[n], right[n]) for n in left)
 
 
-def command(path: Path, *words: str) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, "-m", "crystal.cli", "train", str(path), *words],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-
-
-@pytest.fixture
-def whole(make_run, train):
+@pytest.fixture(scope="module")
+def whole(corpus, tmp_path_factory):
     """An uninterrupted run, made with one thread as the commands are."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    path = make_run()
-    outcome = train(path, "run_dir=" + str(path.parent / "whole"))
-    torch.set_num_threads(threads)
-    assert outcome.step == STEPS
-    return outcome.directory
+    return whole_run(corpus, tmp_path_factory.mktemp("whole"))
+
+
+def finish(path, prints) -> None:
+    process = start_command("train", path, prints=prints)
+    process.join()
+    assert process.exitcode == 0, prints.read_text()
 
 
 def test_a_run_killed_five_times_equals_the_uninterrupted_one(make_run, whole):
     """kill -9 at random points, every other time in the middle of writing a checkpoint."""
     path = make_run()
-    run_dir = path.parent / "run"
+    run_dir, prints = path.parent / "run", path.parent / "prints"
     rng = random.Random(7)
     for kill in range(5):
         done = len(list(read_metrics(run_dir)))
         target = done + rng.randint(1, 5)
-        process = command(path)
-        while process.poll() is None:
+        process = start_command("train", path, prints=prints)
+        while process.is_alive():
             lines = (run_dir / "metrics.jsonl").read_text().count("\n") if (run_dir / "metrics.jsonl").exists() else 0
             writing = any((run_dir / "checkpoints").glob(".tmp-*")) if kill % 2 else True
             if lines >= target and writing:
                 break
-            time.sleep(0.0005)
-        assert process.poll() is None, process.stderr.read()
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-    process = command(path)
-    _, errors = process.communicate()
-    assert process.returncode == 0, errors
+            time.sleep(0.0005 if lines >= target else 0.005)
+        assert process.is_alive(), prints.read_text()
+        process.kill()
+        process.join()
+    finish(path, prints)
     assert_same_run(run_dir, whole)
     assert not list((run_dir / "checkpoints").glob(".tmp-*"))
 
@@ -85,20 +75,18 @@ def test_a_run_killed_five_times_equals_the_uninterrupted_one(make_run, whole):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_and_exits_130(make_run, whole, number):
     path = make_run()
-    run_dir = path.parent / "run"
-    process = command(path)
-    while process.poll() is None and len(list(read_metrics(run_dir))) < 7:
+    run_dir, prints = path.parent / "run", path.parent / "prints"
+    process = start_command("train", path, prints=prints)
+    while process.is_alive() and len(list(read_metrics(run_dir))) < 7:
         time.sleep(0.001)
-    process.send_signal(number)
-    _, errors = process.communicate()
-    assert process.returncode == 130, errors
-    assert "Traceback" not in errors
+    os.kill(process.pid, number)
+    process.join()
+    assert process.exitcode == 130, prints.read_text()
+    assert "Traceback" not in prints.read_text()
     last = list(read_metrics(run_dir))[-1]["step"]
     assert checkpoint.steps(run_dir / "checkpoints")[-1] == last
     assert 6 <= last < STEPS
-    process = command(path)
-    _, errors = process.communicate()
-    assert process.returncode == 0, errors
+    finish(path, prints)
     assert [r for r in losses(run_dir) if r[0] != str(last)] == [r for r in losses(whole) if r[0] != str(last)]
 
 
