@@ -41,13 +41,17 @@ PATHS: dict[Path, Callable[[Tensor, Tensor, Tensor, float], Tensor]] = {
 }
 
 
-@torch.compiler.assume_constant_result  # a compiler cannot look into files
 def _chosen(key: str, long: bool) -> Path:
     """The path that was measured to be the fastest here, of those that there are."""
     chosen = tuning.chosen(key, "native")
     if chosen == "native" and not available():
         chosen = "kept"
     return "torch" if chosen == "kept" and long else chosen
+
+
+# A compiler cannot look into files, and need not. This is all that torch.compiler.assume_constant_result does, after it
+# has imported the compiler and Triton.
+_chosen._dynamo_marked_constant = True
 
 
 def path(q: Tensor) -> Path:
