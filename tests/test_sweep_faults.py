@@ -32,7 +32,8 @@ def refused(done: subprocess.CompletedProcess) -> str:
     """The one line of a command that ended as a user's mistake does."""
     assert done.returncode == 2, done.stdout + done.stderr
     assert "Traceback" not in done.stderr
-    (line,) = done.stderr.strip().splitlines()
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("crystal: ")]  # progress may stand before it
+    assert done.stderr.rstrip().endswith(line)
     return line
 
 
