@@ -32,7 +32,8 @@ def refused(done: subprocess.CompletedProcess) -> str:
     """The one line of a command that ended as a user's mistake does."""
     assert done.returncode == 2, done.stdout + done.stderr
     assert "Traceback" not in done.stderr
-    (line,) = [line for line in done.stderr.splitlines() if line.startswith("crystal: ")]  # progress may stand before it
+    # what was said of progress may stand before it
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("crystal: ")]
     assert done.stderr.rstrip().endswith(line)
     return line
 
