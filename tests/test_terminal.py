@@ -129,10 +129,10 @@ def test_names_print_as_they_are_and_are_cut_to_the_window(terminal, make_run, c
 def test_preparing_shows_each_phase(terminal, make_run, tmp_path):
     changes = {"data.dir": str(tmp_path / "stores"), "data.tokenizer.train.bytes_per_source": 19999}
     slow = {
-        "crystal.data.packages._remembered": 0.1, "crystal.data.pack.hash_fraction": 0.001,
+        "crystal.data.packages._remembered": 0.1, "crystal.data.pack.hash_fraction": 0.002,
         "crystal.data.pack.windows": 0.1,
     }  # fmt: skip
-    phases = "hashing the", "sampling python", "training the tok", "python: token", "python: packing"
+    phases = "hashing the", "sampling python", "training the tok", "python: tok", "python: pack"
     for columns in (80, 40):
         cache = str(tmp_path / f"cache-{columns}")
         path = make_run(**changes | {"data.dir": str(tmp_path / f"stores-{columns}")})
