@@ -131,9 +131,9 @@ def test_a_run_that_moves_between_backends_has_an_unbroken_loss_curve(make_run, 
         (3, "name=weight_streaming", r"global_batch_size: expected a multiple of the 3 processes .* got 8"),
         (1, "name=weight_streaming device=cuda", r"backend\.device: weight_streaming computes on the cpu"),
         (1, "name=cerebras device=csx", r"backend\.cluster: expected a system's mgmt_address"),
-        (1, "name=cerebras dtype=bf16", r"dtype: expected fp32, in which Cerebras' CPU backend computes"),
-        (1, "name=cpu dtype=fp16", r"dtype: expected .*fp32"),
-        (1, "name=cpu recompute=block", r"recompute: unknown key"),
+        (1, "name=cerebras dtype=bf16", r"dtype=bf16: expected fp32, in which Cerebras' CPU backend computes"),
+        (1, "name=cpu dtype=fp16", r"dtype=fp16: expected .*fp32"),
+        (1, "name=cpu recompute=block", r"recompute=block: unknown key"),
     ],
 )
 def test_what_a_backend_cannot_do_is_one_line_before_training_starts(
