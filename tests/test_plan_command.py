@@ -52,11 +52,11 @@ def test_an_mfu_is_turned_into_the_rate_it_means():
     [
         ("--devices 1", " GB of 72.0 usable; 2 of them would do"),
         ("--device a100-80g", "did you mean 'a100-80gb'?"),
-        ("--with memory=80", "memory: unknown key; did you mean 'memory_gb'?"),
+        ("--with memory=80", "memory=80: unknown key; did you mean 'memory_gb'?"),
         ("--mfu 0.4 --tokens-per-second 5", "expected one of them"),
         ("--mfu 40", "--mfu: expected a share of 1 above 0, got 40"),
         ("--tokens-per-second 0", "--tokens-per-second: expected a rate above 0, got 0"),
-        ("backend.name=cuda backend.dtype=fp32", "backend.dtype: expected bf16"),
+        ("backend.name=cuda backend.dtype=fp32", "backend.dtype=fp32: expected bf16"),
     ],
 )
 def test_a_mistake_is_one_line(crystal, words, line):
