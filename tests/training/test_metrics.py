@@ -1,5 +1,7 @@
 """TensorBoard as a reader of metrics.jsonl: groups of tags, hyperparameters, curves without holes."""
 
+import time
+
 import pytest
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -46,6 +48,7 @@ def test_a_run_that_was_killed_goes_on_without_a_hole_or_a_second_value(tmp_path
     killed.write({"step": 0, "stage": 1, "val_loss": {"english": 9.0}})
     for step in range(1, 14):
         killed.write(record(step))
+    time.sleep(1.1)  # event files are read in the order of their names, which begin with the second
     again = Metrics(tmp_path, resumed)
     if resumed is None:
         again.write({"step": 0, "stage": 1, "val_loss": {"english": 9.0}})
