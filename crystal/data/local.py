@@ -52,8 +52,10 @@ class Reading:
     def of(self, file: Path, at: Callable[[], float]) -> Iterator[None]:
         """While `file` is read; at() is how many of its bytes have been."""
         self._at = at
-        yield
-        self._done, self._at = self._done + file.stat().st_size, lambda: 0
+        try:
+            yield
+        finally:  # also where the rest of a file is not wanted
+            self._done, self._at = self._done + file.stat().st_size, lambda: 0
 
     def skip(self, what: str) -> None:
         """Count something that was passed over."""

@@ -189,6 +189,13 @@ def test_documents_without_text_are_counted_and_a_bad_row_is_not_the_tokenizers_
         prepare(config(recipe), 32)
 
 
+def test_a_source_is_read_up_to_its_max_bytes(recipe):
+    whole = TokenStore.open(prepare(config(recipe), 32)).manifest["sources"]["english"]["text_bytes"]
+    recipe.write_text(recipe.read_text().replace("{entries", "{max_bytes: 5000, entries"))
+    held = TokenStore.open(prepare(config(recipe), 32)).manifest["sources"]["english"]["text_bytes"]
+    assert 4000 < held <= 5000 < whole
+
+
 def test_short_documents_are_dropped(recipe):
     store = TokenStore.open(prepare(config(recipe, min_tokens=130), 32))
     sizes = [d["tokens"] for d in store.documents("english")]
