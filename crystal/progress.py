@@ -32,7 +32,7 @@ _SPACING = 0.25  # seconds between two samples of the speed
 _SAMPLES = 120
 _DELAY, _PERIOD = 0.15, 0.1  # seconds before the first drawing, and between two
 _LONGEST = 60.0  # seconds between two lines where nothing is redrawn
-_drawn: set[Bar] = set()  # those whose line is on a terminal now
+_open: set[Bar] = set()  # those that have begun and not ended
 
 
 def note(console: Console, text: str) -> None:
@@ -41,10 +41,20 @@ def note(console: Console, text: str) -> None:
 
 
 def restore() -> None:
-    """Give terminals their cursor back, whatever state this process is in; for one that is about to end."""
-    for bar in list(_drawn):
-        with contextlib.suppress(Exception):
-            os.write(bar.console.file.fileno(), b"\n\x1b[?25h")
+    """End every bar that is still there, and give the terminal its cursor back; for when a command is over.
+
+    An interrupt may come before a bar's `with` block has begun, and then nothing else ends it. It waits for no lock
+    for long, since it may be called in a signal handler.
+    """
+    for bar in list(_open):
+        bar._ended.set()
+        held = bar._lock.acquire(timeout=0.2)  # it may be about to draw for the first time
+        if bar.draws and bar._live.is_started:
+            with contextlib.suppress(Exception):
+                os.write(bar.console.file.fileno(), b"\n\x1b[?25h")
+        if held:
+            bar._lock.release()
+    _open.clear()
 
 
 class Bar:
@@ -125,16 +135,17 @@ class Bar:
 
     def __enter__(self) -> Bar:
         if not self.console.quiet:
+            _open.add(self)
             threading.Thread(target=self._draw if self.draws else self._tell, daemon=True).start()
         return self
 
     def __exit__(self, *exc: object) -> None:
         self._ended.set()
         with self._lock:
-            if self in _drawn:
+            if self._live.is_started:
                 self._live.transient = not self.keep
                 self._live.stop()
-                _drawn.discard(self)
+            _open.discard(self)
 
     def _draw(self) -> None:
         """Draw ten times a second; what is over at once is not drawn."""
@@ -143,7 +154,6 @@ class Bar:
         with self._lock:
             if self._ended.is_set():
                 return
-            _drawn.add(self)
             self._live.start(refresh=True)
         while not self._ended.wait(_PERIOD):
             self._live.refresh()

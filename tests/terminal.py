@@ -50,13 +50,13 @@ class Terminal:
         self.resize(columns, quietly=True)
         self.modes = termios.tcgetattr(self.slave)
         own = Path(tempfile.mkdtemp(prefix="terminal-", dir=directory))
-        self.report, self.mark = own / "report.json", own / "stuck"
+        self.report, self.mark, started = own / "report.json", own / "stuck", own / "started"
         environment = {"TERM": "xterm-256color", "NO_COLOR": "", "COLUMNS": "", "OMP_NUM_THREADS": "1"} | environment
         how = {"directory": directory, "environment": environment, "slow": slow or {}, "into": into or {}}
-        self.shell = CONTEXT.Process(
-            target=_shell, args=(os.ttyname(self.slave), self.report), kwargs={"words": words, "mark": self.mark} | how
-        )
+        how |= {"words": words, "mark": self.mark, "started": started}
+        self.shell = CONTEXT.Process(target=_shell, args=(os.ttyname(self.slave), self.report), kwargs=how)
         self.shell.start()
+        self.until(lambda _: started.exists())
 
     def __enter__(self):
         return self
@@ -161,6 +161,7 @@ def _shell(terminal, report, **how):
     handle = os.open(terminal, os.O_RDWR)  # now this session's terminal
     for number in (0, 1, 2):
         os.dup2(handle, number)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     job = os.fork()
     if job == 0:
         _job(**how)
@@ -177,7 +178,7 @@ def _shell(terminal, report, **how):
     os._exit(0)
 
 
-def _job(words, directory, environment, slow, into, mark):
+def _job(words, directory, environment, slow, into, mark, started):
     """The command, from its first line to its process' end."""
     os.setpgid(0, 0)
     signal.signal(signal.SIGTTOU, signal.SIG_IGN)
@@ -195,11 +196,15 @@ def _job(words, directory, environment, slow, into, mark):
         _slow_down(name, seconds, mark)
     import torch
 
+    from crystal import interrupts
     from crystal.__main__ import main
 
     torch.set_num_threads(1)
     sys.argv = ["crystal", *map(str, words)]
     code = 1
+    interrupts.listen()
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    started.touch()
     try:
         main()
     except SystemExit as stop:

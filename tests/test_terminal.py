@@ -15,10 +15,11 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.cells import cell_len
+from rich.console import Console
 from terminal import ESCAPE, LEFT, Terminal
 
 from crystal.printable import printable, printable_line
-from crystal.progress import Bar
+from crystal.progress import Bar, restore
 
 UNSAFE = re.compile("[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 STEP = "crystal.backends.cpu.CpuBackend.train_step"
@@ -444,6 +445,20 @@ def test_ctrl_c_during_a_benchmark_ends_its_trainers(terminal):
     term = terminal("bench", "train", "--d-model", "64", slow={"crystal.bench_train.matmul_peak": 0})
     term.until(lambda t: len(_children(t)) > 2)
     interrupted(term)
+
+
+def test_a_bar_whose_block_was_never_entered_does_not_draw_after_the_command():
+    """An interrupt may fall between the two."""
+    master, slave = os.openpty()
+    with os.fdopen(slave, "w") as file:
+        bar = Bar(Console(file=file, force_terminal=True), "left open")
+        bar.__enter__()
+        restore()
+        time.sleep(0.3)  # longer than it waits before it draws
+        os.set_blocking(master, False)
+        with pytest.raises(BlockingIOError):
+            os.read(master, 1)
+    os.close(master)
 
 
 @pytest.mark.parametrize("how", ["wordy", "forgetful"])
