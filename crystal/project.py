@@ -109,9 +109,14 @@ def _weights(sizes: dict[str, int]) -> dict[str, float]:
     """Shares by size, none below LEAST_WEIGHT, that add up to 1."""
     whole = sum(sizes.values())
     raised = {source: max(size / whole, LEAST_WEIGHT) for source, size in sizes.items()}
-    found = {source: round(share / sum(raised.values()), 4) for source, share in raised.items()}
+    return _rounded({source: share / sum(raised.values()) for source, share in raised.items()}, 4)
+
+
+def _rounded(shares: dict[str, float], digits: int) -> dict[str, float]:
+    """Shares in so many digits that still add up to 1: the largest takes what rounding leaves."""
+    found = {source: round(share, digits) for source, share in shares.items()}
     largest = max(found, key=found.get)
-    return found | {largest: round(found[largest] + 1 - sum(found.values()), 4)}
+    return found | {largest: round(found[largest] + 1 - sum(found.values()), digits)}
 
 
 def _curriculum(sizes: dict[str, int], steps: int) -> str:
@@ -140,9 +145,6 @@ def _stage(
     name: str, steps: int, peak: float, weights: dict[str, float], fim: tuple | None = None, fresh: bool = False
 ) -> list[str]:
     warm_up = max(2, steps // 20)
-    exact = {source: round(weight, 6) for source, weight in weights.items()}
-    largest = max(exact, key=exact.get)
-    exact[largest] = round(exact[largest] + 1 - sum(exact.values()), 6)
     lines = [
         f"    - name: {name}",
         f"      steps: {steps}",
@@ -153,7 +155,8 @@ def _stage(
         lines.append(f"      fim: {{rate: {fim[0]:g}, only: [{', '.join(fim[1])}]}}")
     if fresh:
         lines.append("      carry: [weights]       # the optimizer starts afresh")
-    return [*lines, "      sources:", *(f"        {source}: {weight:g}" for source, weight in exact.items())]
+    shares = _rounded(weights, 6)
+    return [*lines, "      sources:", *(f"        {source}: {share:g}" for source, share in shares.items())]
 
 
 def _run(name: str, corpus: str, size: int, steps: int) -> str:

@@ -27,6 +27,14 @@ def cache(kind: str) -> Path:
     return Path(os.environ.get("CRYSTAL_CACHE") or Path.home() / ".cache" / "crystal") / kind
 
 
+def put(path: Path, text: str) -> None:
+    """Write a file of the cache, whole or not at all. Raises OSError."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    aside.write_text(text)
+    aside.replace(path)
+
+
 @functools.cache
 def compiler() -> tuple[str, str]:
     """(gcc's path, its version and this processor). Raises RuntimeError, one line, where there is no gcc."""

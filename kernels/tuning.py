@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 
 import crystal.kernels.waiting as waiting
-from crystal.kernels.gcc import cache
+from crystal.kernels.gcc import cache, put
 
 LONGEST = 5.0  # seconds of measuring, at most
 ROUNDS = 3  # timings of each candidate to begin with
@@ -163,7 +163,11 @@ def choices() -> dict[str, str]:
 
 def chosen(key: str, default: str = "torch") -> str:
     """The candidate that a case's choice fell on."""
-    return choices().get(key, default)
+    kept = _kept.get(torch.get_num_threads(), {})
+    if key in kept:
+        return kept[key]
+    case = tuning().cases.get(key)
+    return case.chosen if case else default
 
 
 def product_key(operation: str, dtype: torch.dtype, features_in: int, features_out: int) -> str:
@@ -206,10 +210,7 @@ def fastest_dtype() -> str:
 
 def save(found: Tuning, path: Path) -> None:
     """Write choices to a file, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    aside.write_text(json.dumps(found.as_dict(), indent=1))
-    aside.replace(path)
+    put(path, json.dumps(found.as_dict(), indent=1))
 
 
 def load(path: Path) -> Tuning:

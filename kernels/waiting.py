@@ -16,7 +16,7 @@ import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from crystal.kernels.gcc import build, cache
+from crystal.kernels.gcc import build, cache, put
 
 LOOKS, ROUNDS, TRIES = 20_000, 200, 5
 LEAST, MOST = 100, 100_000  # looks
@@ -47,8 +47,4 @@ def measure() -> Waiting:
 
 def remember(found: Waiting) -> None:
     """Write it for the command's next start. Raises OSError."""
-    path = file()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_suffix(".tmp")
-    aside.write_text(json.dumps(asdict(found)))
-    aside.replace(path)
+    put(file(), json.dumps(asdict(found)))

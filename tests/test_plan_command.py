@@ -1,29 +1,13 @@
 """`crystal plan`, as it is typed: the published run, a run's own layout, mistakes in one line."""
 
 import json
-import sys
 
 import pytest
 
 from crystal.backends.device import load_device
 from crystal.backends.planner import Work
-from crystal.cli import main
 from crystal.plan_command import bookkeeping
 from crystal.zoo.config import model_config
-
-
-@pytest.fixture
-def crystal(capsys, monkeypatch):
-    def run(*words):
-        monkeypatch.setattr(sys, "argv", ["crystal", *words])
-        try:
-            main()
-            code = 0
-        except SystemExit as stop:
-            code = stop.code or 0
-        return code, *capsys.readouterr()
-
-    return run
 
 
 def test_ambers_published_rate_is_33_7_percent_and_25_days(crystal):

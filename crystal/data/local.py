@@ -164,37 +164,24 @@ def _get(row: Any, key: str) -> Any:
 # ------------------------------------------------------------------------------------------------- reading
 
 
-def read(file: Path, entry: Entry, reading: Reading | None = None) -> Iterator[tuple[int, Any]]:
-    """(row number from 1, row) of a file of rows. Raises ConfigError naming the file when it cannot be read."""
+def read(file: Path, entry: Entry, reading: Reading | None = None, whole: bool = False) -> Iterator[tuple[int, Any]]:
+    """(row number from 1, row) of a file of rows. Raises ConfigError naming the file when it cannot be read.
+
+    whole: with all columns of a table, whether those of the entry are among them or not.
+    """
     reading = reading or Reading()
     kind = row_format(file)
     if kind == ".parquet":
-        return _told(file, _parquet_rows(file, entry, reading))
+        return _told(file, _parquet_rows(file, entry, reading, whole))
     if kind in (".csv", ".tsv"):
-        return _told(file, _csv_rows(file, entry, reading, "\t" if kind == ".tsv" else ","))
+        return _told(file, _csv_rows(file, entry, reading, "\t" if kind == ".tsv" else ",", whole))
     return _told(file, _json_rows(file, entry, reading))
 
 
 def raw_rows(file: Path) -> Iterator[Any]:
-    """The rows of a file as they are, whatever their keys. Raises ConfigError when it cannot be read."""
-    reading, kind = Reading(), row_format(file)
+    """The rows of a file with all that they hold, bad ones passed over. Raises ConfigError when it cannot be read."""
     entry = Entry(license="-", files=str(file), skip_bad=True)
-    if kind == ".parquet":
-        found = _raw_parquet(file)
-    elif kind in (".csv", ".tsv"):
-        lines = (line for _, line in _text_lines(file, reading))
-        found = enumerate(csv.DictReader(lines, delimiter="\t" if kind == ".tsv" else ",", restkey=""), 1)
-    else:
-        found = _json_rows(file, entry, reading)
-    return (row for _, row in _told(file, iter(found)))
-
-
-def _raw_parquet(file: Path) -> Iterator[tuple[int, dict]]:
-    import pyarrow.parquet
-
-    with pyarrow.parquet.ParquetFile(file) as table:
-        for batch in table.iter_batches(batch_size=64):
-            yield from enumerate(batch.to_pylist(), 1)
+    return (row for _, row in read(file, entry, whole=True))
 
 
 def plain(file: Path, entry: Entry, reading: Reading | None = None) -> Iterator[tuple[int, str]]:
@@ -272,10 +259,11 @@ def _no_json(line: bytes, number: int, error: json.JSONDecodeError) -> str:
     return f"expected a line of JSON ({error.msg} at column {error.colno})"
 
 
-def _csv_rows(file: Path, entry: Entry, reading: Reading, delimiter: str) -> Iterator[tuple[int, Any]]:
+def _csv_rows(file: Path, entry: Entry, reading: Reading, delimiter: str, whole: bool) -> Iterator[tuple[int, Any]]:
     csv.field_size_limit(1 << 30)  # a document is a field
     table = csv.DictReader((line for _, line in _text_lines(file, reading)), delimiter=delimiter, restkey="")
-    _check_columns(file, entry, table.fieldnames or [])
+    if not whole:
+        _check_columns(file, entry, table.fieldnames or [])
     yield from enumerate(table, 1)
 
 
@@ -285,15 +273,16 @@ def _check_columns(file: Path, entry: Entry, names: list[str]) -> None:
         raise ConfigError(f"{file}: expected a column '{entry.text_key}', found {listed or 'none'}")
 
 
-def _parquet_rows(file: Path, entry: Entry, reading: Reading) -> Iterator[tuple[int, dict]]:
+def _parquet_rows(file: Path, entry: Entry, reading: Reading, whole: bool) -> Iterator[tuple[int, dict]]:
     import pyarrow.parquet
 
     with pyarrow.parquet.ParquetFile(file) as table:
         names = table.schema_arrow.names
-        _check_columns(file, entry, names)
+        if not whole:
+            _check_columns(file, entry, names)
         keys = [entry.text_key, entry.id_key, entry.license_key, *entry.where]
         wanted = {key for key in keys if key} | {key.partition(".")[0] for key in keys if key}
-        columns = [name for name in names if name in wanted]
+        columns = [name for name in names if whole or name in wanted]
         number, each = 0, file.stat().st_size / max(table.metadata.num_rows, 1)
         with reading.of(file, lambda: number * each):
             for batch in table.iter_batches(batch_size=256, columns=columns):

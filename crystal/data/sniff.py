@@ -96,9 +96,9 @@ def _groups(path: Path, passed_over: Counter) -> dict[tuple[str, str], list[Path
     base = path.resolve()
     for file in [base] if base.is_file() else _files_under(base):
         suffix = _whole_suffix(file)
-        language = None if local.row_format(file) else _LANGUAGE_OF.get(suffix.removesuffix(file.suffix) or suffix)
-        language = language or (None if local.row_format(file) else _LANGUAGE_OF.get(suffix))
-        if local.row_format(file) is None and language is None:
+        rows = local.row_format(file) is not None
+        language = None if rows else _LANGUAGE_OF.get(f".{suffix.split('.')[1]}" if suffix else "")  # .txt of .txt.gz
+        if not rows and language is None:
             passed_over[suffix or "without suffix"] += 1
             continue
         if base.is_file():

@@ -15,6 +15,8 @@ import crystal
 from crystal.backends.machine import with_dtype
 from crystal.config import ConfigError, load_yaml, parse
 from crystal.data.store import TokenStore
+from crystal.files import write_whole
+from crystal.kernels import tuning
 from crystal.mup.plan import Plan
 from crystal.run import RunConfig, RunFile
 
@@ -40,7 +42,8 @@ def with_recorded_dtype(run: RunFile) -> RunFile:
     config_path = run.config.directory / "config.yaml"
     if config_path.exists():
         before = parse(RunConfig, load_yaml(config_path).mapping, str(config_path)).backend
-        backend = backend.model_copy(update={"dtype": before.dtype})
+        if before.dtype in tuning.DTYPES:  # a Cerebras system has others, and may leave it to itself
+            backend = backend.model_copy(update={"dtype": before.dtype})
     return dataclasses.replace(run, config=run.config.model_copy(update={"backend": with_dtype(backend)}))
 
 
@@ -76,7 +79,7 @@ def open_run(run: RunFile, plan: Plan, store: TokenStore, backend: dict, choices
                 f"the data now makes {data['store'][:16]}…; set another run_dir"
             )
         if manifest.get("tuning", []) != choices:  # the run has moved to another kind of machine
-            _put(manifest_path, json.dumps(manifest | {"tuning": choices}, indent=1))
+            write_whole(manifest_path, json.dumps(manifest | {"tuning": choices}, indent=1))
         return directory
     manifest = {
         "name": run.config.name,
@@ -92,8 +95,8 @@ def open_run(run: RunFile, plan: Plan, store: TokenStore, backend: dict, choices
     }
     try:
         (directory / "checkpoints").mkdir(parents=True, exist_ok=True)
-        _put(config_path, yaml.safe_dump(resolved, sort_keys=False))
-        _put(manifest_path, json.dumps(manifest, indent=1))
+        write_whole(config_path, yaml.safe_dump(resolved, sort_keys=False))
+        write_whole(manifest_path, json.dumps(manifest, indent=1))
     except OSError as error:
         raise ConfigError(f"{run.path}: run_dir: {directory} cannot be made: {error.strerror}") from None
     return directory
@@ -123,12 +126,6 @@ def _differences(old: object, new: object, loc: tuple = ()) -> list[tuple[tuple,
         keys = [*old, *(k for k in new if k not in old)]
         return [d for k in keys for d in _differences(old.get(k), new.get(k), (*loc, str(k)))]
     return [(loc, old, new)]
-
-
-def _put(path: Path, text: str) -> None:
-    aside = path.with_name(f".{path.name}.tmp")
-    aside.write_text(text, encoding="utf-8")
-    aside.replace(path)
 
 
 def _commit() -> str | None:

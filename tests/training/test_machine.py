@@ -11,7 +11,9 @@ import yaml
 from crystal.backends.config import CudaConfig, Layout
 from crystal.backends.machine import keep_choices, with_dtype
 from crystal.kernels import tuning
+from crystal.run import load_run
 from crystal.training.metrics import read_metrics
+from crystal.training.record import with_recorded_dtype
 
 
 def measured(dtype="fp32", processor="this one", **chosen):
@@ -128,3 +130,15 @@ def test_of_several_processes_the_first_chooses_for_all(tmp_path):
         process.join(600)
         assert process.exitcode == 0
     assert answers[0][1:] == answers[1][1:] == ("fp32", {"fp32 forward 256": "onednn"}, "onednn")
+
+
+@pytest.mark.parametrize("recorded", ["null", "cbfloat16"])
+def test_a_cerebras_systems_dtype_is_not_taken_for_one_of_the_cpus(make_run, machine, recorded):
+    path = make_run()
+    machine("fp32")
+    directory = load_run(path).config.directory
+    directory.mkdir()
+    run = load_run(path, ["backend={name: cerebras, device: csx}"]).config.model_dump(mode="json", by_alias=True)
+    run["backend"]["dtype"] = yaml.safe_load(recorded)
+    (directory / "config.yaml").write_text(yaml.safe_dump(run))
+    assert with_recorded_dtype(load_run(path)).config.backend.dtype == "fp32"
