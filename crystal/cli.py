@@ -33,9 +33,10 @@ from crystal.help import Commands
 from crystal.inference_commands import generate, logits
 from crystal.init_command import init
 from crystal.mup_commands import audit, coord_check, transfer
-from crystal.options import Json, Overrides, Run, is_first
+from crystal.options import Json, Overrides, Run
 from crystal.options import console as _console
 from crystal.options import print_result as _print
+from crystal.ranks import is_first
 from crystal.runs_commands import compare, runs
 
 app = Commands(cls=completion.Root)

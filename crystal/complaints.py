@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import sys
 from typing import Any
 
-from crystal.options import is_first, print_out
+from crystal.options import print_out
 from crystal.printable import printable_line
+from crystal.ranks import is_first, rank
 
 _PLAIN = {
     "greater than or equal to": "at least",
@@ -31,7 +31,7 @@ def complain(message: str, file: str | None = None, key: str | None = None) -> N
             print_out(json.dumps({"error": {"kind": "config", "message": message, "file": file, "key": key}}))
         print(f"crystal: {shown}", file=sys.stderr)
     elif distributed is not None and distributed.is_initialized():
-        print(f"crystal: process {os.environ['RANK']}: {shown}", file=sys.stderr)
+        print(f"crystal: process {rank()}: {shown}", file=sys.stderr)
 
 
 def usage_message(error: Any) -> str:

@@ -25,6 +25,8 @@ import time
 from collections.abc import Callable, Iterator
 from types import FrameType
 
+from crystal.ranks import is_first
+
 CODE = 130
 PATIENCE = 1.0  # seconds in which a second signal is taken for the same one, sent twice
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -108,7 +110,7 @@ def leave() -> None:
     end_children()
     _kill_workers()
     _restore_terminal()
-    if os.environ.get("RANK", "0") == "0":
+    if is_first():
         os.write(2, f"{line()}\n".encode())
     os._exit(CODE)
 

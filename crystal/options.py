@@ -12,6 +12,7 @@ import typer
 
 from crystal import completion
 from crystal.printable import printable
+from crystal.ranks import is_first
 
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object on stdout, errors too")]
 Run = Annotated[
@@ -27,11 +28,6 @@ Overrides = Annotated[
 Checkpoint = Annotated[
     Path, typer.Argument(metavar="CKPT|RUN", help="a checkpoint or run directory", autocompletion=completion.runs)
 ]
-
-
-def is_first() -> bool:
-    """Whether this is the process that speaks: alone, or the first of those that torchrun started."""
-    return os.environ.get("RANK", "0") == "0"
 
 
 def print_result(result: dict, as_json: bool, text: str, raw: bool = False) -> None:

@@ -69,7 +69,10 @@ def plan_only(sweep: Sweep, workers: int) -> dict:
         "workers": workers,
         "matmul_flops_per_second": rate,
         "machine": {
-            "processor": tuning.processor(), "threads": 1, "dtype": sweep.dtype, "matmul_flops_per_second": rate,
+            "processor": tuning.processor(),
+            "threads": 1,
+            "dtype": sweep.dtype,
+            "matmul_flops_per_second": rate,
         },
         "reference": REFERENCE | {"hours": round(flops / (REFERENCE["flops_per_second"] * at_once) / 3600, 3)},
         "warnings": warnings(sweep, batch, tokens),

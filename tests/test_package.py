@@ -18,6 +18,7 @@ SOURCES = list({p.resolve(): p for p in SOURCES}.values())
 
 # Rooms from the ground up; a module may import its own room and those below it (DESIGN §1).
 FLOORS = [
+    {"crystal.ranks"},
     {"crystal.errors", "crystal.files", "crystal.interrupts", "crystal.mistakes", "crystal.printable"},
     {
         "crystal",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 
 from rich.console import Console
 
@@ -12,6 +11,7 @@ from crystal.curriculum import Curriculum, Stage, resolve
 from crystal.data.store import TokenStore
 from crystal.interrupts import finishing
 from crystal.progress import Bar
+from crystal.ranks import is_first
 from crystal.run import RunFile, prepare_run
 from crystal.training.guards import alone_in
 from crystal.training.loop import Outcome, Trainer
@@ -58,8 +58,7 @@ def start(run: RunFile, stage: int | None, until: int | None, console: Console) 
     """
     check_until(run, until)
     chosen = None if stage is None else resolve(run.config.curriculum, run.source).numbered(stage)
-    first = os.environ.get("RANK", "0") == "0"  # of several processes one writes
-    with alone_in(run.config.directory) if first else contextlib.nullcontext():
+    with alone_in(run.config.directory) if is_first() else contextlib.nullcontext():
         store = TokenStore.open(prepare_run(run, console))
         with Bar(console, "building the model", lines=20, unit="step") as bar:
             trainer = Trainer(run, store, _Screen(bar))
