@@ -156,7 +156,7 @@ def test_transfer_shows_trials(terminal, run, tmp_path):
 def test_coord_check_shows_models(terminal):
     sizes = ("--widths", "32,64,96", "--seeds", "2", "--parametrization", "mup")
     for columns in (80, 40):
-        term = terminal("coord-check", "amber", *sizes, columns=columns)
+        term = terminal("coord-check", "amber", *sizes, columns=columns, slow={"crystal.mup.coord_check.measure": 0.15})
         assert term.ended() in (0, 1), term.output
         assert len(term.counts) > 2
         assert any(re.match(r"size \d+, seed \d.* \d/6 .*\d:\d\d left", frame) for frame in term.frames)
@@ -500,7 +500,10 @@ def test_ctrl_c_while_torch_is_imported(seconds):
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=600)
-    assert (process.returncode, out, err) == (130, "", "crystal: interrupted\n")
+    assert (process.returncode, out) == (130, "")
+    *before, last = err.splitlines()
+    assert last == "crystal: interrupted"
+    assert all(": models 0/" in line for line in before), "a fast machine may have begun by then, and say so"
 
 
 def _cpu(process: int) -> float:
