@@ -50,12 +50,14 @@ def test_every_stage_writes_text(demo, stage, prompt):
 def test_the_documents_of_the_readme_are_true(demo, tmp_path):
     """Every `crystal …` line in the README's and the docs' sh blocks runs, where runs/demo is the short demo.
 
-    Those of docs/commands.md, with more runs and redirections, have test_docs_commands.py.
+    The pages that need other files than it have are tried elsewhere, in test_docs_commands.py and test_init.py.
     """
     cwd, _ = demo
     root = Path(__file__).parents[1]
     commands = []
-    pages = {root / "README.md", *(root / "docs").glob("*.md")} - {root / "docs" / "commands.md"}
+    pages = {root / "README.md", *(root / "docs").glob("*.md")} - {
+        root / "docs" / name for name in ("commands.md", "own-data.md")
+    }
     for page in sorted(pages):
         for block in page.read_text().split("```sh\n")[1:]:
             lines = (line.split("#")[0].strip() for line in block.split("```")[0].splitlines())

@@ -5,8 +5,11 @@ All that a case finds it writes into its directory: numbers.json, and checkpoint
 
 import functools
 import json
+import multiprocessing
 import os
+import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -166,6 +169,26 @@ def _reshaped(model: str, before: dict, after: dict, root: Path) -> None:
     found = train(backend, saver(backend, directory), range(2, STEPS + 1))
     if dist.get_rank() == 0:
         (directory / "numbers.json").write_text(json.dumps(found))
+
+
+def together(processes: int, target: Callable, *arguments) -> None:
+    """target(rank, *arguments) in so many processes, forked from one that has imported everything.
+
+    When one fails all are ended: the others would wait half an hour for it.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["layouts"])
+    started = [context.Process(target=target, args=(rank, *arguments)) for rank in range(processes)]
+    for process in started:
+        process.start()
+    try:
+        while any(p.is_alive() for p in started) and not any(p.exitcode for p in started):
+            time.sleep(0.05)
+        assert not any(p.exitcode for p in started), "a process failed; its error is above"
+    finally:
+        for process in started:
+            process.kill()
+            process.join()
 
 
 def worker(rank: int, root: Path) -> None:

@@ -6,13 +6,12 @@ holds weight streaming to its last bit.
 
 import functools
 import itertools
-import multiprocessing
 from types import SimpleNamespace
 
 import pytest
 from cerebras_jobs import ENVIRONMENT, MISSING, curriculum
 from closeness import path_length, tolerance
-from layouts import STEPS, cuda, goes_on, made, saver, train
+from layouts import STEPS, cuda, goes_on, made, saver, together, train
 from test_layouts import assert_close, assert_same_numbers, tensors
 
 from crystal.backends.cerebras.bridge import CerebrasBackend
@@ -102,15 +101,7 @@ def test_a_run_that_moves_between_backends_has_an_unbroken_loss_curve(make_run, 
     train(path, *cpu, until=6)
     train(path, "backend.name=weight_streaming", "backend.dtype=fp32", "backend.threads=1", until=13)
     layout = ["backend.name=cuda", "backend.device=cpu", "backend.dtype=fp32", "backend.compile=false"]
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["layouts"])
-    given = 2, tmp_path / "meet", path, [*layout, "backend.parallel.fsdp=2"], 24
-    processes = [context.Process(target=goes_on, args=(rank, *given)) for rank in range(2)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join()
-        assert process.exitcode == 0
+    together(2, goes_on, 2, tmp_path / "meet", path, [*layout, "backend.parallel.fsdp=2"], 24)
     moved = train(path, *cpu)
     expected, found = ({r["step"]: r for r in read_metrics(run.directory)} for run in (whole, moved))
     assert list(found) == list(expected) == list(range(31))

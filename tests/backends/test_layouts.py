@@ -9,8 +9,6 @@ norms 0.16, gradients 2.5e-2.
 
 import functools
 import json
-import multiprocessing
-import time
 
 import pytest
 import torch
@@ -28,6 +26,7 @@ from layouts import (
     name_of,
     own,
     saver,
+    together,
     train,
     worker,
 )
@@ -43,21 +42,9 @@ FP32, BF16 = tolerance(max(path_length(model, LENGTH, STEPS) for model in MODELS
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """The directory with what all cases wrote; four processes, forked from one that has imported everything."""
+    """The directory with what all cases wrote, in four processes."""
     root = tmp_path_factory.mktemp("layouts")
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["layouts"])
-    processes = [context.Process(target=worker, args=(rank, root)) for rank in range(4)]
-    for process in processes:
-        process.start()
-    try:
-        while any(p.is_alive() for p in processes) and not any(p.exitcode for p in processes):
-            time.sleep(0.1)
-        assert not any(p.exitcode for p in processes), "a process of a layout failed; its error is above"
-    finally:
-        for process in processes:
-            process.kill()
-            process.join()
+    together(4, worker, root)
     return root
 
 
