@@ -2,7 +2,7 @@
 
 import sys
 
-from crystal import interrupts
+from crystal.output import interrupts
 
 
 def main() -> None:

@@ -14,7 +14,7 @@ import torch
 from crystal.config import ConfigError
 from crystal.kernels.catalog import OPERATORS
 from crystal.kernels.dispatch import DTYPES, HAS_TRITON
-from crystal.progress import Bar, note
+from crystal.output.progress import Bar, note
 
 if TYPE_CHECKING:
     from rich.console import Console

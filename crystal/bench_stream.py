@@ -19,7 +19,7 @@ from crystal.backends.weight_streaming.store import Update
 from crystal.config import ConfigError, parse
 from crystal.memory import peak_rss_bytes
 from crystal.mup.plan import Plan
-from crystal.progress import note
+from crystal.output.progress import note
 from crystal.zoo.build import parameter_count, plan_for
 from crystal.zoo.config import ModelConfig, preset
 

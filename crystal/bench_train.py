@@ -22,7 +22,7 @@ import torch
 from rich.console import Console
 
 from crystal.config import ConfigError
-from crystal.progress import Bar
+from crystal.output.progress import Bar
 
 OURS = "crystal"
 PEERS = ("litgpt", "transformers", "trainer", "nanogpt")

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 
 from crystal.config import ConfigError
 from crystal.coordinates import DEPTH, WIDTHS, Asked, as_dict, check_beside, check_model, text, write
-from crystal.interrupts import finishing
 from crystal.mup.coord_check import MIN_SEEDS
-from crystal.progress import Bar
+from crystal.output.interrupts import finishing
+from crystal.output.progress import Bar
 from crystal.run import load_run, prepare_run
 
 if TYPE_CHECKING:

@@ -21,8 +21,8 @@ from torch.distributed.fsdp import fully_shard
 from crystal.backends.parallel import split_blocks
 from crystal.config import ConfigError
 from crystal.coordinates import Asked, check_model
-from crystal.interrupts import shielded
 from crystal.mup.coord_check import CoordCheck
+from crystal.output.interrupts import shielded
 
 PROCESSES = 2
 

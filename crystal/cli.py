@@ -20,7 +20,7 @@ from typing import Annotated
 
 import typer
 
-from crystal import __version__, completion, interrupts
+from crystal import __version__, completion
 from crystal.bench import bench
 from crystal.cerebras import cerebras
 from crystal.complaints import complain, usage_message
@@ -36,7 +36,8 @@ from crystal.mup_commands import audit, coord_check, transfer
 from crystal.options import Json, Overrides, Run
 from crystal.options import console as _console
 from crystal.options import print_result as _print
-from crystal.ranks import is_first
+from crystal.output import interrupts
+from crystal.output.ranks import is_first
 from crystal.runs_commands import compare, runs
 
 app = Commands(cls=completion.Root)

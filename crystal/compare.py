@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from crystal.config import ConfigError
-from crystal.printable import printable_line
+from crystal.output.printable import printable_line
 from crystal.runs import losses, number, parse_record, read_config, short
 
 ROWS = 10  # of the table of training losses

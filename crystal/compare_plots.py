@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from crystal.compare import Curves
-from crystal.pictures import colors, literal, save
+from crystal.output.pictures import colors, literal, save
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -8,8 +8,8 @@ import sys
 from typing import Any
 
 from crystal.options import print_out
-from crystal.printable import printable_line
-from crystal.ranks import is_first, rank
+from crystal.output.printable import printable_line
+from crystal.output.ranks import is_first, rank
 
 _PLAIN = {
     "greater than or equal to": "at least",

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from crystal.config import ConfigError, parse
 from crystal.data.tokenizer import Tokenizer
-from crystal.progress import Bar
+from crystal.output.progress import Bar
 from crystal.training.checkpoint import Checkpoint, locate, read
 from crystal.zoo.build import build, plan_for
 from crystal.zoo.config import ModelConfig

@@ -16,7 +16,7 @@ import yaml
 from pydantic_core import to_jsonable_python
 
 from crystal.config import COMMAND_LINE, CONFIGS, ConfigError
-from crystal.mistakes import describe, nearest
+from crystal.output.mistakes import describe, nearest
 from crystal.run import RunConfig, RunFile
 
 AUTO = (("model", "vocab_size"), ("train", "micro_batch_size"))  # which a run that is read has a number for

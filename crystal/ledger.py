@@ -9,7 +9,7 @@ from __future__ import annotations
 from crystal.config import ConfigError
 from crystal.curriculum import resolve
 from crystal.data.store import TokenStore
-from crystal.printable import printable, printable_line
+from crystal.output.printable import printable, printable_line
 from crystal.run import RunFile, prepare_run
 from crystal.training.batches import Batches
 

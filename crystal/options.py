@@ -11,8 +11,8 @@ from typing import Annotated
 import typer
 
 from crystal import completion
-from crystal.printable import printable
-from crystal.ranks import is_first
+from crystal.output.printable import printable
+from crystal.output.ranks import is_first
 
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object on stdout, errors too")]
 Run = Annotated[

@@ -25,7 +25,7 @@ import yaml
 
 from crystal.config import ConfigError, parse
 from crystal.curriculum import CurriculumConfig, resolve
-from crystal.printable import printable_line
+from crystal.output.printable import printable_line
 
 DEPTH = 4  # how far below the directory runs are looked for
 _FILES = ("manifest.json", "metrics.jsonl", "events.jsonl", "checkpoints")  # one of which a run has beside config.yaml

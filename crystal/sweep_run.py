@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from crystal.config import ConfigError
 from crystal.files import write_whole
-from crystal.interrupts import shielded
+from crystal.output.interrupts import shielded
 from crystal.sweep import Sweep, family, name_from
 from crystal.sweep_store import open_trials
 from crystal.sweep_trial import Point, run_trial

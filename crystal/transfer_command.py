@@ -16,7 +16,7 @@ from crystal.files import write_whole
 from crystal.kernels import tuning
 from crystal.mup.forecast import forecast
 from crystal.mup.transfer import Transfer, Trial, judge
-from crystal.progress import Bar, note
+from crystal.output.progress import Bar, note
 from crystal.run import prepare_run
 from crystal.sweep import Sweep, as_trials, load_sweep, points, sweep_of
 from crystal.sweep_run import held, make_directory, read_record, run_sweep

@@ -196,8 +196,8 @@ def _job(words, directory, environment, slow, into, mark, started):
         _slow_down(name, seconds, mark)
     import torch
 
-    from crystal import interrupts
     from crystal.__main__ import main
+    from crystal.output import interrupts
 
     torch.set_num_threads(1)
     sys.argv = ["crystal", *map(str, words)]

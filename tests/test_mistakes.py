@@ -15,7 +15,7 @@ from crystal.config import ConfigError, Strict, parse
 from crystal.curriculum import CurriculumConfig, StageConfig
 from crystal.data.corpus import Recipe
 from crystal.data.prepare import DataConfig, TrainTokenizer
-from crystal.mistakes import _Place, _sentence, explain
+from crystal.output.mistakes import _Place, _sentence, explain
 from crystal.run import RunConfig
 
 WRONG = (

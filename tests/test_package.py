@@ -18,17 +18,10 @@ SOURCES = list({p.resolve(): p for p in SOURCES}.values())
 
 # Rooms from the ground up; a module may import its own room and those below it (DESIGN §1).
 FLOORS = [
-    {"crystal.ranks"},
-    {"crystal.errors", "crystal.files", "crystal.interrupts", "crystal.mistakes", "crystal.printable"},
-    {
-        "crystal",
-        "crystal.config",
-        "crystal.memory",
-        "crystal.progress",
-        "crystal.schedule",
-        "crystal.kernels",
-    },
-    {"crystal.mup", "crystal.pictures"},
+    {"crystal.errors"},
+    {"crystal.files", "crystal.memory"},
+    {"crystal.output"},
+    {"crystal", "crystal.config", "crystal.schedule", "crystal.kernels", "crystal.mup"},
     {"crystal.zoo", "crystal.data"},
     {"crystal.curriculum"},
     {"crystal.backends"},

@@ -18,8 +18,8 @@ from rich.cells import cell_len
 from rich.console import Console
 from terminal import ESCAPE, LEFT, Terminal
 
-from crystal.printable import printable, printable_line
-from crystal.progress import Bar, restore
+from crystal.output.printable import printable, printable_line
+from crystal.output.progress import Bar, restore
 
 UNSAFE = re.compile("[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 STEP = "crystal.backends.cpu.CpuBackend.train_step"

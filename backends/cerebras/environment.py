@@ -20,8 +20,8 @@ from pathlib import Path
 from rich.console import Console
 
 from crystal.config import ConfigError, cache_dir
-from crystal.interrupts import child
-from crystal.progress import Bar, note
+from crystal.output.interrupts import child
+from crystal.output.progress import Bar, note
 
 VERSION = "2.10.0"
 MARKER = "crystal-cerebras.json"

@@ -25,8 +25,8 @@ from pydantic import Field
 from crystal.config import ConfigError, Strict, cache_dir, find, load_yaml, nearest, parse
 from crystal.data import extract, filters, local, packages
 from crystal.data.recipe import Entry, Source
-from crystal.interrupts import shielded
-from crystal.progress import Bar
+from crystal.output.interrupts import shielded
+from crystal.output.progress import Bar
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -29,8 +29,8 @@ from typing import TYPE_CHECKING
 
 from crystal.config import ConfigError
 from crystal.data.recipe import PACKAGE, Entry
-from crystal.interrupts import child, end_children
-from crystal.progress import Bar
+from crystal.output.interrupts import child, end_children
+from crystal.output.progress import Bar
 
 if TYPE_CHECKING:
     from rich.console import Console

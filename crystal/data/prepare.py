@@ -33,7 +33,7 @@ from crystal.config import ConfigError, Strict, cache_dir, nearest
 from crystal.data import corpus, holdout, local, pack, store
 from crystal.data.tokenizer import Tokenizer, VocabularyError, padded, train_tokenizer
 from crystal.files import sha256_of, sync
-from crystal.progress import Bar
+from crystal.output.progress import Bar
 
 if TYPE_CHECKING:
     from rich.console import Console

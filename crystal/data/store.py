@@ -29,7 +29,7 @@ from crystal.config import ConfigError, Strict, nearest, parse
 from crystal.data import pack
 from crystal.data.tokenizer import Tokenizer
 from crystal.files import sha256_of
-from crystal.progress import Bar
+from crystal.output.progress import Bar
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -33,8 +33,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from crystal.config import ConfigError
-from crystal.interrupts import child
-from crystal.progress import Bar
+from crystal.output.interrupts import child
+from crystal.output.progress import Bar
 
 _NAMES = """ fim_prefix fim_middle fim_suffix fim_pad filename gh_stars issue_start issue_comment
 issue_closed jupyter_start jupyter_text jupyter_code jupyter_output empty_output commit_before commit_msg

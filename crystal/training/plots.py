@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from crystal.curriculum import Curriculum, split_entry
-from crystal.pictures import colors, legible_on, literal, save, short
+from crystal.output.pictures import colors, legible_on, literal, save, short
 from crystal.training.metrics import read_metrics
 
 if TYPE_CHECKING:

@@ -9,9 +9,9 @@ from rich.console import Console
 from crystal.config import ConfigError
 from crystal.curriculum import Curriculum, Stage, resolve
 from crystal.data.store import TokenStore
-from crystal.interrupts import finishing
-from crystal.progress import Bar
-from crystal.ranks import is_first
+from crystal.output.interrupts import finishing
+from crystal.output.progress import Bar
+from crystal.output.ranks import is_first
 from crystal.run import RunFile, prepare_run
 from crystal.training.guards import alone_in
 from crystal.training.loop import Outcome, Trainer

@@ -25,7 +25,7 @@ import time
 from collections.abc import Callable, Iterator
 from types import FrameType
 
-from crystal.ranks import is_first
+from crystal.output.ranks import is_first
 
 CODE = 130
 PATIENCE = 1.0  # seconds in which a second signal is taken for the same one, sent twice
@@ -116,7 +116,7 @@ def leave() -> None:
 
 
 def _restore_terminal() -> None:
-    progress = sys.modules.get("crystal.progress")
+    progress = sys.modules.get("crystal.output.progress")
     if progress is not None:
         progress.restore()
 

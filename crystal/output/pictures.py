@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from crystal.config import ConfigError
+from crystal.errors import ConfigError
 from crystal.files import write_whole
 
 if TYPE_CHECKING:

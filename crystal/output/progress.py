@@ -22,7 +22,7 @@ from rich.live import Live
 from rich.segment import ControlType, Segment
 from rich.text import Text
 
-from crystal.printable import printable, printable_line
+from crystal.output.printable import printable, printable_line
 
 if TYPE_CHECKING:
     from rich.console import RenderResult
