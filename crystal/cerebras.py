@@ -65,7 +65,7 @@ def lower(
     """
     from crystal.backends.cerebras.lower import lower as lower_step
     from crystal.backends.config import CerebrasConfig
-    from crystal.curriculum import resolve
+    from crystal.curriculum.resolve import resolve
     from crystal.output.progress import Bar
     from crystal.run import load_run
 

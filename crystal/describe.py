@@ -13,7 +13,9 @@ import torch
 from crystal.backends.config import OptimizerConfig
 from crystal.backends.cost import flops_per_token, memory_bytes, run_bytes
 from crystal.config import ConfigError, cache_dir, parse
-from crystal.curriculum import Curriculum, Stage, resolve, split_entry
+from crystal.curriculum.config import split_entry
+from crystal.curriculum.resolve import resolve
+from crystal.curriculum.stages import Curriculum, Stage
 from crystal.data import corpus
 from crystal.data.corpus import Recipe
 from crystal.mup.plan import Plan

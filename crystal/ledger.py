@@ -7,7 +7,7 @@ with; nothing is logged, so nothing can be missing. Steps count from 1 over all 
 from __future__ import annotations
 
 from crystal.config import ConfigError
-from crystal.curriculum import resolve
+from crystal.curriculum.resolve import resolve
 from crystal.data.store import TokenStore
 from crystal.output.printable import printable, printable_line
 from crystal.run import RunFile, prepare_run

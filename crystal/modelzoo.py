@@ -17,7 +17,8 @@ from pathlib import Path
 import yaml
 
 from crystal.config import ConfigError
-from crystal.curriculum import Stage, resolve
+from crystal.curriculum.resolve import resolve
+from crystal.curriculum.stages import Stage
 from crystal.mup.plan import Plan
 from crystal.run import RunFile, load_run
 from crystal.zoo.config import ModelConfig

@@ -15,7 +15,7 @@ import yaml
 
 from crystal.backends.config import OptimizerConfig
 from crystal.config import ConfigError, load_yaml, parse
-from crystal.curriculum import CurriculumConfig
+from crystal.curriculum.config import CurriculumConfig
 from crystal.zoo.config import ModelConfig
 
 # what a model must say if it says anything of it; None: any value, it does not change the function

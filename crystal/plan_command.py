@@ -10,7 +10,7 @@ from crystal.backends.cost import flops_per_token
 from crystal.backends.device import Device, load_device
 from crystal.backends.planner import Candidate, Work, candidate, layouts, plan, sizes, smallest
 from crystal.config import ConfigError
-from crystal.curriculum import resolve
+from crystal.curriculum.resolve import resolve
 from crystal.run import RunFile
 from crystal.zoo.build import parameter_count
 

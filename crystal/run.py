@@ -12,7 +12,8 @@ from pydantic import Field
 from crystal.backends.config import BackendConfig, CpuConfig, OptimizerConfig
 from crystal.backends.layout import check_layout
 from crystal.config import COMMAND_LINE, Config, ConfigError, Strict, find, load_yaml, mistake, override, parse
-from crystal.curriculum import CurriculumConfig, resolve, split_entry
+from crystal.curriculum.config import CurriculumConfig, split_entry
+from crystal.curriculum.resolve import resolve
 from crystal.data.corpus import Recipe, load_recipe
 from crystal.data.prepare import DataConfig, prepare, vocab_size
 from crystal.mup.plan import Plan

@@ -24,7 +24,8 @@ from typing import Any
 import yaml
 
 from crystal.config import ConfigError, parse
-from crystal.curriculum import CurriculumConfig, resolve
+from crystal.curriculum.config import CurriculumConfig
+from crystal.curriculum.resolve import resolve
 from crystal.output.printable import printable_line
 
 DEPTH = 4  # how far below the directory runs are looked for

@@ -16,7 +16,7 @@ import torch
 
 from crystal.backends.config import CpuConfig, OptimizerConfig
 from crystal.backends.cpu import CpuBackend
-from crystal.curriculum import resolve
+from crystal.curriculum.resolve import resolve
 from crystal.data.store import TokenStore
 from crystal.run import RunFile, prepare_run
 from crystal.training.batches import Batches

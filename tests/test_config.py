@@ -294,7 +294,7 @@ def test_a_date_is_text(tmp_path):
     ],
 )
 def test_a_runs_mistakes_name_the_command_line(change, key, expected):
-    from crystal.curriculum import resolve
+    from crystal.curriculum.resolve import resolve
 
     def read() -> None:
         run = load_run("demo", [change])

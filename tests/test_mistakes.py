@@ -12,7 +12,7 @@ import pytest
 import crystal
 from crystal.backends.config import ClusterConfig, OptimizerConfig
 from crystal.config import ConfigError, Strict, parse
-from crystal.curriculum import CurriculumConfig, StageConfig
+from crystal.curriculum.config import CurriculumConfig, StageConfig
 from crystal.data.corpus import Recipe
 from crystal.data.prepare import DataConfig, TrainTokenizer
 from crystal.output.mistakes import _Place, _sentence, explain

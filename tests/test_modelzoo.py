@@ -195,7 +195,7 @@ def test_a_run_comes_back_from_both_forms(tmp_path_factory, mapping, style):
 
 def test_a_scaled_down_run_keeps_its_learning_rates(tmp_path):
     """The demo's lines are cut at other places than the published ones; their values are its own."""
-    from crystal.curriculum import resolve
+    from crystal.curriculum.resolve import resolve
 
     demo = load_run("demo")
     export_parameters("demo", tmp_path / "zoo")

@@ -26,7 +26,7 @@ from crystal.backends.cerebras import environment, mdl, spool
 from crystal.backends.cerebras.learning_rate import pieces
 from crystal.backends.config import CerebrasConfig, OptimizerConfig
 from crystal.config import ConfigError
-from crystal.curriculum import Curriculum
+from crystal.curriculum.stages import Curriculum
 from crystal.mup.plan import Plan
 from crystal.zoo.build import build, initial_weights, multipliers_for
 from crystal.zoo.config import ModelConfig

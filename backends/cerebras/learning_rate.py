@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from crystal.curriculum import Curriculum, Stage
+    from crystal.curriculum.stages import Curriculum, Stage
 
 
 class Piece(NamedTuple):

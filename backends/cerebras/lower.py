@@ -13,7 +13,7 @@ from crystal.backends.cerebras import cirh
 from crystal.backends.cerebras.bridge import Process, make_job
 from crystal.backends.config import CerebrasConfig, OptimizerConfig
 from crystal.config import ConfigError
-from crystal.curriculum import Curriculum
+from crystal.curriculum.stages import Curriculum
 from crystal.mup.plan import Plan
 from crystal.zoo.config import ModelConfig
 

@@ -15,7 +15,8 @@ import numpy as np
 import torch
 
 from crystal.backends.base import MicroBatch
-from crystal.curriculum import Curriculum, Stage, split_entry
+from crystal.curriculum.config import split_entry
+from crystal.curriculum.stages import Curriculum, Stage
 from crystal.data.fim import fim_row
 from crystal.data.order import StageOrder
 from crystal.data.store import TokenStore

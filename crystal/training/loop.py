@@ -20,7 +20,8 @@ from crystal.backends.base import Durable
 from crystal.backends.create import create
 from crystal.backends.machine import keep_choices
 from crystal.config import ConfigError
-from crystal.curriculum import Curriculum, Stage, resolve
+from crystal.curriculum.resolve import resolve
+from crystal.curriculum.stages import Curriculum, Stage
 from crystal.data.store import TokenStore
 from crystal.memory import peak_rss_bytes
 from crystal.run import RunFile

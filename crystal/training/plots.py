@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from crystal.curriculum import Curriculum, split_entry
+from crystal.curriculum.config import split_entry
+from crystal.curriculum.stages import Curriculum
 from crystal.output.pictures import colors, legible_on, literal, save, short
 from crystal.training.metrics import read_metrics
 

@@ -7,7 +7,8 @@ import contextlib
 from rich.console import Console
 
 from crystal.config import ConfigError
-from crystal.curriculum import Curriculum, Stage, resolve
+from crystal.curriculum.resolve import resolve
+from crystal.curriculum.stages import Curriculum, Stage
 from crystal.data.store import TokenStore
 from crystal.output.interrupts import finishing
 from crystal.output.progress import Bar

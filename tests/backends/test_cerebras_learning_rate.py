@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from crystal.backends.cerebras.learning_rate import lr_of, pieces
-from crystal.curriculum import resolve
+from crystal.curriculum.resolve import resolve
 from crystal.run import load_run
 
 RATES = st.floats(1e-6, 0.1)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from matplotlib.figure import Figure
 
 from crystal.config import ConfigError
-from crystal.curriculum import resolve
+from crystal.curriculum.resolve import resolve
 from crystal.output.pictures import colors, legible_on, literal, save, short
 from crystal.run import load_run
 from crystal.training.plots import _curriculum, _losses, _shares, plot_curriculum, plot_losses

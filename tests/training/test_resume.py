@@ -119,7 +119,7 @@ def test_a_stage_needs_the_end_of_the_one_before(make_run, train):
 
 def test_a_chunks_order_does_not_depend_on_where_one_resumed(make_run):
     """A published mistake: the shuffle's seed was the number of the last checkpoint."""
-    from crystal.curriculum import resolve
+    from crystal.curriculum.resolve import resolve
     from crystal.data.store import TokenStore
     from crystal.run import load_run, prepare_run
     from crystal.training.batches import Batches

@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from crystal.config import ConfigError, load_yaml, parse
-from crystal.curriculum import CurriculumConfig, resolve
+from crystal.curriculum.config import CurriculumConfig
+from crystal.curriculum.resolve import resolve
 
 # weights as published, LLM360/crystalcoder-train pretrain/params/phase{1,2,3}/params.yaml
 SLIMPAJAMA = ("ArXiv", "Book", "C4", "CommonCrawl", "Github", "StackExchange", "Wikipedia")

@@ -8,8 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from crystal.config import load_yaml, parse
-from crystal.curriculum import CurriculumConfig, resolve
-from crystal.schedule import Segment, fit
+from crystal.curriculum.config import CurriculumConfig
+from crystal.curriculum.resolve import resolve
+from crystal.curriculum.schedule import Segment, fit
 
 # LLM360/crystalcoder-train and amber-train, evaluated by hand: facts/llm360.md §6.2
 PUBLISHED = {

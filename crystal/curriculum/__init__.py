@@ -1,0 +1,1 @@
+"""Which data, how many steps and which learning rate, stage after stage."""

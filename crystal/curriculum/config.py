@@ -1,0 +1,186 @@
+"""The `curriculum:` section of a run, as it is written: stages, sources, weights, learning rates, FIM.
+
+The configs under configs/curricula keep the published names and numbers; a run only adds `scale` and `bind`.
+`resolve` makes of it what a run trains by.
+"""
+
+from __future__ import annotations
+
+import math
+from fractions import Fraction
+from itertools import pairwise
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator
+
+from crystal.config import Strict, found
+
+Rate = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1)]
+SUM_TOLERANCE = 1e-6
+
+
+class LrSegment(Strict):
+    """One piece of a learning-rate schedule: `{from: 0.0, to: 0.012, steps: 86}`."""
+
+    start: Weight | None = Field(None, alias="from", description="rate at its start; null: where the one before ended")
+    to: Weight = Field(description="rate at its end")
+    steps: Count | None = Field(None, description="length; null: up to the end of the stage, in the last piece only")
+    shape: Literal["linear", "cosine", "sqrt"] = Field("linear", description="how it goes from one rate to the other")
+    jump: bool = Field(False, description="whether a start that is not the end of the piece before is meant")
+
+
+class SourceConfig(Strict):
+    """One data source of a stage; a bare number in YAML is its weight."""
+
+    weight: Weight | None = Field(None, description="its share of the stage's sequences; the shares sum to 1")
+    tokens: Count | None = Field(None, description="instead of weights, for all sources of a stage")
+    subset: str = Field("0.0-1.0", description="which part of the source's rows: 0.0-0.5 is the first half")
+    fim: Rate | None = Field(None, description="share of its documents that FIM rearranges; null: the stage's fim.rate")
+
+    @field_validator("subset")
+    @classmethod
+    def _subset(cls, text: str) -> str:
+        fractions(text)
+        return text
+
+
+class FimConfig(Strict):
+    """Fill-in-the-middle: the share of documents rearranged, and the share of those in SPM order."""
+
+    rate: Rate = Field(0.0, description="share of documents that are rearranged")
+    spm: Rate = Field(0.5, description="share of those in suffix-prefix-middle order; the rest is prefix-suffix-middle")
+    only: tuple[str, ...] = Field(("*",), description="patterns of the published sources that it applies to")
+
+
+class StageConfig(Strict):
+    """One stage as published."""
+
+    name: str = Field(description="unique in the curriculum")
+    steps: Count | None = Field(None, description="length in optimizer steps, before scale")
+    tokens: Count | None = Field(None, description="instead of steps: length in tokens, rounded up to whole steps")
+    sources: dict[str, SourceConfig] = Field(description="what it trains on; a bare number is the source's weight")
+    lr: tuple[LrSegment, ...] = Field(description="base learning rate, piece after piece; a bare number is constant")
+    fim: FimConfig = FimConfig()
+    carry: tuple[Literal["weights", "optimizer"], ...] | None = Field(
+        None, description="what is taken over from the stage before; null: both"
+    )
+    checkpoint_every: Count | None = Field(
+        None, description="steps from one checkpoint to the next, before scale; null: a tenth of the stage"
+    )
+
+    @field_validator("sources", mode="before", json_schema_input_type=dict[str, SourceConfig | Weight])
+    @classmethod
+    def _bare_weights(cls, sources: Any) -> Any:
+        if not isinstance(sources, dict):
+            return sources
+        return {k: {"weight": v} if isinstance(v, int | float) else v for k, v in sources.items()}
+
+    @field_validator("sources")
+    @classmethod
+    def _weights_sum_to_one(cls, sources: dict[str, SourceConfig]) -> dict[str, SourceConfig]:
+        for name in sources:
+            split_entry(name)
+        if all(s.tokens is not None and s.weight is None for s in sources.values()) and sources:
+            return sources
+        for name, source in sources.items():
+            if source.weight is None or source.tokens is not None:
+                raise ValueError(f"{name}: expected a weight, or tokens for every source")
+        total = math.fsum(s.weight for s in sources.values())
+        if abs(total - 1) > SUM_TOLERANCE:
+            raise ValueError(f"expected weights that sum to 1 (within {SUM_TOLERANCE:g}), got {total:.9g}")
+        return sources
+
+    @field_validator("lr", mode="before", json_schema_input_type=tuple[LrSegment, ...] | Weight)
+    @classmethod
+    def _constant(cls, lr: Any) -> Any:
+        if isinstance(lr, int | float) and not isinstance(lr, bool):
+            return ({"from": lr, "to": lr},)
+        if not isinstance(lr, list | tuple):
+            pieces = "a list of pieces such as {from: 0, to: 0.01, steps: 20}"
+            raise ValueError(f"expected a number, or {pieces}, got {found(lr)}")
+        return tuple(lr)
+
+    @field_validator("lr")
+    @classmethod
+    def _segments_meet(cls, lr: tuple[LrSegment, ...]) -> tuple[LrSegment, ...]:
+        if not lr:
+            raise ValueError("expected at least one segment, got none")
+        if lr[0].start is None:
+            raise ValueError("0.from: expected a value in the first segment")
+        for i, (before, after) in enumerate(pairwise(lr)):
+            if before.steps is None:
+                raise ValueError(f"{i}.steps: expected a value, only the last segment may leave it out")
+            if after.start not in (None, before.to) and not after.jump:
+                raise ValueError(
+                    f"{i + 1}.from: expected {before.to:g}, where the segment before ends (or jump: true), "
+                    f"got {after.start:g}"
+                )
+        return lr
+
+
+class CurriculumConfig(Strict):
+    """The `curriculum:` section."""
+
+    name: str = Field("curriculum", description="what reports call it")
+    seq_len: Count = Field(description="tokens of a sequence")
+    global_batch_size: Count = Field(description="sequences of an optimizer step, over all devices")
+    scale: Positive = Field(1.0, description="factor on the published steps, warm-ups and checkpoint cadences")
+    lr_scale: Positive = Field(1.0, description="factor on every learning rate, as when a tuned one is transferred")
+    min_warmup_steps: Count = Field(1, description="what scale leaves of a warm-up at least")
+    lr_counts_from: Literal[0, 1] = Field(1, description="whether the first step of a stage uses lr(0) or lr(1)")
+    bind: dict[str, str | dict[str, Positive]] = Field(
+        {}, description="patterns of published sources, and the corpus' source, or sources with shares, for each"
+    )
+    stages: tuple[StageConfig, ...] = Field(min_length=1, description="one after the other")
+
+    @field_validator("bind")
+    @classmethod
+    def _shares_sum_to_one(cls, bind: dict) -> dict:
+        for pattern, target in bind.items():
+            shares = {target: 1.0} if isinstance(target, str) else target
+            if abs(math.fsum(shares.values()) - 1) > SUM_TOLERANCE:
+                total = math.fsum(shares.values())
+                raise ValueError(f"{pattern}: expected shares that sum to 1, got {total:.9g}")
+            for entry in shares:
+                split_entry(entry)
+        return bind
+
+    @field_validator("stages")
+    @classmethod
+    def _chain(cls, stages: tuple[StageConfig, ...]) -> tuple[StageConfig, ...]:
+        names = [s.name for s in stages]
+        for i, stage in enumerate(stages):
+            if stage.name in names[:i]:
+                raise ValueError(f"{i}.name: expected a name of its own, got {stage.name!r} again")
+            if (stage.steps is None) == (stage.tokens is None):
+                raise ValueError(f"{i}.steps: expected either steps or tokens")
+            if i == 0 and stage.carry:
+                raise ValueError("0.carry: expected [] in the first stage, there is none before it")
+            if i > 0 and stage.carry is not None and "weights" not in stage.carry:
+                got = f"got {[*stage.carry]}"
+                raise ValueError(f"{i}.carry: expected [weights] or [weights, optimizer], {got}")
+        return stages
+
+
+def split_entry(entry: str) -> tuple[str, tuple[Fraction, Fraction]]:
+    """`english[0.0-0.5]` -> ("english", (0, 1/2)); without a range (0, 1). Raises ValueError."""
+    source, bracket, text = entry.partition("[")
+    if not bracket:
+        return source, (Fraction(0), Fraction(1))
+    if not text.endswith("]"):
+        raise ValueError(f"expected SOURCE or SOURCE[0.0-0.5], got {entry!r}")
+    return source, fractions(text[:-1])
+
+
+def fractions(text: str) -> tuple[Fraction, Fraction]:
+    """`0.0-0.5` -> (0, 1/2). Raises ValueError."""
+    try:
+        low, high = (Fraction(part.strip()) for part in text.split("-"))
+    except (ValueError, ZeroDivisionError):
+        low, high = Fraction(1), Fraction(0)
+    if not 0 <= low < high <= 1:
+        raise ValueError(f"expected a part of the rows such as 0.0-0.5, got {text!r}")
+    return low, high
