@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from crystal import checkpoint
 from crystal.backends.config import OptimizerConfig
 from crystal.backends.cost import flops_per_token, memory_bytes, run_bytes
 from crystal.config import ConfigError, cache_dir, parse
@@ -20,7 +21,6 @@ from crystal.data import corpus
 from crystal.data.corpus import Recipe
 from crystal.mup.plan import Plan
 from crystal.run import RunFile, check_vocabulary, corpus_of
-from crystal.training import checkpoint
 from crystal.training.record import with_recorded_dtype
 from crystal.zoo.build import parameter_count, plan_for
 from crystal.zoo.config import ModelConfig, families, preset, presets

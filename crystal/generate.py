@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from crystal.checkpoint import Checkpoint, locate, read
 from crystal.config import ConfigError, parse
 from crystal.data.tokenizer import Tokenizer
 from crystal.output.progress import Bar
-from crystal.training.checkpoint import Checkpoint, locate, read
 from crystal.zoo.build import build, plan_for
 from crystal.zoo.config import ModelConfig
 from crystal.zoo.decoder import Decoder

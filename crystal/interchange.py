@@ -15,9 +15,9 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import Tensor
 
+from crystal.checkpoint import locate, read, write
 from crystal.config import ConfigError, parse
 from crystal.data.tokenizer import Tokenizer
-from crystal.training.checkpoint import locate, read, write
 from crystal.zoo.build import parameter_count
 from crystal.zoo.config import ModelConfig
 from crystal.zoo.forms import config_to_json

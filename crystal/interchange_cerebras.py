@@ -11,8 +11,8 @@ from pathlib import Path
 
 from crystal.backends.cerebras import mdl
 from crystal.backends.config import OptimizerConfig
+from crystal.checkpoint import locate, read, write
 from crystal.config import ConfigError, parse
-from crystal.training.checkpoint import locate, read, write
 from crystal.zoo.build import meta_decoder, plan_for
 from crystal.zoo.config import ModelConfig, model_config
 

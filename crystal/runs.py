@@ -235,7 +235,7 @@ def _whole(value: Any) -> int | None:
 
 
 def _newest_checkpoint(directory: Path) -> int | None:
-    """The step of the newest sealed checkpoint, as crystal.training.checkpoint names them."""
+    """The step of the newest sealed checkpoint, as crystal.checkpoint names them."""
     found = (
         re.fullmatch(r"step-(\d{7,})", p.parent.name) for p in directory.glob("checkpoints/step-*/checkpoint.json")
     )

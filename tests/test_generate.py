@@ -9,6 +9,7 @@ from closeness import assert_near, path_length
 from hypothesis import given
 from hypothesis import strategies as st
 
+from crystal.checkpoint import read, write
 from crystal.config import ConfigError
 from crystal.generate import (
     KVCache,
@@ -21,7 +22,6 @@ from crystal.generate import (
     pick,
 )
 from crystal.logits import logits, logits_file, read_ids
-from crystal.training.checkpoint import read, write
 from crystal.zoo.build import meta_decoder
 from crystal.zoo.config import ModelConfig, model_config
 

@@ -25,7 +25,7 @@ FLOORS = [
     {"crystal.zoo", "crystal.data"},
     {"crystal.curriculum"},
     {"crystal.backends"},
-    {"crystal.run"},
+    {"crystal.run", "crystal.checkpoint"},
     {"crystal.training"},
 ]
 

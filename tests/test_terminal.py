@@ -377,7 +377,7 @@ def test_ctrl_c_twice_while_training_ends_at_once(terminal, run):
 
 
 def test_ctrl_c_while_a_checkpoint_is_written_or_the_plot_drawn_leaves_both_whole(terminal, run, tmp_path):
-    term = terminal("train", run, "--until", "1", slow=NO_PLOT | {"crystal.training.checkpoint.save_file": None})
+    term = terminal("train", run, "--until", "1", slow=NO_PLOT | {"crystal.checkpoint.save_file": None})
     term.until(lambda t: t.stuck and any(frame.startswith("saving step-0000001") for frame in t.frames))
     term.type(b"\x03")
     stopping(term)

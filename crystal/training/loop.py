@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from crystal import checkpoint
 from crystal.backends.base import Durable
 from crystal.backends.create import create
 from crystal.backends.machine import keep_choices
@@ -25,7 +26,6 @@ from crystal.curriculum.stages import Curriculum, Stage
 from crystal.data.store import TokenStore
 from crystal.memory import peak_rss_bytes
 from crystal.run import RunFile
-from crystal.training import checkpoint
 from crystal.training.batches import Batches
 from crystal.training.guards import BadSteps, Interrupts, plan_differences
 from crystal.training.metrics import Metrics, NoMetrics, event, read_metrics

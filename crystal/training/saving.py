@@ -14,10 +14,10 @@ from pathlib import Path
 
 from torch import Tensor
 
+from crystal import checkpoint
 from crystal.backends.base import Backend, Durable, Part, Place
 from crystal.config import ConfigError
 from crystal.files import sync
-from crystal.training import checkpoint
 
 
 class Saver:

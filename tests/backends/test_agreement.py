@@ -14,13 +14,13 @@ from closeness import path_length, tolerance
 from layouts import STEPS, cuda, goes_on, made, saver, together, train
 from test_layouts import assert_close, assert_same_numbers, tensors
 
+from crystal import checkpoint
 from crystal.backends.cerebras.bridge import CerebrasBackend
 from crystal.backends.config import CerebrasConfig, CpuConfig, WeightStreamingConfig
 from crystal.backends.cpu import CpuBackend
 from crystal.backends.weight_streaming.backend import WeightStreamingBackend
 from crystal.config import ConfigError
 from crystal.run import load_run
-from crystal.training import checkpoint
 from crystal.training.metrics import read_metrics
 
 NAMES = ("cpu", "cuda", "weight_streaming", "cerebras")

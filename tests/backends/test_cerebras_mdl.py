@@ -12,10 +12,10 @@ from cerebras_jobs import ENVIRONMENT, needs_cerebras
 from hypothesis import given
 from hypothesis import strategies as st
 
+from crystal import checkpoint
 from crystal.backends.cerebras import mdl
 from crystal.config import ConfigError
 from crystal.interchange_cerebras import export_mdl, import_mdl
-from crystal.training import checkpoint
 
 
 def in_cerebras(code: str, *arguments) -> str:

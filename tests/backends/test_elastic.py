@@ -17,9 +17,9 @@ from pathlib import Path
 import pytest
 from closeness import path_length, tolerance
 
+from crystal import checkpoint
 from crystal.config import ConfigError
 from crystal.run import load_run
-from crystal.training import checkpoint
 from crystal.training.metrics import read_metrics
 from crystal.zoo.config import ModelConfig
 

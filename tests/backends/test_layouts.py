@@ -31,9 +31,9 @@ from layouts import (
     worker,
 )
 
+from crystal import checkpoint
 from crystal.backends.config import CpuConfig
 from crystal.backends.cpu import CpuBackend
-from crystal.training import checkpoint
 from crystal.training.guards import plan_differences
 
 CASES = [case for cases in LAYOUTS.values() for case in cases]

@@ -12,10 +12,10 @@ import torch
 from dying import start_training
 from runs import whole_run
 
+from crystal import checkpoint
 from crystal.config import ConfigError
 from crystal.generate import generate_text
 from crystal.interchange import export_published
-from crystal.training import checkpoint
 from crystal.training.metrics import read_metrics
 
 STREAMING = {"backend": {"name": "weight_streaming", "dtype": "fp32", "threads": 1}}

@@ -12,8 +12,8 @@ import torch
 from dying import start_command
 from runs import whole_run
 
+from crystal import checkpoint
 from crystal.config import ConfigError
-from crystal.training import checkpoint
 from crystal.training.metrics import read_metrics
 
 STEPS = 30

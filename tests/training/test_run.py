@@ -46,7 +46,7 @@ def test_the_lr_that_was_used_is_the_schedules(make_run, train):
 
 
 def test_only_the_newest_checkpoints_and_the_ends_of_stages_are_kept(make_run, train):
-    from crystal.training import checkpoint
+    from crystal import checkpoint
 
     path = make_run(**{"train.keep_checkpoints": 1, "train.checkpoint_every": 2})
     run_dir = train(path, until=29).directory

@@ -10,10 +10,10 @@ from directories import CRYSTAL, crystal_directory, crystal_state, llama_directo
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
+from crystal.checkpoint import write
 from crystal.config import ConfigError
 from crystal.generate import filled, load_decoder
 from crystal.interchange import export_published, import_published
-from crystal.training.checkpoint import write
 from crystal.zoo.build import meta_decoder, parameter_count
 from crystal.zoo.config import ModelConfig, model_config
 from crystal.zoo.forms import config_from_json, config_to_json, published_tensors

@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 
+from crystal import checkpoint
 from crystal.config import ConfigError
-from crystal.training import checkpoint
 
 TENSORS = {"model.a": torch.randn(40, 30), "model.b": torch.randn(7), "optimizer.exp_avg.a": torch.randn(40, 30)}
 
