@@ -17,8 +17,8 @@ from crystal.config import ConfigError, cache_dir, parse
 from crystal.curriculum.config import split_entry
 from crystal.curriculum.resolve import resolve
 from crystal.curriculum.stages import Curriculum, Stage
-from crystal.data import corpus
-from crystal.data.corpus import Recipe
+from crystal.data.corpus import build as corpus
+from crystal.data.corpus.build import Recipe
 from crystal.mup.plan import Plan
 from crystal.run import RunFile, check_vocabulary, corpus_of
 from crystal.training.record import with_recorded_dtype

@@ -14,7 +14,7 @@ from crystal.backends.layout import check_layout
 from crystal.config import COMMAND_LINE, Config, ConfigError, Strict, find, load_yaml, mistake, override, parse
 from crystal.curriculum.config import CurriculumConfig, split_entry
 from crystal.curriculum.resolve import resolve
-from crystal.data.corpus import Recipe, load_recipe
+from crystal.data.corpus.build import Recipe, load_recipe
 from crystal.data.prepare import DataConfig, prepare, vocab_size
 from crystal.mup.plan import Plan
 from crystal.zoo.build import plan_for

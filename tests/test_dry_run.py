@@ -5,7 +5,7 @@ import yaml
 
 from crystal import describe
 from crystal.config import ConfigError
-from crystal.data import packages
+from crystal.data.corpus import packages
 from crystal.run import load_run
 
 

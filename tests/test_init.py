@@ -16,8 +16,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from crystal.config import ConfigError
-from crystal.data.corpus import load_recipe
-from crystal.data.sniff import _name, sources_of
+from crystal.data.corpus.build import load_recipe
+from crystal.data.corpus.sniff import _name, sources_of
 from crystal.project import FILES, SMALLEST, _weights, init
 from crystal.run import load_run
 

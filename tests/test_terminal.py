@@ -130,7 +130,7 @@ def test_names_print_as_they_are_and_are_cut_to_the_window(terminal, make_run, c
 def test_preparing_shows_each_phase(terminal, make_run, tmp_path):
     changes = {"data.dir": str(tmp_path / "stores"), "data.tokenizer.train.bytes_per_source": 19999}
     slow = {
-        "crystal.data.packages._remembered": 0.1, "crystal.data.pack.hash_fraction": 0.002,
+        "crystal.data.corpus.packages._remembered": 0.1, "crystal.data.pack.hash_fraction": 0.002,
         "crystal.data.pack.windows": 0.1,
     }  # fmt: skip
     phases = "hashing the", "sampling python", "training the tok", "python: tok", "python: pack"
@@ -286,7 +286,7 @@ def wheel(cache: Path) -> None:
 
 
 PREPARING = {
-    "extracting": "crystal.data.filters.good",
+    "extracting": "crystal.data.corpus.filters.good",
     "sampling": "crystal.data.pack.hash_fraction",
     "training the tokenizer": None,
     "tokenizing": "crystal.data.tokenizer.Tokenizer.encode_many",

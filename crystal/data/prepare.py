@@ -30,7 +30,9 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from crystal.config import ConfigError, Strict, cache_dir, nearest
-from crystal.data import corpus, holdout, local, pack, store
+from crystal.data import holdout, pack, store
+from crystal.data.corpus import build as corpus
+from crystal.data.corpus import user_files
 from crystal.data.tokenizer import Tokenizer, VocabularyError, padded, train_tokenizer
 from crystal.files import sha256_of, sync
 from crystal.output.progress import Bar
@@ -38,7 +40,7 @@ from crystal.output.progress import Bar
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from crystal.data.corpus import Document, Recipe
+    from crystal.data.corpus.build import Document, Recipe
 
 _FORMAT = 2  # part of a store's fingerprint: raise it when the same inputs give other rows
 _TOKENIZER_FORMAT = 1  # the same for a vocabulary trained here
@@ -156,7 +158,7 @@ def _sample(recipe: Recipe, sources: list[str], budget: int, bar: Bar) -> Iterat
     """Texts to train a vocabulary on: of each source those with the smallest hash, up to `budget` bytes."""
     for source in sources:
         bar.begin(f"sampling {source} for the tokenizer", 1)
-        reading = local.Reading()
+        reading = user_files.Reading()
         held: list[tuple[float, str, str]] = []  # a heap with the largest hash on top
         size, limit = 0, 1.0
         for number, document in enumerate(corpus.documents(recipe, source, cache_dir(), reading), 1):
@@ -280,7 +282,7 @@ class _Build:
     def _tokenized(self, name: str) -> Iterator[tuple[Document, list[int]]]:
         """Documents with their ids; one batch is tokenized while the next is read."""
         self.bar.begin(f"{name}: tokenizing", 1)
-        reading, read = local.Reading(), 0
+        reading, read = user_files.Reading(), 0
         pool = ThreadPoolExecutor(1)
         try:
             waiting: tuple[list[Document], Future] | None = None

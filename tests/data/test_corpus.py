@@ -15,8 +15,9 @@ import pytest
 import yaml
 
 from crystal.config import ConfigError
-from crystal.data import corpus, extract, packages
-from crystal.data.corpus import build, documents, fetch, load_recipe
+from crystal.data.corpus import build as corpus
+from crystal.data.corpus import extract, packages
+from crystal.data.corpus.build import build, documents, fetch, load_recipe
 
 CODE = {
     f"toy/m{i}.py": f"def f{i}(x):\n    return x + {i}\n" * (1 + i) + f"VALUE_{i} = {i * 7}\n" * 8 for i in range(6)
@@ -132,8 +133,8 @@ def test_the_same_archives_give_the_same_documents_in_any_cache_with_any_process
 
 def test_a_build_goes_on_without_workers_that_cannot_start(tmp_path, toy):
     """A main module read from stdin is one that no worker can import."""
-    script = "from crystal.data import corpus\nfrom pathlib import Path\n"
-    script += f"corpus.build(corpus.load_recipe({str(tmp_path / 'toy.yaml')!r}), Path({str(tmp_path)!r}), processes=2)"
+    script = "from crystal.data.corpus.build import build, load_recipe\nfrom pathlib import Path\n"
+    script += f"build(load_recipe({str(tmp_path / 'toy.yaml')!r}), Path({str(tmp_path)!r}), processes=2)"
     subprocess.run([sys.executable, "-"], input=script, text=True, check=True, capture_output=True)
     assert len(files_in(tmp_path / "corpora")) == 2
 

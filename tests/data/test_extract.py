@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from crystal.data import extract, filters, formats
-from crystal.data.recipe import Entry
+from crystal.data.corpus import extract, filters, package_formats
+from crystal.data.corpus.recipe import Entry
 
 RST = """\
 =======
@@ -139,7 +139,7 @@ def test_split_cuts_before_every_match_and_numbers_the_parts():
 def test_verses_are_gathered_by_chapter():
     rows = [("Job", 1, 1, "a"), ("Job", 1, 2, "b"), ("Job", 2, 1, "c")]
     lines = "\n".join(json.dumps(dict(zip(("book", "chapter", "verse", "text"), r, strict=True))) for r in rows)
-    found = list(formats.verses([("k", lines.encode())]))
+    found = list(package_formats.verses([("k", lines.encode())]))
     assert found == [("k#Job-1", "Job 1\n\na\nb"), ("k#Job-2", "Job 2\n\nc")]
 
 
@@ -153,25 +153,29 @@ def test_dictd_reads_each_entry_once_and_not_the_head_of_the_database():
     zebra = data.index(b"Zebra")
     index = line("00-database-info", 0, 6) + line("abacus", 6, zebra) + line("frame", 6, zebra)
     index += line("zebra", zebra, len(data))
-    found = list(formats.dictd(members(d_index=index.encode(), d_dict_dz=gzip.compress(data))))
+    found = list(package_formats.dictd(members(d_index=index.encode(), d_dict_dz=gzip.compress(data))))
     assert found == [("d.index#0", "Abacus\n frame of balls\n\nZebra\n striped")]
 
 
 def test_dictionary_entries_are_gathered_into_several_documents():
     lines = b"".join(b"1 00 n 01 dog 0 000 | " + b"x" * 900 + b"\n" for _ in range(20))
-    found = list(formats.wordnet([("dict/data.noun", lines)]))
+    found = list(package_formats.wordnet([("dict/data.noun", lines)]))
     assert [path for path, _ in found] == ["dict/data.noun#0", "dict/data.noun#1", "dict/data.noun#2"]
 
 
 def test_wordnet_synsets():
     line = b"  1 a licence | of words\n00001740 03 n 02 dog 0 domestic_dog 0 001 @ 1 n 0 | a pet; barks  \n"
-    assert list(formats.wordnet([("data.noun", line)])) == [("data.noun#0", "dog, domestic dog (noun): a pet; barks")]
+    assert list(package_formats.wordnet([("data.noun", line)])) == [
+        ("data.noun#0", "dog, domestic dog (noun): a pet; barks")
+    ]
 
 
 def test_sword_blocks_are_cut_into_chapters_without_notes():
     osis = b'<title>Head</title><chapter sID="1"/>In the <w>beginning</w><note>no</note>.<lb/>Next &amp; last'
     block = zlib.compress(osis)
-    found = list(formats.sword(members(ot_bzs=struct.pack("<III", 2, len(block), len(osis)), ot_bzz=b"zz" + block)))
+    found = list(
+        package_formats.sword(members(ot_bzs=struct.pack("<III", 2, len(block), len(osis)), ot_bzz=b"zz" + block))
+    )
     assert found == [("ot.bzs#0.0", "Head"), ("ot.bzs#0.1", "In the beginning.\nNext & last")]
 
 
@@ -183,13 +187,13 @@ def test_r_character_vectors():
         return struct.pack(">I", len(body)) + zlib.compress(body)
 
     first = record([b"CHAPTER I", None, b"It is a truth"])
-    found = list(formats.rdata([("a.rdb", first + record([b"Emma"]))]))
+    found = list(package_formats.rdata([("a.rdb", first + record([b"Emma"]))]))
     assert found == [("a.rdb@0", "CHAPTER I\n\nIt is a truth"), (f"a.rdb@{len(first)}", "Emma")]
 
 
 def test_factbook_headings_and_texts():
     country = {"Geography": {"Area": {"land": {"text": "5 <b>km</b> ++ flat"}}, "Note": {"text": ""}}}
-    found = list(formats.factbook([("xx.json", json.dumps(country).encode())]))
+    found = list(package_formats.factbook([("xx.json", json.dumps(country).encode())]))
     assert found == [("xx.json", "Geography\nArea\nland: 5 km \n flat")]
 
 

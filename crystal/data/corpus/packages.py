@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from crystal.config import ConfigError
-from crystal.data.recipe import PACKAGE, Entry
+from crystal.data.corpus.recipe import PACKAGE, Entry
 from crystal.output.interrupts import child, end_children
 from crystal.output.progress import Bar
 

@@ -8,8 +8,8 @@ import pytest
 import zstandard
 
 from crystal.config import ConfigError
-from crystal.data import local
-from crystal.data.recipe import Entry
+from crystal.data.corpus import user_files
+from crystal.data.corpus.recipe import Entry
 
 ROWS = [
     {"text": "one", "meta": {"redpajama_set_name": "RedPajamaBook"}, "hash": "aa", "lic": "MIT"},
@@ -41,7 +41,7 @@ def write(path, rows=ROWS):
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.jsonl.gz", "a.jsonl.zst", "a.parquet"])
 def test_every_format_gives_the_same_rows(tmp_path, name):
     file = write(tmp_path / name)
-    assert list(local.rows(entry(file))) == [
+    assert list(user_files.rows(entry(file))) == [
         (f"{name}:1", "one", "CC0-1.0"),
         (f"{name}:2", "two\nlines é", "CC0-1.0"),
         (f"{name}:3", "three", "CC0-1.0"),
@@ -51,7 +51,7 @@ def test_every_format_gives_the_same_rows(tmp_path, name):
 @pytest.mark.parametrize("name", ["a.jsonl", "a.parquet"])
 def test_keys_of_a_row_can_be_chosen(tmp_path, name):
     keys = {"text_key": "hash", "id_key": "meta.redpajama_set_name", "license_key": "lic"}
-    assert list(local.rows(entry(write(tmp_path / name), **keys))) == [
+    assert list(user_files.rows(entry(write(tmp_path / name), **keys))) == [
         (f"{name}:RedPajamaBook", "aa", "MIT"),
         (f"{name}:RedPajamaC4", "bb", "CC0-1.0"),
         (f"{name}:RedPajamaBook", "cc", "MIT OR ISC"),
@@ -61,7 +61,7 @@ def test_keys_of_a_row_can_be_chosen(tmp_path, name):
 @pytest.mark.parametrize("name", ["a.jsonl.zst", "a.parquet"])
 def test_where_keeps_rows_with_a_value_and_their_line_numbers(tmp_path, name):
     file = write(tmp_path / name)
-    found = local.rows(entry(file, where={"meta.redpajama_set_name": "RedPajamaBook"}))
+    found = user_files.rows(entry(file, where={"meta.redpajama_set_name": "RedPajamaBook"}))
     assert [path for path, _, _ in found] == [f"{name}:1", f"{name}:3"]
 
 
@@ -69,14 +69,14 @@ def test_a_directory_is_walked_in_order_and_other_files_are_passed_over(tmp_path
     for name in ("b.jsonl", "a/z.jsonl.gz", "a/b.jsonl"):
         write(tmp_path / name, ROWS[:1])
     (tmp_path / "README.md").write_text("no data")
-    paths = [path for path, _, _ in local.rows(entry(tmp_path))]
+    paths = [path for path, _, _ in user_files.rows(entry(tmp_path))]
     assert paths == ["a/b.jsonl:1", "a/z.jsonl.gz:1", "b.jsonl:1"]
 
 
 def test_a_glob_names_files_from_its_fixed_part(tmp_path):
     for name in ("train/1/x.jsonl", "train/2/x.jsonl", "test/1/x.jsonl"):
         write(tmp_path / name, ROWS[:1])
-    paths = [path for path, _, _ in local.rows(entry(tmp_path / "train/*/x.jsonl"))]
+    paths = [path for path, _, _ in user_files.rows(entry(tmp_path / "train/*/x.jsonl"))]
     assert paths == ["1/x.jsonl:1", "2/x.jsonl:1"]
 
 
@@ -87,13 +87,13 @@ def test_rows_are_streamed(tmp_path, name):
     file = tmp_path / name
     packed = gzip.compress(rows) if name.endswith("gz") else zstandard.compress(rows) if "zst" in name else rows
     file.write_bytes(packed[: len(packed) // 2])
-    found = list(itertools.islice(local.rows(entry(file)), 100))
+    found = list(itertools.islice(user_files.rows(entry(file)), 100))
     assert [text[:2] for _, text, _ in found[:2]] == ["00", "11"]
 
 
 def fails(files, **keys):
     with pytest.raises(ConfigError) as error:
-        list(local.rows(entry(files, **keys)))
+        list(user_files.rows(entry(files, **keys)))
     message = str(error.value)
     assert "\n" not in message
     return message
@@ -164,15 +164,15 @@ def test_a_line_without_text_says_where_and_what_was_found_and_can_be_passed_ove
     packers = {".gz": gzip.compress, ".zst": zstandard.compress}
     file.write_bytes(packers.get(file.suffix, bytes)(content))
     assert fails(file).startswith(f"{file}:4: {message}")
-    reading = local.Reading()
-    texts = [text for _, text, _ in local.rows(entry(file, skip_bad=True), reading)]
+    reading = user_files.Reading()
+    texts = [text for _, text, _ in user_files.rows(entry(file, skip_bad=True), reading)]
     assert texts == [row["text"] for row in ROWS] * 2
     assert (reading.skipped, reading.first.startswith(f"{file}:4: {message}")) == (1, True)
 
 
 def test_blank_lines_at_the_end_do_no_harm(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(LINES + b"\n  \n")
-    assert len(list(local.rows(entry(tmp_path / "a.jsonl")))) == 3
+    assert len(list(user_files.rows(entry(tmp_path / "a.jsonl")))) == 3
 
 
 @pytest.mark.parametrize("content", [json.dumps(ROWS), json.dumps(ROWS, indent=1), json.dumps(ROWS[0], indent=1)])
@@ -186,7 +186,7 @@ def test_json_that_is_not_a_line_an_object_is_told_apart(tmp_path, content):
 def test_csv_and_tsv_are_rows_with_the_columns_of_their_first_line(tmp_path):
     (tmp_path / "a.csv").write_text('\ufeffname,text\nx,"one, ""two""\nthree"\ny,four\n')
     (tmp_path / "b.tsv.gz").write_bytes(gzip.compress(b"text\tn\nfive\t5\n"))
-    assert list(local.rows(entry(tmp_path, id_key="name"))) == [
+    assert list(user_files.rows(entry(tmp_path, id_key="name"))) == [
         ("a.csv:x", 'one, "two"\nthree', "CC0-1.0"),
         ("a.csv:y", "four", "CC0-1.0"),
         ("b.tsv.gz:1", "five", "CC0-1.0"),
@@ -206,18 +206,18 @@ def test_plain_files_are_documents_under_their_path(tmp_path):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(text.encode())
     (tmp_path / "src/c.py.gz").write_bytes(gzip.compress(b"c = 3\n"))
-    assert list(local.rows(entry(tmp_path / "src/**/*.py"))) == [
+    assert list(user_files.rows(entry(tmp_path / "src/**/*.py"))) == [
         ("a/a.py", "a = 'é'\n", "CC0-1.0"),
         ("b.py", "b = 1\n", "CC0-1.0"),
     ]
-    assert list(local.rows(entry(tmp_path / "src/c.py.gz"))) == [("c.py.gz", "c = 3\n", "CC0-1.0")]
-    assert list(local.rows(entry(tmp_path / "src/b.py"))) == [("b.py", "b = 1\n", "CC0-1.0")]
+    assert list(user_files.rows(entry(tmp_path / "src/c.py.gz"))) == [("c.py.gz", "c = 3\n", "CC0-1.0")]
+    assert list(user_files.rows(entry(tmp_path / "src/b.py"))) == [("b.py", "b = 1\n", "CC0-1.0")]
 
 
 def test_a_long_plain_file_is_cut_at_empty_lines_into_documents(tmp_path):
     text = "".join(f"line {i} of a long book\n" + "\n" * (i % 10 == 0) for i in range(5_000))
     (tmp_path / "book.txt").write_text(text)
-    found = list(local.rows(entry(tmp_path / "book.txt")))
+    found = list(user_files.rows(entry(tmp_path / "book.txt")))
     assert "".join(piece for _, piece, _ in found) == text
     assert len(found) == 4
     assert all(piece.endswith("\n\n") for _, piece, _ in found[:-1])
@@ -229,9 +229,9 @@ def test_a_long_plain_file_is_cut_at_empty_lines_into_documents(tmp_path):
 
 def test_a_file_of_one_endless_line_is_not_held_whole(tmp_path):
     (tmp_path / "a.txt").write_text("é" * 500_000)
-    found = list(local.rows(entry(tmp_path / "a.txt")))
+    found = list(user_files.rows(entry(tmp_path / "a.txt")))
     assert "".join(piece for _, piece, _ in found) == "é" * 500_000
-    assert max(len(piece) for _, piece, _ in found) < 4 * local._PIECE
+    assert max(len(piece) for _, piece, _ in found) < 4 * user_files._PIECE
 
 
 @pytest.mark.parametrize(
@@ -247,8 +247,8 @@ def test_a_plain_file_that_is_no_text_says_so_and_can_be_passed_over(tmp_path, c
     (tmp_path / "a.txt").write_bytes(content)
     (tmp_path / "b.txt").write_text("good")
     assert fails(tmp_path / "*.txt") == f"{tmp_path / 'a.txt'}{message}"
-    reading = local.Reading()
-    found = list(local.rows(entry(tmp_path / "*.txt", skip_bad=True), reading))
+    reading = user_files.Reading()
+    found = list(user_files.rows(entry(tmp_path / "*.txt", skip_bad=True), reading))
     assert found == [("b.txt", "good", "CC0-1.0")]
     assert (reading.skipped, reading.first) == (1, f"{tmp_path / 'a.txt'}{message}")
 

@@ -80,7 +80,7 @@ class Entry(Strict):
 class Source(Strict):
     """One class of text."""
 
-    filter: Literal["english", "code", "html", "none"] = "none"  # crystal.data.filters
+    filter: Literal["english", "code", "html", "none"] = "none"  # crystal.data.corpus.filters
     exclude: str | None = None  # of every package here, beside the entry's own
     max_bytes: int | None = Field(default=None, gt=0)
     entries: tuple[Entry, ...] = Field(min_length=1)

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from crystal.config import ConfigError
-from crystal.data.recipe import Entry
+from crystal.data.corpus.recipe import Entry
 
 ROW_FORMATS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 _PACKED = (".gz", ".zst")  # before which any other suffix but .parquet's may stand

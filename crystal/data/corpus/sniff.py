@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from crystal.config import ConfigError
-from crystal.data import local
+from crystal.data.corpus import user_files
 
 LANGUAGES = {  # plain files by suffix; code is what FIM and StarCoder's rules are for
     "text": "txt text md markdown rst tex org",
@@ -74,13 +74,13 @@ def sources_of(paths: Iterable[Path]) -> tuple[dict[str, list[Found]], Counter]:
             if not filled:
                 passed_over["empty"] += len(files)
                 continue
-            kind = local.row_format(filled[0])
+            kind = user_files.row_format(filled[0])
             keys = _keys(filled) if kind else {}
             size = round(sum(f.stat().st_size * _UNPACKED.get(f.suffix.lower(), 1.0) for f in filled))
             sources[source].append(Found(glob, len(filled), size, kind or filled[0].suffix, keys))
     if not sources:
         found = ", ".join(f"{count} {name}" for name, count in passed_over.most_common(5)) or "none"
-        shown, kinds = ", ".join(map(str, paths)), " ".join(local.ROW_FORMATS)
+        shown, kinds = ", ".join(map(str, paths)), " ".join(user_files.ROW_FORMATS)
         raise ConfigError(f"--data: {shown}: expected files of rows ({kinds}) or text, found {found}")
     return dict(sorted(sources.items())), passed_over
 
@@ -96,7 +96,7 @@ def _groups(path: Path, passed_over: Counter) -> dict[tuple[str, str], list[Path
     base = path.resolve()
     for file in [base] if base.is_file() else _files_under(base):
         suffix = _whole_suffix(file)
-        rows = local.row_format(file) is not None
+        rows = user_files.row_format(file) is not None
         language = None if rows else _LANGUAGE_OF.get(f".{suffix.split('.')[1]}" if suffix else "")  # .txt of .txt.gz
         if not rows and language is None:
             passed_over[suffix or "without suffix"] += 1
@@ -134,7 +134,9 @@ def _name(text: str) -> str:
 
 def _keys(files: list[Path]) -> dict[str, str]:
     """text_key, id_key and license_key of files of rows, from the first rows. Raises ConfigError where none is text."""
-    rows = [row for file in files[:_SAMPLED_FILES] for row in itertools.islice(local.raw_rows(file), _SAMPLED_ROWS)]
+    rows = [
+        row for file in files[:_SAMPLED_FILES] for row in itertools.islice(user_files.raw_rows(file), _SAMPLED_ROWS)
+    ]
     flat = [_flat(row) for row in rows if isinstance(row, dict)]
     if not flat:
         raise ConfigError(f"{files[0]}: expected rows with named values, found {'none' if not rows else 'others'}")

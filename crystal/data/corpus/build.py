@@ -23,8 +23,8 @@ from typing import TYPE_CHECKING, Annotated
 from pydantic import Field
 
 from crystal.config import ConfigError, Strict, cache_dir, find, load_yaml, nearest, parse
-from crystal.data import extract, filters, local, packages
-from crystal.data.recipe import Entry, Source
+from crystal.data.corpus import extract, filters, packages, user_files
+from crystal.data.corpus.recipe import Entry, Source
 from crystal.output.interrupts import shielded
 from crystal.output.progress import Bar
 
@@ -104,14 +104,16 @@ def needs(recipe: Recipe, sources: list[str], cache: Path) -> Iterator[str]:
         for entry in held:
             if entry.files is not None:
                 try:
-                    local.files(entry)
+                    user_files.files(entry)
                 except ConfigError as error:
                     missing.setdefault(str(error), []).append(name)
     for problem, names in missing.items():
         yield f"{problem} (source {', '.join(dict.fromkeys(names))})"
 
 
-def documents(recipe: Recipe, source: str, cache: Path, reading: local.Reading | None = None) -> Iterator[Document]:
+def documents(
+    recipe: Recipe, source: str, cache: Path, reading: user_files.Reading | None = None
+) -> Iterator[Document]:
     """The documents of one source, in an order that depends on nothing but the recipe and its archives.
 
     Fetches and extracts what is not yet in the cache. reading: is told how far it is, and what of
@@ -120,7 +122,7 @@ def documents(recipe: Recipe, source: str, cache: Path, reading: local.Reading |
     """
     if source not in recipe.sources:
         raise ConfigError(f"corpus {recipe.name}: no source '{source}'{nearest(source, recipe.sources)}")
-    reading = reading or local.Reading()
+    reading = reading or user_files.Reading()
     if not _copied(recipe.sources[source]):
         reading.total = sum(file.stat().st_size for _, file in _files(recipe.sources[source], cache))
         return _made(source, recipe.sources[source], cache, reading)
@@ -212,22 +214,24 @@ def _build(job: tuple[str, Source, Path, Path], bar: Bar | None = None) -> None:
     aside.replace(_built(name, source, cache))
 
 
-def _read(file: Path, reading: local.Reading) -> Iterator[Document]:
+def _read(file: Path, reading: user_files.Reading) -> Iterator[Document]:
     entry = Entry(license="as recorded", files=str(file))
-    for _, row in local.read(file, entry, reading):
+    for _, row in user_files.read(file, entry, reading):
         yield Document(**row)
 
 
 def _made(
-    name: str, source: Source, cache: Path, reading: local.Reading | None = None, bar: Bar | None = None
+    name: str, source: Source, cache: Path, reading: user_files.Reading | None = None, bar: Bar | None = None
 ) -> Iterator[Document]:
     """The documents of a source, made from its archives and files."""
     seen = filters.Seen() if _copied(source) else None
-    reading = reading or local.Reading()
+    reading = reading or user_files.Reading()
     total, unfit = 0, 0
     for entry in source.entries:
         size = 0
-        for path, text, license_ in _package(entry, source, cache) if entry.package else local.rows(entry, reading):
+        for path, text, license_ in (
+            _package(entry, source, cache) if entry.package else user_files.rows(entry, reading)
+        ):
             text = text.encode("utf-8", "replace").decode("utf-8")  # a lone surrogate cannot be written
             if not text.strip():
                 reading.skip(f"{path}: an empty document")
@@ -249,7 +253,7 @@ def _made(
         raise ConfigError(f"source {name}: {_nothing(source, reading, unfit)}")
 
 
-def _nothing(source: Source, reading: local.Reading, unfit: int) -> str:
+def _nothing(source: Source, reading: user_files.Reading, unfit: int) -> str:
     """Why a source has no document."""
     if unfit:
         return f"none of its {unfit + reading.skipped} documents passes its filter '{source.filter}'"
@@ -277,7 +281,7 @@ def _files(source: Source, cache: Path) -> list[tuple[str, Path]]:
 
 
 def _files_of(entry: Entry, cache: Path) -> list[tuple[str, Path]]:
-    return [("", packages.archive(entry, cache))] if entry.package else local.files(entry)
+    return [("", packages.archive(entry, cache))] if entry.package else user_files.files(entry)
 
 
 def _source_fingerprint(source: Source, cache: Path, bar: Bar | None = None) -> str:

@@ -1,0 +1,1 @@
+"""Corpora: what there is to train on, found, fetched, extracted and filtered, document by document."""
