@@ -33,7 +33,7 @@ def create(
 
         return CpuBackend(model, plan, optimizer, schedule, seed, n_sources, config)
     if config.name == "cuda":
-        from crystal.backends.cuda import CudaBackend
+        from crystal.backends.cuda.backend import CudaBackend
 
         return CudaBackend(model, plan, optimizer, schedule, seed, n_sources, config)
     if config.name == "cerebras":

@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from crystal.backends.base import started_processes
 from crystal.backends.config import BackendConfig, CudaConfig
-from crystal.backends.processes import meet
+from crystal.backends.cuda.mesh import meet
 from crystal.kernels import tuning
 
 Found = TypeVar("Found")

@@ -18,7 +18,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from crystal.backends.parallel import split_blocks
+from crystal.backends.cuda.parallelize import split_blocks
 from crystal.config import ConfigError
 from crystal.coordinates import Asked, check_model
 from crystal.mup.coord_check import CoordCheck

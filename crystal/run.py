@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from pydantic import Field
 
 from crystal.backends.config import BackendConfig, CpuConfig, OptimizerConfig
-from crystal.backends.layout import check_layout
+from crystal.backends.cuda.layout import check_layout
 from crystal.config import COMMAND_LINE, Config, ConfigError, Strict, find, load_yaml, mistake, override, parse
 from crystal.curriculum.config import CurriculumConfig, split_entry
 from crystal.curriculum.resolve import resolve

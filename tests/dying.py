@@ -48,7 +48,8 @@ def start_training(path, where=None, count=0):
 def _train(path, where, count, environment):
     import torch
 
-    from crystal.backends.weight_streaming import boundaries, store, transfer
+    from crystal.backends.weight_streaming import boundaries, store
+    from crystal.backends.weight_streaming import io as transfer
     from crystal.run import load_run
     from crystal.training.start import start
 

@@ -22,7 +22,6 @@ from crystal.backends.machine import with_dtype
 from crystal.backends.weight_streaming.boundaries import Boundaries, load_boundaries
 from crystal.backends.weight_streaming.executor import Executor
 from crystal.backends.weight_streaming.gradients import Gradients
-from crystal.backends.weight_streaming.layout import Piece
 from crystal.backends.weight_streaming.reduce import (
     executors,
     join_executors,
@@ -31,6 +30,7 @@ from crystal.backends.weight_streaming.reduce import (
     sum_over_executors_,
 )
 from crystal.backends.weight_streaming.store import Store, Update
+from crystal.backends.weight_streaming.store_layout import Piece
 from crystal.backends.weight_streaming.stream import Stream
 from crystal.backends.weight_streaming.update import Updater
 from crystal.config import ConfigError

@@ -16,7 +16,7 @@ from torch.func import functional_call
 from crystal.backends.base import MicroBatch
 from crystal.backends.weight_streaming.boundaries import Boundaries
 from crystal.backends.weight_streaming.gradients import Gradients, Sums
-from crystal.backends.weight_streaming.layout import Piece
+from crystal.backends.weight_streaming.store_layout import Piece
 from crystal.backends.weight_streaming.stream import Stream
 from crystal.memory import release_heap
 from crystal.zoo.decoder import Decoder

@@ -10,9 +10,9 @@ from collections.abc import Callable
 from torch import Tensor
 
 from crystal.backends.adamw import gradient_norm
-from crystal.backends.weight_streaming.layout import Piece
 from crystal.backends.weight_streaming.reduce import sum_over_executors_
 from crystal.backends.weight_streaming.store import Store
+from crystal.backends.weight_streaming.store_layout import Piece
 from crystal.backends.weight_streaming.stream import Stream
 
 

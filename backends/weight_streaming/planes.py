@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from crystal.backends.weight_streaming.layout import SCALED
+from crystal.backends.weight_streaming.store_layout import SCALED
 
 
 def join(high: Tensor, low: Tensor, out: Tensor) -> Tensor:

@@ -20,9 +20,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from crystal.backends.weight_streaming.layout import HIGH, LOW, Piece, Plane, layout
+from crystal.backends.weight_streaming.io import Buffer, DiskFile, File, Line, MemoryFile, Ticket
 from crystal.backends.weight_streaming.planes import decode_m, decode_v, encode_m, encode_v, join, split
-from crystal.backends.weight_streaming.transfer import Buffer, DiskFile, File, Line, MemoryFile, Ticket
+from crystal.backends.weight_streaming.store_layout import HIGH, LOW, Piece, Plane, layout
 from crystal.config import ConfigError
 from crystal.files import sync
 from crystal.mup.plan import Plan

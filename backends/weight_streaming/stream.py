@@ -14,10 +14,10 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from crystal.backends.weight_streaming.layout import HIGH, LOW, Piece, Plane
+from crystal.backends.weight_streaming.io import Buffer, Ticket
 from crystal.backends.weight_streaming.planes import join
 from crystal.backends.weight_streaming.store import Store, Update
-from crystal.backends.weight_streaming.transfer import Buffer, Ticket
+from crystal.backends.weight_streaming.store_layout import HIGH, LOW, Piece, Plane
 from crystal.backends.weight_streaming.update import Updater
 
 GRAIN = 1 << 18  # elements; even the scales of a chunk that begins at a multiple of it begin at a page

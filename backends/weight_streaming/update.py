@@ -14,9 +14,9 @@ from torch import Tensor
 import crystal.kernels.native as native
 from crystal.backends.adamw import adamw_, native_numbers
 from crystal.backends.config import OptimizerConfig
-from crystal.backends.weight_streaming.layout import Piece
 from crystal.backends.weight_streaming.planes import decode_m, decode_v, encode_m, encode_v, join, split
 from crystal.backends.weight_streaming.store import Update
+from crystal.backends.weight_streaming.store_layout import Piece
 from crystal.mup.plan import Plan
 
 STRETCH = 1 << 19  # elements at a time: what an update touches stays in the cache

@@ -13,8 +13,8 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from crystal.mup.drawn import Draw, build_on_meta
-from crystal.mup.trace import Multipliers, trace_multipliers
+from crystal.mup.forward_trace import Multipliers, trace_multipliers
+from crystal.mup.init_trace import Draw, build_on_meta
 from crystal.mup.verdict import CheckError
 
 

@@ -20,7 +20,7 @@ from torch._dynamo.utils import counters
 from crystal import checkpoint
 from crystal.backends.base import MicroBatch
 from crystal.backends.config import CudaConfig, Layout, OptimizerConfig
-from crystal.backends.cuda import CudaBackend
+from crystal.backends.cuda.backend import CudaBackend
 from crystal.run import load_run
 from crystal.training.guards import plan_differences
 from crystal.training.saving import Saver

@@ -18,9 +18,11 @@ from torch.utils._pytree import tree_leaves
 from crystal.backends.base import MicroBatch
 from crystal.backends.config import CudaConfig, Layout, OptimizerConfig
 from crystal.backends.cost import block_activation_bytes, flops_per_token
-from crystal.backends.cuda import CudaBackend
+from crystal.backends.cuda.backend import CudaBackend
+from crystal.backends.cuda.mesh import join
+from crystal.backends.cuda.parallelize import held_by, parallelise
+from crystal.backends.cuda.stage import Stage, layers_of
 from crystal.backends.device import load_device
-from crystal.backends.parallel import held_by, parallelise
 from crystal.backends.planner import (
     SPLIT,
     Work,
@@ -39,8 +41,6 @@ from crystal.backends.planner import (
     smallest,
     traffic,
 )
-from crystal.backends.processes import join
-from crystal.backends.stage import Stage, layers_of
 from crystal.zoo.build import build, parameter_count, plan_for
 from crystal.zoo.config import ModelConfig, model_config
 

@@ -9,7 +9,8 @@ import torch
 from crystal.backends.base import MicroBatch
 from crystal.backends.config import CpuConfig, OptimizerConfig, WeightStreamingConfig
 from crystal.backends.cpu import CpuBackend
-from crystal.backends.weight_streaming import stream, transfer
+from crystal.backends.weight_streaming import io as transfer
+from crystal.backends.weight_streaming import stream
 from crystal.backends.weight_streaming.backend import WeightStreamingBackend
 from crystal.zoo.build import plan_for
 from crystal.zoo.config import model_config

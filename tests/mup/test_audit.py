@@ -10,10 +10,10 @@ from transformers import GPT2Config, GPT2LMHeadModel, GraniteConfig, GraniteForC
 
 from crystal.check import audit_model
 from crystal.mup.audit import audit
-from crystal.mup.drawn import build_on_meta
+from crystal.mup.forward_trace import trace_multipliers
+from crystal.mup.init_trace import build_on_meta
 from crystal.mup.plan import make_plan
 from crystal.mup.rules import PARAMETRIZATIONS, Powers, Tuning
-from crystal.mup.trace import trace_multipliers
 from crystal.mup.verdict import CheckError
 
 HEADS = 4

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
 
-from crystal.backends.vocabulary import split_cross_entropy
+from crystal.backends.cuda.split_loss import split_cross_entropy
 from crystal.kernels import linear_cross_entropy
 from crystal.zoo.decoder import Decoder
 

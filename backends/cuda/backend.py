@@ -18,11 +18,11 @@ from torch import Tensor
 from crystal.backends.adamw import make_optimizer
 from crystal.backends.base import MicroBatch, Part, Schedule, StepResult
 from crystal.backends.config import CudaConfig, OptimizerConfig
+from crystal.backends.cuda.mesh import join, place_in
+from crystal.backends.cuda.parallelize import Held, held_by, parallelise
+from crystal.backends.cuda.pipeline import Pipeline, Straight
+from crystal.backends.cuda.stage import Stage, layers_of
 from crystal.backends.machine import with_dtype
-from crystal.backends.parallel import Held, held_by, parallelise
-from crystal.backends.pipeline import Pipeline, Straight
-from crystal.backends.processes import join, place_in
-from crystal.backends.stage import Stage, layers_of
 from crystal.config import ConfigError
 from crystal.mup.plan import Plan
 from crystal.zoo.build import build, initial_tensor

@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from crystal.backends.base import Part
 from crystal.backends.config import CudaConfig
-from crystal.backends.stage import Stage
+from crystal.backends.cuda.stage import Stage
 
 COLUMNS = ("attn.q", "attn.k", "attn.v", "mlp.gate", "mlp.up")  # each process has some heads, some of d_ff
 ROWS = ("attn.out", "mlp.down")  # and adds its part to the residual stream

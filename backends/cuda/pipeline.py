@@ -19,8 +19,8 @@ from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import Schedule1F1B, ScheduleInterleaved1F1B
 
 from crystal.backends.base import MicroBatch
-from crystal.backends.parallel import sharded_modules
-from crystal.backends.stage import Stage
+from crystal.backends.cuda.parallelize import sharded_modules
+from crystal.backends.cuda.stage import Stage
 
 # what a pass gives: the step's loss (of this process' rows), and each micro-batch's nll_BT; None before the last stage
 Losses = tuple[Tensor, list[Tensor]] | None

@@ -1,0 +1,1 @@
+"""`backend: {name: cuda}`: compiled blocks over a mesh of processes, with four kinds of parallelism."""
