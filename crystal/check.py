@@ -164,7 +164,7 @@ def audit_dict(report: Report, plan: Plan) -> dict:
 
 def audit_text(name: str, report: Report, plan: Plan) -> str:
     """Tensor by tensor, blocks that are alike folded into one line; then what is wrong."""
-    from crystal.describe import plan_table
+    from crystal.planning.describe import plan_table
 
     verdicts: dict[str, Verdict] = {}
     for row in report.rows:

@@ -129,7 +129,7 @@ def models(
         crystal models crystalcoder-7b
         crystal models crystalcoder-w256-l8 --plan
     """
-    from crystal import describe
+    from crystal.planning import describe
 
     if name is None:
         listing = describe.listing()
@@ -193,7 +193,7 @@ def train(
         crystal train demo --until 40
         crystal train crystalcoder-7b backend.name=weight_streaming --dry-run
     """
-    from crystal import describe
+    from crystal.planning import describe
     from crystal.run import load_run
     from crystal.training.start import check_until, start
 
@@ -243,7 +243,7 @@ def schedule(
         crystal schedule crystalcoder-7b --at 1,86,1500
         crystal schedule demo --stage 2 --plot curriculum.png
     """
-    from crystal import describe
+    from crystal.planning import describe
     from crystal.run import load_run
 
     result = describe.schedule(load_run(run, overrides or ()), stage, at, plot)
@@ -276,7 +276,7 @@ def plan(
         crystal plan amber-7b --devices 224
         crystal plan demo --device h100-80gb --with devices_per_node=4
     """
-    from crystal.plan_command import plan_run, plan_text
+    from crystal.planning.report import plan_run, plan_text
     from crystal.run import load_run
 
     loaded = load_run(run, overrides or ())

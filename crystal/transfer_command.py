@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING
 import torch
 
 from crystal.config import Config, ConfigError, override
-from crystal.describe import flops_per_token, matmul_rate
 from crystal.files import write_whole
 from crystal.kernels import tuning
 from crystal.mup.forecast import forecast
 from crystal.mup.transfer import Transfer, Trial, judge
 from crystal.output.progress import Bar, note
+from crystal.planning.describe import flops_per_token, matmul_rate
 from crystal.run import prepare_run
 from crystal.sweep import Sweep, as_trials, load_sweep, points, sweep_of
 from crystal.sweep_run import held, make_directory, read_record, run_sweep

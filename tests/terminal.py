@@ -23,8 +23,8 @@ from pathlib import Path
 
 CONTEXT = get_context("forkserver")
 CONTEXT.set_forkserver_preload(
-    "torch torch._dynamo torch.utils.tensorboard matplotlib.figure sentencepiece optuna crystal.cli crystal.describe "
-    "crystal.training.start crystal.check_command crystal.transfer_command crystal.plan_command crystal.generate "
+    "torch torch._dynamo torch.utils.tensorboard matplotlib.figure sentencepiece optuna crystal.cli crystal.planning.describe "
+    "crystal.training.start crystal.check_command crystal.transfer_command crystal.planning.report crystal.generate "
     "terminal".split()
 )
 

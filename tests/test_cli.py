@@ -208,12 +208,12 @@ def test_an_interrupt_outside_training_exits_130(crystal, monkeypatch):
     def interrupted():
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("crystal.describe.listing", interrupted)
+    monkeypatch.setattr("crystal.planning.describe.listing", interrupted)
     assert crystal("models") == (130, "", "crystal: interrupted\n")
 
 
 def test_our_own_mistakes_keep_their_traceback(crystal, monkeypatch):
-    monkeypatch.setattr("crystal.describe.listing", lambda: 1 / 0)
+    monkeypatch.setattr("crystal.planning.describe.listing", lambda: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         crystal("models")
 

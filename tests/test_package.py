@@ -26,7 +26,11 @@ FLOORS = [
     {"crystal.curriculum"},
     {"crystal.backends"},
     {"crystal.run", "crystal.checkpoint"},
-    {"crystal.training"},
+    {"crystal.training", "crystal.inference", "crystal.checks"},
+    {"crystal.bench", "crystal.interop"},
+    {"crystal.finetune", "crystal.analysis", "crystal.evaluation", "crystal.planning"},
+    {"crystal.sweeps", "crystal.workspace"},
+    {"crystal.release"},
 ]
 
 

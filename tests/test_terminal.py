@@ -415,9 +415,9 @@ OTHERS = {
     "data show --step 3": "crystal.data.tokenizer.Tokenizer.decode",
     "data where --step 3": "crystal.data.store.TokenStore.documents_in_row",
     "data when --doc x": "crystal.data.store.TokenStore.rows_of_document",
-    "schedule": "crystal.describe.schedule",
-    "train --dry-run": "crystal.describe.dry_run",
-    "plan": "crystal.plan_command.plan_run",
+    "schedule": "crystal.planning.describe.schedule",
+    "train --dry-run": "crystal.planning.describe.dry_run",
+    "plan": "crystal.planning.report.plan_run",
     "audit": "crystal.check.audit",
     "coord-check": "crystal.mup.coord_check.measure",
     "transfer --plan-only": "crystal.transfer_command.plan_only",
@@ -463,13 +463,13 @@ def test_a_bar_whose_block_was_never_entered_does_not_draw_after_the_command():
 
 @pytest.mark.parametrize("how", ["wordy", "forgetful"])
 def test_an_interrupt_that_others_lose_on_its_way_is_still_one(terminal, run, how):
-    term = terminal("schedule", run, slow={"crystal.describe.schedule": how})
+    term = terminal("schedule", run, slow={"crystal.planning.describe.schedule": how})
     term.until(lambda t: t.stuck)
     interrupted(term)
 
 
 def test_what_hears_no_interrupt_ends_at_the_second(terminal, run):
-    term = terminal("schedule", run, slow={"crystal.describe.schedule": "deaf"})
+    term = terminal("schedule", run, slow={"crystal.planning.describe.schedule": "deaf"})
     term.until(lambda t: t.stuck)
     term.type(b"\x03")
     time.sleep(1.1)  # sooner, it is the same one twice
@@ -477,7 +477,7 @@ def test_what_hears_no_interrupt_ends_at_the_second(terminal, run):
 
 
 def test_an_impatient_ctrl_c_is_one(terminal, run):
-    term = terminal("schedule", run, slow={"crystal.describe.schedule": None})
+    term = terminal("schedule", run, slow={"crystal.planning.describe.schedule": None})
     term.until(lambda t: t.stuck)
     term.type(b"\x03\x03\x03")
     interrupted(term, typed=True)

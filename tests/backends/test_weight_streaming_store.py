@@ -11,10 +11,10 @@ from executors import STEPS, train_on
 from test_weight_streaming import batches, config, pair, streaming
 
 from crystal.backends.config import WeightStreamingConfig
-from crystal.backends.cost import streaming_bytes
 from crystal.backends.weight_streaming.io import Buffer
 from crystal.backends.weight_streaming.store import Store
 from crystal.config import ConfigError
+from crystal.planning.cost import streaming_bytes
 from crystal.zoo.build import plan_for
 from crystal.zoo.config import model_config
 

@@ -24,19 +24,11 @@ from functools import lru_cache
 from math import gcd, prod
 
 from crystal.backends.config import Layout
-from crystal.backends.cost import (
-    COPY,
-    GRADIENT,
-    MOMENTS,
-    WEIGHT,
-    Recompute,
-    block_activation_bytes,
-    head_bytes,
-    recomputed_flops_per_token,
-)
-from crystal.backends.device import Device
+from crystal.planning.cost import COPY, GRADIENT, MOMENTS, WEIGHT, block_activation_bytes, head_bytes
+from crystal.planning.device import Device
 from crystal.zoo.build import meta_decoder
 from crystal.zoo.config import ModelConfig
+from crystal.zoo.flops import Recompute, recomputed_flops_per_token
 
 INTERLEAVE = (1, 2, 4)
 SPLIT = {  # dimension over which tensor parallelism divides a tensor (Shoeybi et al. 2019); all others are whole

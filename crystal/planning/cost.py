@@ -1,4 +1,4 @@
-"""What a decoder costs on paper: FLOPs, bytes of weights and optimizer state by backend, bytes of activations.
+"""What a decoder costs on paper: bytes of weights and optimizer state by backend, bytes of activations.
 
 State, in bytes a parameter: fp32 weights 4, fp32 gradients 4, AdamW's two fp32 moments 8, and with bf16 compute a
 rounded copy of the weights 2. (On `cpu` in bf16 the gradients of a single micro-batch take 2, of several 4.) What the
@@ -16,24 +16,15 @@ their selective recomputation. k and v count d each with grouped heads too, for 
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 
 from crystal.backends.config import BackendConfig, WeightStreamingConfig
 from crystal.zoo.build import parameter_count, plan_for
 from crystal.zoo.config import ModelConfig
+from crystal.zoo.flops import Recompute
 
 WEIGHT, GRADIENT, MOMENTS, COPY = 4, 4, 8, 2  # bytes a parameter
 HEAD_CHUNK = 4096  # tokens whose logits the loss head holds at a time on CUDA
-
-Recompute = Literal["none", "attention", "block"]
-
-
-def flops_per_token(config: ModelConfig, seq_len: int) -> int:
-    """6 x parameters that multiply (all but an untied input embedding) + 6 L d T for causal attention scores."""
-    embedding = 0 if config.tie_embeddings else config.vocab_size * config.d_model
-    return 6 * (parameter_count(config) - embedding) + 6 * config.n_layers * config.d_model * seq_len
 
 
 def state_bytes(config: ModelConfig, dtype: str) -> dict[str, int]:
@@ -110,13 +101,3 @@ def head_bytes(config: ModelConfig, tokens: int, tp: int = 1) -> int:
     words = -(-config.vocab_size // tp)
     chunk = min(tokens, HEAD_CHUNK) * words * (2 if tp == 1 else 4 + 2)  # split over devices it is scored in fp32
     return 2 * 2 * tokens * config.d_model + (4 + 2) * words * config.d_model + chunk
-
-
-def recomputed_flops_per_token(config: ModelConfig, seq_len: int, recompute: Recompute) -> int:
-    """FLOPs a token of one block that are done a second time."""
-    if recompute == "none":
-        return 0
-    d, kv = config.d_model, config.kv_heads * config.d_head
-    attention = 2 * d * (d + 2 * kv) + 2 * d * seq_len  # q, k, v and causal scores; the forward pass alone
-    rest = 2 * d * d + 2 * 3 * d * config.d_ff if recompute == "block" else 0
-    return attention + rest

@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from crystal.backends.device import load_device
-from crystal.backends.planner import Work
-from crystal.plan_command import bookkeeping
+from crystal.planning.device import load_device
+from crystal.planning.layouts import Work
+from crystal.planning.report import bookkeeping
 from crystal.zoo.config import model_config
 
 

@@ -12,7 +12,6 @@ import torch
 
 from crystal import checkpoint
 from crystal.backends.config import OptimizerConfig
-from crystal.backends.cost import flops_per_token, memory_bytes, run_bytes
 from crystal.config import ConfigError, cache_dir, parse
 from crystal.curriculum.config import split_entry
 from crystal.curriculum.resolve import resolve
@@ -20,10 +19,12 @@ from crystal.curriculum.stages import Curriculum, Stage
 from crystal.data.corpus import build as corpus
 from crystal.data.corpus.build import Recipe
 from crystal.mup.plan import Plan
+from crystal.planning.cost import memory_bytes, run_bytes
 from crystal.run import RunFile, check_vocabulary, corpus_of
 from crystal.training.record import with_recorded_dtype
 from crystal.zoo.build import parameter_count, plan_for
 from crystal.zoo.config import ModelConfig, families, preset, presets
+from crystal.zoo.flops import flops_per_token
 
 _PLAN_KEYS = (
     "tensor", "shape", "role", "group", "width_multiplier", "init", "init_std", "init_cut", "lr_multiplier",

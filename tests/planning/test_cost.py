@@ -10,21 +10,21 @@ from torch.utils.checkpoint import checkpoint
 
 from crystal.backends.base import MicroBatch
 from crystal.backends.config import CpuConfig, OptimizerConfig, WeightStreamingConfig
-from crystal.backends.cost import (
+from crystal.backends.cpu import CpuBackend
+from crystal.backends.weight_streaming.backend import WeightStreamingBackend
+from crystal.kernels.native import available
+from crystal.planning.cost import (
     block_activation_bytes,
-    flops_per_token,
     head_bytes,
     memory_bytes,
     run_bytes,
     state_bytes,
     streaming_bytes,
 )
-from crystal.backends.cpu import CpuBackend
-from crystal.backends.weight_streaming.backend import WeightStreamingBackend
-from crystal.kernels.native import available
 from crystal.zoo.build import build, multipliers_for, parameter_count, plan_for
 from crystal.zoo.config import model_config
 from crystal.zoo.decoder import Decoder
+from crystal.zoo.flops import flops_per_token
 
 
 def test_flops_of_a_token_by_hand():

@@ -6,13 +6,13 @@ import math
 from collections.abc import Sequence
 
 from crystal.backends.config import CudaConfig
-from crystal.backends.cost import flops_per_token
-from crystal.backends.device import Device, load_device
-from crystal.backends.planner import Candidate, Work, candidate, layouts, plan, sizes, smallest
 from crystal.config import ConfigError
 from crystal.curriculum.resolve import resolve
+from crystal.planning.device import Device, load_device
+from crystal.planning.layouts import Candidate, Work, candidate, layouts, plan, sizes, smallest
 from crystal.run import RunFile
 from crystal.zoo.build import parameter_count
+from crystal.zoo.flops import flops_per_token
 
 DAY = 86400
 

@@ -3,9 +3,9 @@
 import pytest
 import yaml
 
-from crystal import describe
 from crystal.config import ConfigError
 from crystal.data.corpus import packages
+from crystal.planning import describe
 from crystal.run import load_run
 
 

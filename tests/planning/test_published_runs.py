@@ -6,9 +6,9 @@ from typing import NamedTuple
 import pytest
 
 from crystal.backends.config import Layout
-from crystal.backends.device import load_device
-from crystal.backends.planner import Work, candidate, plan
-from crystal.plan_command import layout_text
+from crystal.planning.device import load_device
+from crystal.planning.layouts import Work, candidate, plan
+from crystal.planning.report import layout_text
 from crystal.zoo.build import parameter_count
 from crystal.zoo.config import ModelConfig, model_config
 

@@ -17,13 +17,13 @@ from torch.utils._pytree import tree_leaves
 
 from crystal.backends.base import MicroBatch
 from crystal.backends.config import CudaConfig, Layout, OptimizerConfig
-from crystal.backends.cost import block_activation_bytes, flops_per_token
 from crystal.backends.cuda.backend import CudaBackend
 from crystal.backends.cuda.mesh import join
 from crystal.backends.cuda.parallelize import held_by, parallelise
 from crystal.backends.cuda.stage import Stage, layers_of
-from crystal.backends.device import load_device
-from crystal.backends.planner import (
+from crystal.planning.cost import block_activation_bytes
+from crystal.planning.device import load_device
+from crystal.planning.layouts import (
     SPLIT,
     Work,
     candidate,
@@ -43,6 +43,7 @@ from crystal.backends.planner import (
 )
 from crystal.zoo.build import build, parameter_count, plan_for
 from crystal.zoo.config import ModelConfig, model_config
+from crystal.zoo.flops import flops_per_token
 
 AMBER, CRYSTAL = model_config("amber-7b"), model_config("crystalcoder-7b")
 BOTH = pytest.mark.parametrize("config", [AMBER, CRYSTAL], ids=["amber-7b", "crystalcoder-7b"])
