@@ -13,7 +13,7 @@ from collections import Counter
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from crystal.coordinates import Asked, check_model
+from crystal.checks.coord_check import Asked, check_model
 from crystal.mup.verdict import summary
 
 SEEDS = 100  # more than a check ever adds

@@ -8,8 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from crystal.checks.coord_check import DEPTH, WIDTHS, Asked, as_dict, check_beside, check_model, text, write
 from crystal.config import ConfigError
-from crystal.coordinates import DEPTH, WIDTHS, Asked, as_dict, check_beside, check_model, text, write
 from crystal.mup.coord_check import MIN_SEEDS
 from crystal.output.interrupts import finishing
 from crystal.output.progress import Bar
@@ -57,7 +57,7 @@ def run_check(
     with Bar(console, model, unit="models") as bar:
         progress = _shown_on(bar, model, asked, 1 + (out is not None))
         if under in ("fsdp", "tp"):
-            from crystal.check_sharded import check_sharded
+            from crystal.checks.sharded import check_sharded
 
             checks = check_sharded(model, asked, parametrization, under)
         else:

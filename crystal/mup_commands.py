@@ -36,7 +36,7 @@ def audit(
         crystal audit crystalcoder-7b
         crystal audit amber --parametrization mup --base 64
     """
-    from crystal.check import audit_dict, audit_model, audit_text
+    from crystal.checks.audit import audit_dict, audit_model, audit_text
 
     report, plan = audit_model(model, base, parametrization)
     print_result(audit_dict(report, plan), as_json, audit_text(model, report, plan))

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, GraniteConfig, GraniteForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from crystal.check import audit_model
+from crystal.checks.audit import audit_model
 from crystal.mup.audit import audit
 from crystal.mup.forward_trace import trace_multipliers
 from crystal.mup.init_trace import build_on_meta

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from crystal.coordinates import Asked, check_model
+from crystal.checks.coord_check import Asked, check_model
 from crystal.mup import assert_coordinate_check
 from crystal.mup.coord_panels import panels, quantities
 from crystal.mup.measure import Task, clean, measure

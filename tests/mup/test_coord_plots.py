@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from crystal.coordinates import Asked, check_beside, text, write
+from crystal.checks.coord_check import Asked, check_beside, text, write
 from crystal.mup.coord_panels import bundles, caption, kind_of, limits, panels, quantities, spread, worst_first
 from crystal.mup.coord_plots import draw, figure
 from crystal.mup.coord_svg import svg
@@ -170,7 +170,9 @@ def test_rows_are_sorted_from_the_worst():
     ],
 )
 def test_what_stands_beside_a_check(monkeypatch, model, given, over_width, over_depth):
-    monkeypatch.setattr("crystal.coordinates.coord_check", lambda task, sizes, **how: made_check({}, how["label"]))
+    monkeypatch.setattr(
+        "crystal.checks.coord_check.coord_check", lambda task, sizes, **how: made_check({}, how["label"])
+    )
     assert [c.label for c in check_beside(model, Asked(), given)] == [f"{model}, {over_width}"]
     assert [c.label for c in check_beside(model, Asked(depths=(2, 4, 8)), given)] == [f"{model}, {over_depth}"]
     both = check_beside(model, Asked(widths=(32, 64, 96), depths=(2, 4, 8)), given)

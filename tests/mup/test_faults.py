@@ -2,7 +2,7 @@
 
 import pytest
 
-from crystal.coordinates import Asked, check_model
+from crystal.checks.coord_check import Asked, check_model
 from crystal.mup.verdict import summary
 from tests.mup.faults import FAULTS, audited, coordinates
 

@@ -19,8 +19,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from crystal.backends.cuda.parallelize import split_blocks
+from crystal.checks.coord_check import Asked, check_model
 from crystal.config import ConfigError
-from crystal.coordinates import Asked, check_model
 from crystal.mup.coord_check import CoordCheck
 from crystal.output.interrupts import shielded
 

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import crystal
-from crystal.check import Checked, checked
+from crystal.checks.subject import Checked, checked
 from crystal.config import ConfigError
 from crystal.files import write_whole
 from crystal.kernels import tuning
