@@ -113,10 +113,10 @@ def transfer(
         crystal transfer transfer-mup --plan-only
         crystal transfer mine.yaml --workers 4 --out sweeps/mine
     """
-    from crystal import transfer_command
+    from crystal.sweeps import transfer as transfer_command
 
     if plan_only:
-        from crystal.sweep import load_sweep
+        from crystal.sweeps.sweep import load_sweep
 
         plan = transfer_command.plan_only(load_sweep(sweep, tuple(overrides or ()), out), workers)
         print_result(plan, as_json, transfer_command.plan_text(plan))

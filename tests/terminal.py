@@ -24,7 +24,7 @@ from pathlib import Path
 CONTEXT = get_context("forkserver")
 CONTEXT.set_forkserver_preload(
     "torch torch._dynamo torch.utils.tensorboard matplotlib.figure sentencepiece optuna crystal.cli crystal.planning.describe "
-    "crystal.training.start crystal.check_command crystal.transfer_command crystal.planning.report crystal.generate "
+    "crystal.training.start crystal.check_command crystal.sweeps.transfer crystal.planning.report crystal.generate "
     "terminal".split()
 )
 

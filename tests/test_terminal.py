@@ -420,7 +420,7 @@ OTHERS = {
     "plan": "crystal.planning.report.plan_run",
     "audit": "crystal.check.audit",
     "coord-check": "crystal.mup.coord_check.measure",
-    "transfer --plan-only": "crystal.transfer_command.plan_only",
+    "transfer --plan-only": "crystal.sweeps.transfer.plan_only",
 }
 
 

@@ -259,7 +259,7 @@ def test_the_optimum_depends_on_the_losses_differences_only(seed, noise, more, t
 )
 def test_the_documented_verdicts_are_what_their_trials_say(sweep, parametrization, verdict):
     """docs/mup/transfer-*: the numbers of transfer.json are made from the trials.json beside it, by today's rules."""
-    from crystal.sweep import as_trials
+    from crystal.sweeps.sweep import as_trials
 
     folder = Path(__file__).parents[2] / "docs" / "mup" / f"transfer-{sweep}"
     written = json.loads((folder / "transfer.json").read_text())

@@ -11,16 +11,16 @@ from pathlib import Path
 import pytest
 import yaml
 from command import crystal, crystal_process
-from sweeps import fill, load, write_sweep
+from sweep_files import fill, load, write_sweep
 
-from crystal import sweep_store
 from crystal.config import ConfigError
 from crystal.run import load_run
-from crystal.sweep import load_sweep
-from crystal.sweep_run import held
-from crystal.sweep_store import finished, open_trials
-from crystal.transfer_command import judge_again, report
-from crystal.transfer_target import check_target
+from crystal.sweeps import store as sweep_store
+from crystal.sweeps.store import finished, open_trials
+from crystal.sweeps.sweep import load_sweep
+from crystal.sweeps.target import check_target
+from crystal.sweeps.transfer import judge_again, report
+from crystal.sweeps.workers import held
 
 
 @pytest.fixture
@@ -196,7 +196,7 @@ def test_a_file_that_may_not_grow_is_one_line(sweep_file, tmp_path):
     code = f"""
 import resource
 from pathlib import Path
-from sweeps import fill, load
+from sweep_files import fill, load
 from crystal.config import ConfigError
 resource.setrlimit(resource.RLIMIT_FSIZE, ({size}, {size}))
 try:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from crystal.config import ConfigError
-from crystal.sweep import Range, Sweep, points
+from crystal.sweeps.sweep import Range, Sweep, points
 
 if TYPE_CHECKING:
     from optuna.storages import BaseStorage

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import yaml
 
-from crystal.sweep import Sweep, load_sweep
-from crystal.sweep_run import held, run_sweep
-from crystal.sweep_store import open_trials
+from crystal.sweeps.store import open_trials
+from crystal.sweeps.sweep import Sweep, load_sweep
+from crystal.sweeps.workers import held, run_sweep
 
 SWEEP = {
     "name": "tiny",

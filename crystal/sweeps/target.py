@@ -10,7 +10,7 @@ import yaml
 from crystal.config import Config, ConfigError, merge, parse
 from crystal.files import write_whole
 from crystal.run import RunConfig, load_run
-from crystal.sweep import Sweep, name_from
+from crystal.sweeps.sweep import Sweep, name_from
 
 
 def check_target(sweep: Sweep) -> None:

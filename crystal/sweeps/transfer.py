@@ -18,10 +18,10 @@ from crystal.mup.transfer import Transfer, Trial, judge
 from crystal.output.progress import Bar, note
 from crystal.planning.describe import flops_per_token, matmul_rate
 from crystal.run import prepare_run
-from crystal.sweep import Sweep, as_trials, load_sweep, points, sweep_of
-from crystal.sweep_run import held, make_directory, read_record, run_sweep
-from crystal.sweep_store import finished, open_trials
-from crystal.transfer_target import check_target, write_target
+from crystal.sweeps.store import finished, open_trials
+from crystal.sweeps.sweep import Sweep, as_trials, load_sweep, points, sweep_of
+from crystal.sweeps.target import check_target, write_target
+from crystal.sweeps.workers import held, make_directory, read_record, run_sweep
 from crystal.zoo.build import parameter_count
 
 if TYPE_CHECKING:

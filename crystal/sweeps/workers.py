@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING
 from crystal.config import ConfigError
 from crystal.files import write_whole
 from crystal.output.interrupts import shielded
-from crystal.sweep import Sweep, family, name_from
-from crystal.sweep_store import open_trials
-from crystal.sweep_trial import Point, run_trial
+from crystal.sweeps.store import open_trials
+from crystal.sweeps.sweep import Sweep, family, name_from
+from crystal.sweeps.trial import Point, run_trial
 from crystal.training.guards import alone_in
 
 if TYPE_CHECKING:

@@ -1,6 +1,6 @@
 """A sweep, read: which models, data and hyperparameters its trials have, and what makes two trials the same.
 
-A sweep is a YAML file. crystal/sweep_store.py keeps its trials, crystal/sweep_run.py runs them.
+A sweep is a YAML file. crystal/sweeps/store.py keeps its trials, crystal/sweeps/workers.py runs them.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from crystal.config import CONFIGS, Config, ConfigError, Strict, find, load_yaml
 from crystal.kernels import tuning
 from crystal.mup.transfer import Trial
 from crystal.run import RunFile, load_run
-from crystal.sweep_trial import Length, Rows
+from crystal.sweeps.trial import Length, Rows
 from crystal.zoo.config import ModelConfig, preset, with_width
 
 Parametrization = Literal["sp", "mup", "crystalcoder", "completep"]

@@ -11,13 +11,13 @@ import yaml
 from command import crystal, crystal_process
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from sweeps import fill, load, run, write_sweep
+from sweep_files import fill, load, run, write_sweep
 
 from crystal.config import ConfigError
 from crystal.kernels import tuning
-from crystal.sweep import Sweep, family, load_sweep, points
-from crystal.sweep_store import finished, open_trials
-from crystal.sweep_trial import Length, Point, run_trial
+from crystal.sweeps.store import finished, open_trials
+from crystal.sweeps.sweep import Sweep, family, load_sweep, points
+from crystal.sweeps.trial import Length, Point, run_trial
 
 DOCS = Path(__file__).parents[1] / "docs" / "mup"
 
@@ -247,7 +247,7 @@ def test_mistakes_are_one_line_that_names_the_key(sweep_file, override, words):
 
 def test_each_depth_is_judged_by_itself(sweep_file):
     """The best over depths would be the deepest model's, whatever the shallow ones' optima do."""
-    from crystal.transfer_command import report
+    from crystal.sweeps.transfer import report
 
     sweep = load(sweep_file, "depths=[1, 2]", "beside=[]")
     fill(sweep)
@@ -259,7 +259,7 @@ def test_each_depth_is_judged_by_itself(sweep_file):
 
 
 def test_the_plan_says_what_was_measured_here_beside_the_documented_sweep(monkeypatch):
-    from crystal import transfer_command
+    from crystal.sweeps import transfer as transfer_command
 
     monkeypatch.setattr(transfer_command, "matmul_rate", lambda dtype: 2e11)
     monkeypatch.setattr(tuning, "processor", lambda: "A Processor 9000")
@@ -275,7 +275,7 @@ def test_the_plan_says_what_was_measured_here_beside_the_documented_sweep(monkey
 
 
 def test_more_workers_take_less_time_on_paper(sweep_file, monkeypatch):
-    from crystal import transfer_command
+    from crystal.sweeps import transfer as transfer_command
 
     monkeypatch.setattr(transfer_command, "matmul_rate", lambda dtype: 1e9)
     monkeypatch.setattr(transfer_command.os, "cpu_count", lambda: 2)
