@@ -39,17 +39,17 @@ def import_(
     if model is not None and source.suffix != ".mdl":
         raise ConfigError(f"--model: expected a .mdl to go with it, got {source}")
     if to.suffix in (".yaml", ".yml"):
-        from crystal.modelzoo_read import import_parameters
+        from crystal.interop.cerebras_params_read import import_parameters
 
         result = import_parameters(source, to)
         print_result(result, as_json, f"{len(result['stages'])} stages from {source} to {to}; its data: is to fill in")
         return
     if source.suffix == ".mdl":
-        from crystal.interchange_cerebras import import_mdl
+        from crystal.interop.cerebras_mdl import import_mdl
 
         result = import_mdl(source, to, model)
     else:
-        from crystal.interchange import import_published
+        from crystal.interop.huggingface import import_published
 
         result = import_published(source, to)
     print_result(result, as_json, f"{result['parameters']:,} parameters from {source} to {to}")
@@ -80,17 +80,17 @@ def export(
         crystal export demo --to cerebras-yaml --out model-zoo
     """
     if to == "cerebras-yaml":
-        from crystal.modelzoo import export_parameters
+        from crystal.interop.cerebras_params_write import export_parameters
 
         result = export_parameters(str(source), out)
         text = "\n".join([f"{file}: written from {source}" for file in result["files"]] + result["left_out"])
         print_result(result, as_json, text)
         return
     if to == "mdl":
-        from crystal.interchange_cerebras import export_mdl
+        from crystal.interop.cerebras_mdl import export_mdl
 
         print_result(export_mdl(source, out), as_json, f"{out}: written from {source}")
         return
-    from crystal.interchange import export_published
+    from crystal.interop.huggingface import export_published
 
     print_result({"out": str(export_published(source, out, to)), "to": to}, as_json, f"{out}: written from {source}")

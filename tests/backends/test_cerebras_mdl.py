@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from crystal import checkpoint
 from crystal.backends.cerebras import mdl
 from crystal.config import ConfigError
-from crystal.interchange_cerebras import export_mdl, import_mdl
+from crystal.interop.cerebras_mdl import export_mdl, import_mdl
 
 
 def in_cerebras(code: str, *arguments) -> str:

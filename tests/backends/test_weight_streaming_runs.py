@@ -15,7 +15,7 @@ from runs import whole_run
 from crystal import checkpoint
 from crystal.config import ConfigError
 from crystal.generate import generate_text
-from crystal.interchange import export_published
+from crystal.interop.huggingface import export_published
 from crystal.training.metrics import read_metrics
 
 STREAMING = {"backend": {"name": "weight_streaming", "dtype": "fp32", "threads": 1}}

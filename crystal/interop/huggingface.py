@@ -1,7 +1,7 @@
 """Between published Hugging Face directories and checkpoints, both ways, a tensor at a time.
 
 `crystal import DIR --to CKPT` and `crystal export CKPT --to hf` are these two functions. The names and the
-meaning of config.json are in `crystal.zoo.forms`.
+meaning of config.json are in `crystal.interop.huggingface_forms`.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from torch import Tensor
 from crystal.checkpoint import locate, read, write
 from crystal.config import ConfigError, parse
 from crystal.data.tokenizer import Tokenizer
+from crystal.interop.huggingface_forms import config_to_json
+from crystal.interop.huggingface_read import read_published, to_published
 from crystal.zoo.build import parameter_count
 from crystal.zoo.config import ModelConfig
-from crystal.zoo.forms import config_to_json
-from crystal.zoo.published import read_published, to_published
 
 # sentencepiece first: a tokenizer.json that transformers made from it may split runs of spaces otherwise
 TOKENIZERS = ("tokenizer.model", "tokenizer.json")

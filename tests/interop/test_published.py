@@ -13,11 +13,11 @@ from torch.nn import functional as F
 from crystal.checkpoint import write
 from crystal.config import ConfigError
 from crystal.generate import filled, load_decoder
-from crystal.interchange import export_published, import_published
+from crystal.interop.huggingface import export_published, import_published
+from crystal.interop.huggingface_forms import config_from_json, config_to_json, published_tensors
+from crystal.interop.huggingface_read import read_published, to_published
 from crystal.zoo.build import meta_decoder, parameter_count
 from crystal.zoo.config import ModelConfig, model_config
-from crystal.zoo.forms import config_from_json, config_to_json, published_tensors
-from crystal.zoo.published import read_published, to_published
 
 
 def ids(vocab_size, length=40):
@@ -174,7 +174,7 @@ AMBER_LIKE = ModelConfig(d_model=64, n_layers=3, n_heads=4, n_kv_heads=2, d_ff=9
 @pytest.mark.parametrize("name", ["llama", "crystalcoder"])
 def test_export_then_import_is_bitwise(name, tmp_path, monkeypatch):
     config = AMBER_LIKE if name == "llama" else model_config("crystalcoder-w64-l3")
-    monkeypatch.setattr("crystal.interchange.SHARD_BYTES", 60_000)
+    monkeypatch.setattr("crystal.interop.huggingface.SHARD_BYTES", 60_000)
     write(tmp_path / "first", ((f"model.{n}", t) for n, t in random_tensors(config)), {"model": config.model_dump()})
     export_published(tmp_path / "first", tmp_path / "hf")
     assert len(list((tmp_path / "hf").glob("model-*-of-*.safetensors"))) > 3

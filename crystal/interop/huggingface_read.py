@@ -4,7 +4,7 @@ A directory holds `config.json` and either safetensors or torch's `.bin` shards,
 Names and shapes of all shards are checked before the first tensor is handed out; then one shard is open at a
 time, memory-mapped, so a 7B model passes through a few tensors' memory. bf16 and fp16 widen to fp32 exactly.
 
-What the files call their tensors and what config.json means is `crystal.zoo.forms`.
+What the files call their tensors and what config.json means is `crystal.interop.huggingface_forms`.
 """
 
 from __future__ import annotations
@@ -20,8 +20,16 @@ from safetensors import safe_open
 from torch import Tensor
 
 from crystal.config import ConfigError, nearest
+from crystal.interop.huggingface_forms import (
+    BUFFERS,
+    TIED,
+    Form,
+    Published,
+    config_from_json,
+    form_of,
+    published_tensors,
+)
 from crystal.zoo.config import ModelConfig
-from crystal.zoo.forms import BUFFERS, TIED, Form, Published, config_from_json, form_of, published_tensors
 
 _EXACT = ("float32", "bfloat16", "float16", "F32", "BF16", "F16")  # dtypes that fp32 holds exactly
 _SETS = ("model.safetensors", "pytorch_model.bin")

@@ -8,8 +8,8 @@ from directories import CRYSTAL, crystal_directory, crystal_state, edit_json, ll
 from safetensors.torch import load_file, save_file
 
 from crystal.config import ConfigError
-from crystal.interchange import import_published
-from crystal.zoo.published import read_published
+from crystal.interop.huggingface import import_published
+from crystal.interop.huggingface_read import read_published
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -50,7 +50,7 @@ def test_handed_out_tensors_own_their_memory(tmp_path):
 
 def test_one_tensor_is_in_memory_at_a_time(tmp_path, monkeypatch):
     """A shard is opened only when its tensors are asked for, and tensors are read as they are handed out."""
-    from crystal.zoo import published
+    from crystal.interop import huggingface_read as published
 
     directory = crystal_directory(tmp_path, shards=4)
     read = []

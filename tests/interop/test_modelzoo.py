@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from crystal.config import Config, ConfigError, parse
-from crystal.modelzoo import STYLES, export_parameters, stage_files
-from crystal.modelzoo_read import import_parameters, run_of
+from crystal.interop.cerebras_params_read import import_parameters, run_of
+from crystal.interop.cerebras_params_write import STYLES, export_parameters, stage_files
 from crystal.run import RunConfig, RunFile, load_run
 
 PHASES = json.loads((Path(__file__).parent / "crystalcoder-phases.json").read_text())

@@ -1,0 +1,1 @@
+"""Other people's weights and run files, in and out: Hugging Face directories, Cerebras checkpoints and parameters."""
