@@ -23,7 +23,7 @@ def logits(
         crystal logits runs/demo --ids ids.npy --out logits.npy
         crystal logits smol --ids ids.npy --out logits.npy --json
     """
-    from crystal.logits import logits_file
+    from crystal.inference.logits import logits_file
 
     shape = logits_file(checkpoint, ids, out)
     print_result({"out": str(out), "shape": list(shape)}, as_json, f"{out}: fp32 {list(shape)}")
@@ -53,7 +53,7 @@ def generate(
         crystal generate runs/demo --stage 1 --prompt "The President"
         crystal generate runs/demo --prompt "def " --temperature 0.8 --top-p 0.95
     """
-    from crystal.generate import generate_text
+    from crystal.inference.generate import generate_text
 
     result = generate_text(checkpoint, prompt, stage, max_new_tokens, temperature, top_k, top_p, seed, console())
     print_result(result, as_json, prompt + result["text"], raw=not sys.stdout.isatty())

@@ -14,7 +14,7 @@ from runs import whole_run
 
 from crystal import checkpoint
 from crystal.config import ConfigError
-from crystal.generate import generate_text
+from crystal.inference.generate import generate_text
 from crystal.interop.huggingface import export_published
 from crystal.training.metrics import read_metrics
 

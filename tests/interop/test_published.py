@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from crystal.checkpoint import write
 from crystal.config import ConfigError
-from crystal.generate import filled, load_decoder
+from crystal.inference.load import filled, load_decoder
 from crystal.interop.huggingface import export_published, import_published
 from crystal.interop.huggingface_forms import config_from_json, config_to_json, published_tensors
 from crystal.interop.huggingface_read import read_published, to_published

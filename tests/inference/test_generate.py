@@ -11,17 +11,9 @@ from hypothesis import strategies as st
 
 from crystal.checkpoint import read, write
 from crystal.config import ConfigError
-from crystal.generate import (
-    KVCache,
-    filled,
-    generate,
-    generate_text,
-    load_decoder,
-    load_tokenizer,
-    next_logits,
-    pick,
-)
-from crystal.logits import logits, logits_file, read_ids
+from crystal.inference.generate import KVCache, generate, generate_text, next_logits, pick
+from crystal.inference.load import filled, load_decoder, load_tokenizer
+from crystal.inference.logits import logits, logits_file, read_ids
 from crystal.zoo.build import meta_decoder
 from crystal.zoo.config import ModelConfig, model_config
 

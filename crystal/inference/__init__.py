@@ -1,0 +1,1 @@
+"""A checkpoint in use: loaded, continued as text, probed for its logits."""
