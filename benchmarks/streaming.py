@@ -37,7 +37,7 @@ def ours(directory: Path) -> Callable[[], object]:
 
     from crystal.backends.config import OptimizerConfig, WeightStreamingConfig
     from crystal.backends.weight_streaming.backend import WeightStreamingBackend
-    from crystal.bench_stream import random_batches, random_weights
+    from crystal.bench.streaming import random_batches, random_weights
     from crystal.zoo.build import plan_for
     from crystal.zoo.config import model_config
 

@@ -1,21 +1,8 @@
-"""The process that `crystal` and `python -m crystal` start: Ctrl-C counts from here on, while all else is imported."""
+"""`python -m crystal`, and the `crystal` script: the command line."""
 
 import sys
 
-from crystal.output import interrupts
-
-
-def main() -> None:
-    """Run the command line to its end, which is SystemExit with the exit code."""
-    interrupts.listen()
-    from crystal.cli import main as command
-
-    try:
-        command()
-    except SystemExit as stop:
-        interrupts.over(stop.code or 0)
-        raise
-
+from crystal.cli.__main__ import main
 
 if __name__ == "__main__":
     sys.exit(main())

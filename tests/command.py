@@ -10,7 +10,7 @@ from unittest.mock import patch
 
 import torch
 
-from crystal.cli import main
+from crystal.cli.main import main
 
 
 def crystal(*words, cwd: Path | str = ".") -> subprocess.CompletedProcess:

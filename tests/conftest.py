@@ -53,7 +53,7 @@ def train():
 @pytest.fixture
 def crystal(capsys, monkeypatch):
     """crystal(*words) → (exit code, stdout, stderr), in this process."""
-    from crystal.cli import main
+    from crystal.cli.main import main
 
     def run(*words):
         monkeypatch.setattr(sys, "argv", ["crystal", *map(str, words)])

@@ -11,7 +11,9 @@ from multiprocessing import get_context
 from rich.console import Console
 
 CONTEXT = get_context("forkserver")  # one process imports torch, the others are forked from it
-CONTEXT.set_forkserver_preload(["torch", "torch.utils.tensorboard", "crystal.cli", "crystal.training.start", "dying"])
+CONTEXT.set_forkserver_preload(
+    ["torch", "torch.utils.tensorboard", "crystal.cli.main", "crystal.training.start", "dying"]
+)
 
 
 def start_command(*words, prints):
@@ -24,7 +26,7 @@ def start_command(*words, prints):
 def _command(words, prints, environment):
     import torch
 
-    from crystal.cli import main
+    from crystal.cli.main import main
 
     os.environ |= environment
     torch.set_num_threads(1)

@@ -23,9 +23,9 @@ from pathlib import Path
 
 CONTEXT = get_context("forkserver")
 CONTEXT.set_forkserver_preload(
-    "torch torch._dynamo torch.utils.tensorboard matplotlib.figure sentencepiece optuna crystal.cli crystal.planning.describe "
-    "crystal.training.start crystal.check_command crystal.sweeps.transfer crystal.planning.report crystal.generate "
-    "terminal".split()
+    "torch torch._dynamo torch.utils.tensorboard matplotlib.figure sentencepiece optuna crystal.cli.main "
+    "crystal.planning.describe crystal.training.start crystal.checks.coord_check crystal.sweeps.transfer "
+    "crystal.planning.report crystal.inference.generate terminal".split()
 )
 
 FRAME = re.compile(r"\x1b\[J(.*?)\r", re.DOTALL)  # one drawing of a bar

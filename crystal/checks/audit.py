@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import re
-from dataclasses import asdict
-
 import torch
 from torch import Tensor
 
@@ -12,7 +9,7 @@ from crystal.checks.subject import checked
 from crystal.mup.audit import audit
 from crystal.mup.audit_depth import audit_depth
 from crystal.mup.plan import Plan
-from crystal.mup.verdict import Report, Verdict, overall, summary
+from crystal.mup.verdict import Report
 from crystal.zoo.build import RESIDUAL_OUT, multipliers_for
 
 
@@ -63,33 +60,3 @@ def audit_model(name: str, base: int | None = None, parametrization: str | None 
 def audit_dict(report: Report, plan: Plan) -> dict:
     """JSON: the report, and the plan that it was held against."""
     return report.as_dict() | {"plan": plan.as_dict()}
-
-
-def audit_text(name: str, report: Report, plan: Plan) -> str:
-    """Tensor by tensor, blocks that are alike folded into one line; then what is wrong."""
-    from crystal.planning.describe import plan_table
-
-    verdicts: dict[str, Verdict] = {}
-    for row in report.rows:
-        verdicts[row.name] = overall([row.verdict, verdicts.get(row.name, "PASS")])
-    rows: dict[tuple, list] = {}
-    for row in plan.tensors:
-        kind = re.sub(r"\.\d+\.", ".*.", row.tensor)
-        key = (kind, row.init_std, row.lr_multiplier, row.weight_decay, row.eps, verdicts.get(row.tensor))
-        rows.setdefault(key, []).append(row)
-    table = plan_table([asdict(same[0]) | {"tensor": key[0]} for key, same in rows.items()]).splitlines()
-    marks = ["", *(f"{key[-1] or '':13}{len(same):>3} x " for key, same in rows.items())]
-    width = max(map(len, marks))
-    lines = [f"{mark:{width}}{line}" for mark, line in zip(marks, table, strict=True)]
-    lines.append(
-        f"model: embedding x {plan.embedding_multiplier:g}, logits x {plan.logits_multiplier:g}, residual branches x "
-        f"{plan.residual_multiplier:g}; m = {plan.width_multiplier:g}"
-    )
-    checks = f"{len(report.rows)} checks of {len(plan.tensors)} tensors in {report.seconds:.1f} s"
-    lines.append(f"{report.verdict}  {name}: {plan.parametrization}, {checks}")
-    bad = [row for row in report.rows if row.verdict != "PASS"]
-    said = summary(bad, 20)
-    lines += [f"  {line}" for line in said]
-    if len(bad) > len(said):
-        lines.append(f"  all {len(bad)} rows that do not pass: --json")
-    return "\n".join(lines)

@@ -27,7 +27,7 @@ from crystal.files import write_whole
 from crystal.kernels import tuning
 from crystal.mup.coord_check import Along, CoordCheck, coord_check
 from crystal.mup.measure import Task
-from crystal.mup.verdict import CheckError, Report, Row, overall, summary
+from crystal.mup.verdict import CheckError, Report
 from crystal.zoo.config import ModelConfig
 
 WIDTHS, DEPTH, STEPS = (64, 128, 256), 2, 4
@@ -178,37 +178,6 @@ def as_dict(checks: Sequence[CoordCheck]) -> dict:
     }
 
 
-def text(checks: Sequence[CoordCheck], out: Path | None = None) -> str:
-    """The verdict, what is wrong, and the range of exponents by quantity. out: where `write` puts all rows."""
-    lines = []
-    for check in checks:
-        seeds = len({m.seed for m in check.measured})
-        lines.append(
-            f"{check.verdict}  {check.label}: {check.along}s {', '.join(map(str, check.sizes))}, {seeds} seeds, "
-            f"{check.steps} steps, {check.seconds:.1f} s"
-        )
-        bad = check.failures or [r for r in check.rows if r.verdict != "PASS"]
-        lines += [f"  {line}" for line in summary(bad)] if bad else []
-        if len(bad) > len(summary(bad)):
-            place = out / f"{_stem(check)}.html" if out else "--json, or --out DIR for a page"
-            lines.append(f"  all {len(bad)} {'failing' if check.failures else 'inconclusive'} rows: {place}")
-        lines += [f"  note: {note}" for note in check.notes]
-        lines.append(f"  {'quantity':12} {'rows':>5} {'expected':>9} {'slopes':>16}  verdict")
-        for (quantity, expected), rows in _by_quantity(check.rows).items():
-            slopes = [r.slope for r in rows if r.slope is not None]
-            span = f"{min(slopes):+z.2f} … {max(slopes):+z.2f}" if slopes else ""
-            lines.append(f"  {quantity:12} {len(rows):>5} {expected:>9} {span:>16}  {overall(r.verdict for r in rows)}")
-    return "\n".join(lines)
-
-
-def _by_quantity(rows: Sequence[Row]) -> dict[tuple[str, str], list[Row]]:
-    found: dict[tuple[str, str], list[Row]] = {}
-    for row in rows:
-        expected = "" if row.expected is None else f"{row.expected:g}"
-        found.setdefault((row.quantity, expected), []).append(row)
-    return found
-
-
 def write(
     checks: Sequence[CoordCheck],
     beside: Sequence[CoordCheck],
@@ -236,13 +205,13 @@ def write(
     for check in checks:
         pair = [check, *(other for other in beside if other.along == check.along)]
         for form in formats:
-            put(f"{_stem(check)}.{form}", render(pair, form))
-        put(f"{_stem(check)}.html", page(pair, title, _made(check)))
+            put(f"{stem(check)}.{form}", render(pair, form))
+        put(f"{stem(check)}.html", page(pair, title, _made(check)))
     return written
 
 
-def _stem(check: CoordCheck) -> str:
-    """Of the files of a check."""
+def stem(check: CoordCheck) -> str:
+    """Of the names of a check's files."""
     return "coord-check" if check.along == "width" else "coord-check-depth"
 
 

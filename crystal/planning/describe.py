@@ -1,17 +1,15 @@
-"""What a model or a run is, before anything runs: counts, FLOPs, memory, stages, learning rates. Data, then text."""
+"""What a model or a run is, before anything runs: counts, FLOPs, memory, stages, learning rates."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from dataclasses import asdict
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-import torch
-
 from crystal import checkpoint
 from crystal.backends.config import OptimizerConfig
+from crystal.bench.matmul import matmul_rate
 from crystal.config import ConfigError, cache_dir, parse
 from crystal.curriculum.config import split_entry
 from crystal.curriculum.resolve import resolve
@@ -41,12 +39,6 @@ def listing() -> dict:
     return {"models": [{"name": n, "parameters": c} for n, c in counts.items()], "families": families()}
 
 
-def listing_text(result: dict) -> str:
-    rows = [f"{m['name']:20} {m['parameters']:>15,} parameters" for m in result["models"]]
-    rows += [f"{f + '-wWIDTH[-lLAYERS]':36} proxies, e.g. {f}-w256, {f}-w128-l8" for f in result["families"]]
-    return "\n".join(rows)
-
-
 def model(name: str, with_plan: bool = False) -> dict:
     """Everything about one preset or ladder rung; with_plan adds the parameter plan."""
     source = preset(name)
@@ -70,41 +62,6 @@ def model(name: str, with_plan: bool = False) -> dict:
         result["multipliers"] = {k: v for k, v in asdict(plan).items() if k.endswith("_multiplier")}
         result["plan"] = [{key: getattr(row, key) for key in _PLAN_KEYS} for row in plan.tensors]
     return result
-
-
-def model_text(result: dict) -> str:
-    config = {k: v for k, v in result["config"].items() if k != "mup"}
-    lines = [
-        f"{result['name']}: {result['parameters']:,} parameters, "
-        f"{result['flops_per_token'] / 1e9:.3g} GFLOP/token (forward + backward, causal attention)",
-        "memory without activations:",
-        *(f"  {v / 1e9:8.2f} GB  {k}" for k, v in result["memory_bytes"].items()),
-        *(f"  {key}: {value}" for key, value in config.items()),
-        *(f"  mup.{key}: {value}" for key, value in result["config"]["mup"].items()),
-    ]
-    if "plan" in result:
-        multipliers = ", ".join(f"{k.removesuffix('_multiplier')} x{v:g}" for k, v in result["multipliers"].items())
-        lines += ["", multipliers, plan_table(result["plan"])]
-    return "\n".join(lines)
-
-
-def plan_table(rows: list[dict]) -> str:
-    """The plan as text, a line a tensor; `out x`: what the forward pass multiplies the tensor's output with."""
-    lines = [
-        f"{'tensor':32} {'shape':>16} {'role':10} {'m':>8} {'init':>24} {'lr x':>8} {'wd':>5} {'eps':>7} {'out x':>8}  "
-        "rule"
-    ]
-    for r in rows:
-        init = r["init"] if r["init"] != "normal" else f"N({r['init_std']:.7g})"
-        if r["init_cut"]:
-            init += f" cut {r['init_cut']:.6g}"
-        shape = "x".join(map(str, r["shape"]))
-        lines.append(
-            f"{r['tensor']:32} {shape:>16} {r['role']:10} {r['width_multiplier']:>8.6g} {init:>24} "
-            f"{r['lr_multiplier']:>8.6g} {r['weight_decay']:>5g} {r['eps']:>7g} {r['forward_multiplier']:>8.6g}  "
-            f"{r['rule']}"
-        )
-    return "\n".join(lines)
 
 
 def dry_run(run: RunFile, stage: int | None = None, until: int | None = None) -> dict:
@@ -198,58 +155,6 @@ def _groups(plan: Plan) -> dict[str, dict]:
     }
 
 
-def matmul_rate(dtype: str) -> float:
-    """FLOP/s of a 1024 x 1024 x 1024 product on this machine now; small models stay far below."""
-    a = torch.ones(1024, 1024, dtype=torch.float32 if dtype == "fp32" else torch.bfloat16)
-    a @ a
-    begin, count = time.perf_counter(), 0
-    while time.perf_counter() - begin < 0.2:
-        a @ a
-        count += 1
-    return 2 * 1024**3 * count / (time.perf_counter() - begin)
-
-
-def dry_run_text(result: dict) -> str:
-    lines = [
-        f"{result['name']}: {result['parameters']:,} parameters, {result['steps']:,} steps, "
-        f"{result['tokens'] / 1e9:,.6g} B tokens, run directory {result['run_dir']}"
-    ]
-    for i, s in enumerate(result["stages"], 1):
-        lrs = ", ".join(f"lr({t}) {v:.7g}" for t, v in s["lr"].items())
-        lines += [
-            f"stage {i} {s['name']}: {s['steps']:,} steps of {s['global_batch_size']} x {s['seq_len']} = "
-            f"{s['tokens'] / 1e9:,.6g} B tokens; {lrs}",
-            f"  FIM {s['fim_rate']:g} (SPM {s['spm_rate']:g}), optimizer {s['optimizer']}, checkpoint every "
-            f"{s['checkpoint_every']:,} steps ({s['checkpoints']:,})",
-            *(f"  {weight:8.4%} {name}" for name, weight in s["sources"].items()),
-        ]
-    for name, g in result["groups"].items():
-        lines.append(
-            f"group {name}: {g['tensors']} tensors, lr x{g['lr_multiplier']:g}, weight decay {g['weight_decay']:g}, "
-            f"eps {g['eps']:g}"
-        )
-    least, rate = _duration(result["seconds_atmatmul_rate"]), result["matmul_flops_per_second"] / 1e9
-    lines.append(
-        f"memory {result['memory_bytes'] / 1e9:.2f} GB without activations"
-        + (f", store {result['disk_bytes'] / 1e9:.2f} GB on disk" if result["disk_bytes"] else "")
-        + f"; {result['flops']:.3g} FLOPs, "
-        f"{least} at the {rate:,.0f} GFLOP/s that a matmul has on this machine now"
-    )
-    if keep := result["keep_checkpoints"]:
-        lines.append(f"checkpoints: the newest {keep} and those at the ends of stages are kept")
-    if result["stop"] < result["steps"]:
-        lines.append(f"this command stops after step {result['stop']:,}")
-    lines += [f"note: {text}" for text in result["notes"]]
-    return "\n".join(lines)
-
-
-def _duration(seconds: float) -> str:
-    for unit, size in (("years", 365.25 * 86400), ("days", 86400), ("hours", 3600), ("minutes", 60)):
-        if seconds >= 2 * size:
-            return f"{seconds / size:,.1f} {unit}"
-    return f"{seconds:.0f} s"
-
-
 def schedule(run: RunFile, stage: int, at: str | None, plot: Path | None) -> dict:
     """Base and per-group LR of a stage (from 1) at steps given as `1,86,1500`; default its corners."""
     curriculum = resolve(run.config.curriculum, run.source)
@@ -279,12 +184,3 @@ def _steps(at: str) -> list[int]:
     if min(steps) < 0:
         raise ConfigError(f"--at: expected steps such as 1,86,1500, got {at}")
     return steps
-
-
-def schedule_text(result: dict) -> str:
-    groups = result["groups"]
-    head = f"{'step':>10} {'base lr':>14}" + "".join(f"{group:>16}" for group in groups)
-    lines = [f"{result['stage']}, {result['steps']:,} steps", head]
-    for t, value in result["lr"].items():
-        lines.append(f"{t:>10} {value:>14.7g}" + "".join(f"{groups[g][t]:>16.7g}" for g in groups))
-    return "\n".join(lines)

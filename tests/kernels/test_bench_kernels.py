@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 pytest.importorskip("triton")
 
-from crystal.cli import app
+from crystal.cli.main import app
 from crystal.config import ConfigError
 from crystal.kernels.bench import measured, peers, tables
 from crystal.kernels.bench.measured import Case, CopySpeed, Deviation, rows

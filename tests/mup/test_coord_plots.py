@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from crystal.checks.coord_check import Asked, check_beside, text, write
+from crystal.checks.coord_check import Asked, check_beside, write
+from crystal.cli.coord_check import coord_check_text
 from crystal.mup.coord_panels import bundles, caption, kind_of, limits, panels, quantities, spread, worst_first
 from crystal.mup.coord_plots import draw, figure
 from crystal.mup.coord_svg import svg
@@ -144,9 +145,9 @@ def test_formats(tmp_path):
 
 def test_the_text_says_where_all_failures_are(tmp_path):
     check = made_check(dict.fromkeys(NAMES, 1.0))
-    assert "all 40 failing rows: --json, or --out DIR for a page" in text([check])
-    assert f"all 40 failing rows: {tmp_path}/coord-check.html" in text([check], tmp_path)
-    assert "rows: --json" not in text([made_check({})])
+    assert "all 40 failing rows: --json, or --out DIR for a page" in coord_check_text([check])
+    assert f"all 40 failing rows: {tmp_path}/coord-check.html" in coord_check_text([check], tmp_path)
+    assert "rows: --json" not in coord_check_text([made_check({})])
 
 
 def test_rows_are_sorted_from_the_worst():

@@ -3,6 +3,7 @@
 import pytest
 import yaml
 
+from crystal.cli.train import dry_run_text
 from crystal.config import ConfigError
 from crystal.data.corpus import packages
 from crystal.planning import describe
@@ -19,7 +20,7 @@ def dry_run(make_run, monkeypatch, tmp_path):
         before = sorted(tmp_path.rglob("*"))
         result = describe.dry_run(load_run(path, overrides), stage, until)
         assert sorted(tmp_path.rglob("*")) == before
-        return result | {"text": describe.dry_run_text(result)}
+        return result | {"text": dry_run_text(result)}
 
     return run
 

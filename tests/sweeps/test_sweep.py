@@ -13,13 +13,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sweep_files import fill, load, run, write_sweep
 
+from crystal.cli.transfer import plan_text, transfer_text
 from crystal.config import ConfigError
 from crystal.kernels import tuning
 from crystal.sweeps.store import finished, open_trials
 from crystal.sweeps.sweep import Sweep, family, load_sweep, points
 from crystal.sweeps.trial import Length, Point, run_trial
 
-DOCS = Path(__file__).parents[1] / "docs" / "mup"
+DOCS = Path(__file__).parents[2] / "docs" / "mup"
 
 
 @pytest.fixture
@@ -251,7 +252,8 @@ def test_each_depth_is_judged_by_itself(sweep_file):
 
     sweep = load(sweep_file, "depths=[1, 2]", "beside=[]")
     fill(sweep)
-    result, shown = report(sweep)
+    result = report(sweep)
+    shown = transfer_text(result)
     assert result["depth"] == 2
     assert result["trials"] == result["depths"]["1"]["trials"] == result["depths"]["2"]["trials"] == 6
     assert result["widths"] == result["depths"]["2"]["widths"] != result["depths"]["1"]["widths"]
@@ -259,27 +261,27 @@ def test_each_depth_is_judged_by_itself(sweep_file):
 
 
 def test_the_plan_says_what_was_measured_here_beside_the_documented_sweep(monkeypatch):
-    from crystal.sweeps import transfer as transfer_command
+    from crystal.sweeps import transfer
 
-    monkeypatch.setattr(transfer_command, "matmul_rate", lambda dtype: 2e11)
+    monkeypatch.setattr(transfer, "matmul_rate", lambda dtype: 2e11)
     monkeypatch.setattr(tuning, "processor", lambda: "A Processor 9000")
-    monkeypatch.setattr(transfer_command.os, "cpu_count", lambda: 2)
-    plan = transfer_command.plan_only(load_sweep("transfer-mup"), 2)
+    monkeypatch.setattr(transfer.os, "cpu_count", lambda: 2)
+    plan = transfer.plan_only(load_sweep("transfer-mup"), 2)
     documented = json.loads((DOCS / "transfer-mup" / "transfer.json").read_text())
     seconds = documented["trial_cpu_seconds"]
     assert plan["reference"]["flops_per_second"] == pytest.approx(plan["flops"] / seconds, rel=0.01)
     assert plan["reference"]["hours"] == pytest.approx(seconds / 2 / 3600, rel=0.01)
-    shown = transfer_command.plan_text(plan)
+    shown = plan_text(plan)
     assert "200 GFLOP/s that a bf16 product reached just now on 1 thread of A Processor 9000" in shown
     assert "reference: 0.526 hours" in shown or "reference: 0.53 hours" in shown
 
 
 def test_more_workers_take_less_time_on_paper(sweep_file, monkeypatch):
-    from crystal.sweeps import transfer as transfer_command
+    from crystal.sweeps import transfer
 
-    monkeypatch.setattr(transfer_command, "matmul_rate", lambda dtype: 1e9)
-    monkeypatch.setattr(transfer_command.os, "cpu_count", lambda: 2)
-    hours = [transfer_command.plan_only(load(sweep_file, "steps=50000"), n)["hours_estimated"] for n in (1, 2, 4)]
+    monkeypatch.setattr(transfer, "matmul_rate", lambda dtype: 1e9)
+    monkeypatch.setattr(transfer.os, "cpu_count", lambda: 2)
+    hours = [transfer.plan_only(load(sweep_file, "steps=50000"), n)["hours_estimated"] for n in (1, 2, 4)]
     assert hours[0] == pytest.approx(2 * hours[1], rel=0.01)
     assert hours[2] == hours[1]  # there are two cores
 

@@ -264,7 +264,7 @@ def test_the_target_is_the_file_beside_the_sweeps(sweep_file, mine, tmp_path, mo
     sweep_file.write_text(yaml.safe_dump(text))
     sweep = load_sweep(os.path.relpath(sweep_file), (), Path(os.path.relpath(tmp_path / out)))
     fill(sweep)
-    result, _ = report(sweep)
+    result = report(sweep)
     assert load_run(result["target"]).config.name == f"mine-from-{sweep.config.name}"
     monkeypatch.chdir("/")  # it is found from where it lies
     target = load_run(tmp_path / out / "target.yaml")
@@ -317,14 +317,14 @@ def test_a_target_that_cannot_take_the_values_is_said_before_the_first_trial(swe
 def test_a_finished_sweep_is_judged_again_wherever_it_was_moved(sweep_file, tmp_path, monkeypatch):
     sweep = load(sweep_file, "target.run=amber-7b", "max_shift=0.75")
     fill(sweep)
-    before = json.loads(json.dumps(report(sweep)[0]))
+    before = json.loads(json.dumps(report(sweep)))
     moved = tmp_path / "moved"
     shutil.move(sweep.directory, moved)
     (moved / "trials.sqlite").unlink()
     (moved / "transfer.json").unlink()
     monkeypatch.setattr(sweep_store, "open_trials", pytest.fail)
-    after = json.loads(json.dumps(judge_again(moved / "trials.json", [], None)[0]))
-    assert judge_again(moved / "trials.json", [], tmp_path / "new" / "place")[0]["shift_octaves"] == 0
+    after = json.loads(json.dumps(judge_again(moved / "trials.json", [], None)))
+    assert judge_again(moved / "trials.json", [], tmp_path / "new" / "place")["shift_octaves"] == 0
     paths = ("plot", "target")
     assert {k: v for k, v in after.items() if k not in paths} == {k: v for k, v in before.items() if k not in paths}
     assert json.loads((moved / "transfer.json").read_text()) == after

@@ -1,0 +1,1 @@
+"""What `crystal bench` runs: ours beside the peers that are installed, in turns, on one machine."""

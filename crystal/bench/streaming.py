@@ -1,0 +1,146 @@
+"""`crystal bench stream`: a weight-streaming step beside its own two floors, pure compute and pure I/O, in one run."""
+
+from __future__ import annotations
+
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from crystal.backends.base import MicroBatch
+from crystal.backends.config import OptimizerConfig, WeightStreamingConfig
+from crystal.backends.weight_streaming.backend import WeightStreamingBackend
+from crystal.backends.weight_streaming.store import Update
+from crystal.config import ConfigError, parse
+from crystal.memory import peak_rss_bytes
+from crystal.mup.plan import Plan
+from crystal.output.progress import note
+from crystal.zoo.build import parameter_count, plan_for
+from crystal.zoo.config import ModelConfig, preset
+
+
+def bench_stream(
+    model: str, tokens: int, micro_batches: int, steps: int, config: WeightStreamingConfig, console: Console
+) -> dict:
+    """Measure steady steps of a model of random weights on random tokens, in a scratch store that is taken away.
+
+    Each of `steps` rounds has a step, the same step with files that do nothing, and the same transfers without
+    arithmetic. tokens: of a micro-batch, one row. Raises ConfigError.
+    """
+    source = preset(model)
+    shape = parse(ModelConfig, source.mapping["model"], source, ("model",))
+    optimizer = parse(OptimizerConfig, source.mapping.get("optimizer", {}), source, ("optimizer",))
+    if tokens > shape.max_seq_len:
+        raise ConfigError(f"--tokens: expected at most the model's {shape.max_seq_len}, got {tokens}")
+    plan = plan_for(shape, weight_decay=optimizer.weight_decay, eps=optimizer.eps)
+    base = config.path or Path(tempfile.gettempdir())
+    base.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix="crystal-bench-stream-", dir=base))
+    try:
+        inside = config.model_copy(update={"path": None})
+        made = WeightStreamingBackend(shape, plan, optimizer, lambda step: 1e-4, 1, 1, inside, scratch, micro_batches)
+        note(console, f"{model}: {made.store.layout.store_bytes / 1e9:.1f} GB of weights and moments in {scratch}")
+        made.load(lambda kind: random_weights(plan), None)
+        batches = random_batches(shape.vocab_size, tokens, micro_batches)
+        times = {"step_s": [], "compute_s": [], "io_s": []}
+        loss = made.train_step(1, batches).loss.item()  # the first has no update to make
+        for number in range(steps):
+            times["step_s"].append(_timed(lambda n=number: made.train_step(n + 2, batches)))
+            with _WithoutFiles(made):
+                times["compute_s"].append(_timed(lambda: made.train_step(made.step + 1, batches)))
+            times["io_s"].append(_timed(lambda: _transfers(made)))
+            note(console, "  ".join(f"{key} {values[-1]:.2f}" for key, values in times.items()))
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    step_s, compute_s, io_s = (statistics.median(times[key]) for key in ("step_s", "compute_s", "io_s"))
+    floor = max(compute_s, io_s)
+    return {
+        "model": model,
+        "parameters": parameter_count(shape),
+        "tokens": tokens * micro_batches,
+        "micro_batches": micro_batches,
+        "dtype": made.config.dtype,
+        "moments": config.moments,
+        "store_bytes": made.store.layout.store_bytes,
+        "gradient_bytes": made.store.layout.gradient_bytes,
+        "buffer_bytes": made.stream.bytes,
+        "first_loss": loss,
+        "rounds": times,
+        "step_s": step_s,
+        "compute_s": compute_s,
+        "io_s": io_s,
+        "step_over_floor": step_s / floor,
+        "overlap_efficiency": floor / step_s,
+        "tokens_per_second": tokens * micro_batches / step_s,
+        "peak_rss_bytes": peak_rss_bytes(),
+    }
+
+
+def random_weights(plan: Plan) -> Iterator[tuple[str, torch.Tensor]]:
+    """Of the plan's size, though not cut off, which would take longer than all else."""
+    generator = torch.Generator().manual_seed(1)
+    for row in plan.tensors:
+        tensor = torch.empty(row.shape)
+        if row.init == "normal":
+            yield row.tensor, tensor.normal_(0, row.init_std, generator=generator)
+        else:
+            yield row.tensor, tensor.fill_(float(row.init == "ones"))
+
+
+def random_batches(vocab_size: int, tokens: int, count: int) -> Sequence[MicroBatch]:
+    """`count` micro-batches of one step, each one row."""
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(0, vocab_size, (count, tokens + 1), generator=generator)
+    weights_BT = torch.full((1, tokens), 1 / (tokens * count))
+    rows = [(row[None, :-1], row[None, 1:]) for row in ids]
+    return [MicroBatch(x, y, weights_BT, torch.zeros(1, dtype=torch.int64), torch.zeros_like(x)) for x, y in rows]
+
+
+def _timed(work: Callable[[], object]) -> float:
+    since = time.perf_counter()
+    work()
+    return time.perf_counter() - since
+
+
+class _Nothing:
+    """A file that takes no time: what it reads is what the buffer held."""
+
+    def pread(self, offset: int, into: memoryview) -> None: ...
+
+    def pwrite(self, offset: int, source: memoryview) -> None: ...
+
+    def sync(self) -> None: ...
+
+
+class _WithoutFiles:
+    """Inside, a store's transfers do nothing and its record is not written; all weights are 0, which costs as much."""
+
+    def __init__(self, made: WeightStreamingBackend):
+        self.store, self.stream = made.store, made.stream
+
+    def __enter__(self) -> None:
+        self.stream.buffer.tensor(torch.uint8, 0, self.stream.bytes).zero_()
+        self.files, self.directory = self.store.files, self.store.directory
+        self.store.files, self.store.directory = dict.fromkeys(self.files, _Nothing()), None
+
+    def __exit__(self, *exc: object) -> None:
+        self.store.files, self.store.directory = self.files, self.directory
+
+
+def _transfers(made: WeightStreamingBackend) -> None:
+    """Everything a step reads and writes, without arithmetic."""
+    executor, gradients = made.executor, made.executor.gradients
+    made._seal()
+    number = max(made.store.record.updates.values()) + 1
+    for _ in made.stream.updated(Update(number, number, 0.0, None), compute=False):
+        pass
+    for piece, _ in made.stream.weights([executor.head, *reversed(executor.blocks)]):
+        gradients.end(piece, gradients.begin(piece, add=False), whole=False)
+    gradients.end(executor.embedding, gradients.begin(executor.embedding, add=executor.tied), whole=False)
+    gradients.flush()
+    made.update, made.sealed = Update(number + 1, number + 1, 0.0, None), False

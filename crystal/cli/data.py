@@ -1,0 +1,132 @@
+"""`crystal data …`: the token store and the ledger of a run. Imports when it runs."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from crystal.cli.help import Commands
+from crystal.cli.options import Json, Overrides, Run, Step, console, print_result
+from crystal.errors import ConfigError
+from crystal.output.printable import printable, printable_line
+
+data = Commands(
+    help="""The token store and the ledger of a run.
+
+Examples:
+    crystal data stats demo
+    crystal data where demo --step 12
+"""
+)
+
+
+@data.command()
+def verify(run: Run, overrides: Overrides = None, as_json: Json = False) -> None:
+    """Compare every file of the run's token store with its sha256.
+
+    Examples:
+        crystal data verify demo
+        crystal data verify mine.yaml --json
+    """
+    store = _ledger(run, overrides).store
+    try:
+        files = store.verify(console())
+    except ConfigError as mismatch:
+        result = {"verdict": "FAIL", "store": str(store.directory), "message": str(mismatch)}
+        print_result(result, as_json, f"FAIL {mismatch}")
+        raise typer.Exit(1) from None
+    result = {"verdict": "PASS", "store": str(store.directory), "files": files}
+    print_result(result, as_json, f"PASS {store.directory}: {len(files)} files verified")
+
+
+@data.command()
+def stats(run: Run, overrides: Overrides = None, as_json: Json = False) -> None:
+    """Documents, tokens and rows of every source, and how many epochs the run makes of each.
+
+    Examples:
+        crystal data stats demo
+        crystal data stats demo curriculum.scale=0.005
+    """
+    result = _ledger(run, overrides).stats()
+    print_result(result, as_json, stats_text(result))
+
+
+@data.command()
+def show(
+    run: Run,
+    step: Step,
+    overrides: Overrides = None,
+    rows: Annotated[int, typer.Option(min=1, metavar="N", help="how many rows to show")] = 2,
+    as_json: Json = False,
+) -> None:
+    """Rows of a step as text, just as the model gets them.
+
+    Examples:
+        crystal data show demo --step 20
+        crystal data show demo --step 300 --rows 5
+    """
+    result = _ledger(run, overrides).show(step, rows)
+    print_result(result, as_json, show_text(result))
+
+
+@data.command()
+def where(run: Run, step: Step, overrides: Overrides = None, as_json: Json = False) -> None:
+    """Which documents went into a step.
+
+    Examples:
+        crystal data where demo --step 12
+        crystal data where demo --step 12 --json
+    """
+    result = _ledger(run, overrides).where(step)
+    print_result(result, as_json, where_text(result))
+
+
+@data.command()
+def when(
+    run: Run,
+    doc: Annotated[str, typer.Option(metavar="ID", help="a document's id, as `data where` prints it")],
+    overrides: Overrides = None,
+    as_json: Json = False,
+) -> None:
+    """At which steps a document is seen.
+
+    Examples:
+        crystal data when demo --doc 43ab64e19f7c0d52
+        crystal data when demo --doc 43ab64e19f7c0d52 --json
+    """
+    result = _ledger(run, overrides).when(doc)
+    steps = " ".join(map(str, result["steps"])) or "never"
+    print_result(result, as_json, f"{result['document']} ({result['source']}): steps {steps}")
+
+
+def _ledger(run: str, overrides: list[str] | None):
+    from crystal.run import load_run
+    from crystal.training.ledger import Ledger
+
+    return Ledger(load_run(run, overrides or ()), console())
+
+
+def stats_text(result: dict) -> str:
+    head = f"{'source':14} {'documents':>10} {'tokens':>14} {'rows':>10} {'held out':>9} {'B/token':>8} {'epochs':>8}"
+    lines = [head]
+    for name, s in result["sources"].items():
+        lines.append(
+            f"{name:14} {s['documents']:>10,} {s['tokens']:>14,} {s['train_rows']:>10,} {s['val_rows']:>9,} "
+            f"{s['text_bytes'] / max(s['tokens'], 1):>8.2f} {s['epochs']:>8.3f}"
+        )
+    return "\n".join([*lines, result["store"]])
+
+
+def where_text(result: dict) -> str:
+    lines = []
+    for r in result["rows"]:
+        mark = "FIM" if r["fim"] else "   "
+        line = f"row {r['row']:>4} {r['source']:12} epoch {r['epoch']} {mark} {r['document']} {r['path']}"
+        lines.append(printable_line(line))
+    return "\n".join(lines)
+
+
+def show_text(result: dict) -> str:
+    heads = [printable_line(f"--- row {r['row']}, {r['source']}, epoch {r['epoch']}") for r in result["rows"]]
+    return "\n".join(f"{head}\n{printable(r['text'])}" for head, r in zip(heads, result["rows"], strict=True))

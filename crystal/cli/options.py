@@ -1,0 +1,61 @@
+"""Arguments and options that several commands share, and the one way they print."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from crystal.cli import completion
+from crystal.output.printable import printable
+from crystal.output.ranks import is_first
+
+Json = Annotated[bool, typer.Option("--json", help="print one JSON object on stdout, errors too")]
+Run = Annotated[
+    str,
+    typer.Argument(
+        metavar="RUN.yaml", help="a run file, or the name of a packaged one", autocompletion=completion.run_files
+    ),
+]
+Step = Annotated[int, typer.Option(metavar="STEP", help="a step of the run, from 1, as in metrics.jsonl")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="dotted.key=value", help="changes to the run, as many as wanted")
+]
+Checkpoint = Annotated[
+    Path, typer.Argument(metavar="CKPT|RUN", help="a checkpoint or run directory", autocompletion=completion.runs)
+]
+Parametrization = Annotated[
+    Literal["sp", "mup", "crystalcoder", "completep"] | None,
+    typer.Option(help="check this parametrization instead of the model's own"),
+]
+Checked = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL|RUN.yaml", help="a preset, rung, family or run file", autocompletion=completion.checked
+    ),
+]
+
+
+def print_result(result: dict, as_json: bool, text: str, raw: bool = False) -> None:
+    """The result as JSON, or the text that says the same; control characters in it are escaped, unless it is raw."""
+    if is_first():
+        print_out(json.dumps(result) if as_json else text if raw else printable(text))
+
+
+def print_out(text: str) -> None:
+    """Print on stdout, whose reader may have gone."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:  # `crystal … | head` has read enough; what is left in the buffer goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def console():
+    """A rich console on stderr, for progress and notes; one process has a voice."""
+    from rich.console import Console
+
+    return Console(stderr=True, quiet=not is_first())
