@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from crystal.config import Strict
+from crystal.config import Strict, parse
+from crystal.mup.plan import Plan
+from crystal.zoo.build import plan_for
+from crystal.zoo.config import ModelConfig, preset
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Count = Annotated[int, Field(gt=0)]
@@ -27,6 +31,23 @@ class OptimizerConfig(Strict):
     weight_decay: float = Field(0.1, ge=0, description="decoupled, times the learning rate")
     decay_norms_and_biases: bool = Field(False, description="whether norms and biases are decayed too")
     grad_clip: float | None = Field(1.0, gt=0, description="bound on the global gradient norm; null: none")
+
+    def plan_for(self, model: ModelConfig) -> Plan:
+        """The parameter plan of a model that is trained with this: the one way from a run to its plan."""
+        return _plan(model, weight_decay=self.weight_decay, decay_vectors=self.decay_norms_and_biases, eps=self.eps)
+
+
+_plan = cache(plan_for)  # a plan is made of three decoders on the meta device, and asked for more than once
+
+
+@cache
+def load_preset(name: str) -> tuple[ModelConfig, OptimizerConfig]:
+    """A preset or a rung of a ladder, and the optimizer it is published with. Raises ConfigError."""
+    source = preset(name)
+    return (
+        parse(ModelConfig, source.mapping["model"], source, ("model",)),
+        parse(OptimizerConfig, source.mapping.get("optimizer", {}), source, ("optimizer",)),
+    )
 
 
 class CpuConfig(Strict):

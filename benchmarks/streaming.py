@@ -38,13 +38,13 @@ def ours(directory: Path) -> Callable[[], object]:
     from crystal.backends.config import OptimizerConfig, WeightStreamingConfig
     from crystal.backends.weight_streaming.backend import WeightStreamingBackend
     from crystal.bench.streaming import random_batches, random_weights
-    from crystal.zoo.build import plan_for
     from crystal.zoo.config import model_config
 
     model = model_config(f"amber-w{WIDTH}-l{LAYERS}")
     assert (model.d_ff, model.n_heads, model.vocab_size) == (INNER, HEADS, WORDS)
     torch.set_num_threads(os.cpu_count())
-    optimizer, plan = OptimizerConfig(grad_clip=1.0), plan_for(model)
+    optimizer = OptimizerConfig(grad_clip=1.0)
+    plan = optimizer.plan_for(model)
     config = WeightStreamingConfig(name="weight_streaming", buffers_gb=0.6)
     made = WeightStreamingBackend(model, plan, optimizer, lambda step: 1e-4, 1, 1, config, directory)
     made.load(lambda kind: random_weights(plan), None)

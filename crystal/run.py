@@ -17,7 +17,6 @@ from crystal.curriculum.resolve import resolve
 from crystal.data.corpus.build import Recipe, load_recipe
 from crystal.data.prepare import DataConfig, prepare, vocab_size
 from crystal.mup.plan import Plan
-from crystal.zoo.build import plan_for
 from crystal.zoo.config import ModelConfig, rung
 
 if TYPE_CHECKING:
@@ -64,12 +63,7 @@ class RunConfig(Strict):
 
     def plan(self) -> Plan:
         """The parameter plan, with this run's weight decay and eps."""
-        return plan_for(
-            self.model,
-            weight_decay=self.optimizer.weight_decay,
-            decay_vectors=self.optimizer.decay_norms_and_biases,
-            eps=self.optimizer.eps,
-        )
+        return self.optimizer.plan_for(self.model)
 
 
 @dataclass(frozen=True)

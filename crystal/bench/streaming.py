@@ -13,15 +13,14 @@ import torch
 from rich.console import Console
 
 from crystal.backends.base import MicroBatch
-from crystal.backends.config import OptimizerConfig, WeightStreamingConfig
+from crystal.backends.config import WeightStreamingConfig, load_preset
 from crystal.backends.weight_streaming.backend import WeightStreamingBackend
 from crystal.backends.weight_streaming.store import Update
-from crystal.config import ConfigError, parse
+from crystal.config import ConfigError
 from crystal.memory import peak_rss_bytes
 from crystal.mup.plan import Plan
 from crystal.output.progress import note
-from crystal.zoo.build import parameter_count, plan_for
-from crystal.zoo.config import ModelConfig, preset
+from crystal.zoo.build import parameter_count
 
 
 def bench_stream(
@@ -32,12 +31,10 @@ def bench_stream(
     Each of `steps` rounds has a step, the same step with files that do nothing, and the same transfers without
     arithmetic. tokens: of a micro-batch, one row. Raises ConfigError.
     """
-    source = preset(model)
-    shape = parse(ModelConfig, source.mapping["model"], source, ("model",))
-    optimizer = parse(OptimizerConfig, source.mapping.get("optimizer", {}), source, ("optimizer",))
+    shape, optimizer = load_preset(model)
     if tokens > shape.max_seq_len:
         raise ConfigError(f"--tokens: expected at most the model's {shape.max_seq_len}, got {tokens}")
-    plan = plan_for(shape, weight_decay=optimizer.weight_decay, eps=optimizer.eps)
+    plan = optimizer.plan_for(shape)
     base = config.path or Path(tempfile.gettempdir())
     base.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix="crystal-bench-stream-", dir=base))

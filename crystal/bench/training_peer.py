@@ -37,11 +37,10 @@ def crystal(shape, how):
     from crystal.backends.config import CpuConfig, OptimizerConfig
     from crystal.backends.cpu import CpuBackend
     from crystal.bench.training import model_of
-    from crystal.zoo.build import plan_for
 
     config = model_of(shape)
     optimizer = OptimizerConfig(betas=BETAS, weight_decay=DECAY, grad_clip=CLIP)
-    plan = plan_for(config, weight_decay=DECAY)
+    plan = optimizer.plan_for(config)
     settings = CpuConfig(dtype=how.dtype, threads=how.threads, compile=how.compile)
     backend = CpuBackend(config, plan, optimizer, lambda step: LR, 1, 1, settings)
     backend.initialise()

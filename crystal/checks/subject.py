@@ -6,18 +6,17 @@ The initial weights, the optimizer groups and the forward pass are those that a 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from crystal.backends.config import OptimizerConfig
-from crystal.config import ConfigError, find, nearest, parse
+from crystal.backends.config import OptimizerConfig, load_preset
+from crystal.config import ConfigError, find, nearest
 from crystal.mup.plan import Plan
 from crystal.mup.rules import PARAMETRIZATIONS
-from crystal.zoo.build import build, initial_weights, plan_for
-from crystal.zoo.config import ModelConfig, MupConfig, families, preset, presets, with_width
+from crystal.zoo.build import build, initial_weights
+from crystal.zoo.config import ModelConfig, MupConfig, families, presets, with_width
 from crystal.zoo.decoder import Decoder
 
 
@@ -35,7 +34,7 @@ class Checked:
         return config if depth is None else config.model_copy(update={"n_layers": depth})
 
     def plan(self, config: ModelConfig) -> Plan:
-        return _plan(config, self.optimizer)
+        return self.optimizer.plan_for(config)
 
     def model(self, config: ModelConfig, seed: int = 1, device: str | torch.device = "cpu") -> Decoder:
         """The decoder with its initial weights (on meta: with what would be drawn)."""
@@ -53,16 +52,6 @@ class Checked:
         mixed = len({type(p) for p in model.parameters()}) > 1  # sharded and whole tensors are updated one by one
         how = {"foreach": False} if mixed else {"fused": True}
         return torch.optim.AdamW(groups, betas=self.optimizer.betas, **how)
-
-
-@cache
-def _plan(config: ModelConfig, optimizer: OptimizerConfig) -> Plan:
-    return plan_for(
-        config,
-        weight_decay=optimizer.weight_decay,
-        decay_vectors=optimizer.decay_norms_and_biases,
-        eps=optimizer.eps,
-    )
 
 
 def checked(name: str, parametrization: str | None = None) -> Checked:
@@ -83,9 +72,7 @@ def checked(name: str, parametrization: str | None = None) -> Checked:
         run = load_run(name).config
         config, optimizer = run.model, run.optimizer
     else:
-        source = preset(f"{name}-proxy" if name in families() and name not in presets() else name)
-        config = parse(ModelConfig, source.mapping["model"], source, ("model",))
-        optimizer = parse(OptimizerConfig, source.mapping.get("optimizer", {}), source, ("optimizer",))
+        config, optimizer = load_preset(f"{name}-proxy" if name in families() and name not in presets() else name)
     if parametrization is not None:
         config = config.model_copy(update={"mup": reparametrized(config, parametrization)})
     return Checked(name, config, optimizer)

@@ -13,7 +13,7 @@ from crystal.backends.cerebras import mdl
 from crystal.backends.config import OptimizerConfig
 from crystal.checkpoint import locate, read, write
 from crystal.config import ConfigError, parse
-from crystal.zoo.build import meta_decoder, plan_for
+from crystal.zoo.build import meta_decoder
 from crystal.zoo.config import ModelConfig, model_config
 
 
@@ -28,9 +28,7 @@ def export_mdl(checkpoint: Path, out: Path) -> dict:
     state = source.state
     config = parse(ModelConfig, state.get("model"), str(source.directory), ("model",))
     optimizer = parse(OptimizerConfig, state.get("optimizer", {}), str(source.directory), ("optimizer",))
-    plan = plan_for(
-        config, weight_decay=optimizer.weight_decay, decay_vectors=optimizer.decay_norms_and_biases, eps=optimizer.eps
-    )
+    plan = optimizer.plan_for(config)
     groups = [
         {"tensors": [row.tensor for row in rows], "weight_decay": rows[0].weight_decay, "eps": rows[0].eps}
         for rows in plan.groups().values()

@@ -8,9 +8,9 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from crystal import checkpoint
-from crystal.backends.config import OptimizerConfig
+from crystal.backends.config import load_preset
 from crystal.bench.matmul import matmul_rate
-from crystal.config import ConfigError, cache_dir, parse
+from crystal.config import ConfigError, cache_dir
 from crystal.curriculum.config import split_entry
 from crystal.curriculum.resolve import resolve
 from crystal.curriculum.stages import Curriculum, Stage
@@ -20,8 +20,8 @@ from crystal.mup.plan import Plan
 from crystal.planning.cost import memory_bytes, run_bytes
 from crystal.run import RunFile, check_vocabulary, corpus_of
 from crystal.training.record import with_recorded_dtype
-from crystal.zoo.build import parameter_count, plan_for
-from crystal.zoo.config import ModelConfig, families, preset, presets
+from crystal.zoo.build import parameter_count
+from crystal.zoo.config import families, presets
 from crystal.zoo.flops import flops_per_token
 
 _PLAN_KEYS = (
@@ -32,18 +32,13 @@ _PLAN_KEYS = (
 
 def listing() -> dict:
     """Names of all presets with their parameter counts, and of the ladders."""
-    counts = {}
-    for name in presets():
-        config = preset(name)
-        counts[name] = parameter_count(parse(ModelConfig, config.mapping["model"], config, ("model",)))
+    counts = {name: parameter_count(load_preset(name)[0]) for name in presets()}
     return {"models": [{"name": n, "parameters": c} for n, c in counts.items()], "families": families()}
 
 
 def model(name: str, with_plan: bool = False) -> dict:
     """Everything about one preset or ladder rung; with_plan adds the parameter plan."""
-    source = preset(name)
-    config = parse(ModelConfig, source.mapping["model"], source, ("model",))
-    optimizer = parse(OptimizerConfig, source.mapping.get("optimizer", {}), source, ("optimizer",))
+    config, optimizer = load_preset(name)
     result = {
         "name": name,
         "parameters": parameter_count(config),
@@ -53,12 +48,7 @@ def model(name: str, with_plan: bool = False) -> dict:
         "optimizer": optimizer.model_dump(mode="json"),
     }
     if with_plan:
-        plan = plan_for(
-            config,
-            weight_decay=optimizer.weight_decay,
-            decay_vectors=optimizer.decay_norms_and_biases,
-            eps=optimizer.eps,
-        )
+        plan = optimizer.plan_for(config)
         result["multipliers"] = {k: v for k, v in asdict(plan).items() if k.endswith("_multiplier")}
         result["plan"] = [{key: getattr(row, key) for key in _PLAN_KEYS} for row in plan.tensors]
     return result

@@ -11,19 +11,19 @@ import json
 import math
 import os
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from crystal.backends.config import OptimizerConfig
+from crystal.backends.config import OptimizerConfig, load_preset
 from crystal.config import CONFIGS, Config, ConfigError, Strict, find, load_yaml, override, parse
 from crystal.kernels import tuning
 from crystal.mup.transfer import Trial
 from crystal.run import RunFile, load_run
 from crystal.sweeps.trial import Length, Rows
-from crystal.zoo.config import ModelConfig, preset, with_width
+from crystal.zoo.config import ModelConfig, with_width
 
 Parametrization = Literal["sp", "mup", "crystalcoder", "completep"]
 Parameter = Literal["lr", "init_std", "embedding_multiplier", "output_alpha", "weight_decay"]
@@ -223,14 +223,9 @@ def name_from(directory: Path, file: str | Path) -> str:
     return name if meant.samefile(whole) else str(whole)  # another file has the packaged one's name, here
 
 
-@cache
 def family(name: str) -> tuple[ModelConfig, OptimizerConfig]:
     """The proxy that a ladder starts from, and its published optimizer."""
-    source = preset(f"{name}-proxy")
-    return (
-        parse(ModelConfig, source.mapping["model"], source, ("model",)),
-        parse(OptimizerConfig, source.mapping.get("optimizer", {}), source, ("optimizer",)),
-    )
+    return load_preset(f"{name}-proxy")
 
 
 def points(config: SweepConfig) -> list[dict]:

@@ -20,7 +20,6 @@ from crystal.curriculum.resolve import resolve
 from crystal.data.store import TokenStore
 from crystal.run import RunFile, prepare_run
 from crystal.training.batches import Batches
-from crystal.zoo.build import plan_for
 from crystal.zoo.config import ModelConfig
 
 DIVERGED = 0.1  # nats above the loss at initialisation
@@ -81,12 +80,7 @@ def run_trial(point: Point, length: Length, rows: Rows, dtype: str) -> dict:
     """Train and judge. Returns loss (held-out nats a token), diverged, first_loss, steps, seconds, cpu_seconds."""
     began, cpu_began = time.perf_counter(), time.process_time()
     model, optimizer = _with(point)
-    plan = plan_for(
-        model,
-        weight_decay=optimizer.weight_decay,
-        decay_vectors=optimizer.decay_norms_and_biases,
-        eps=optimizer.eps,
-    )
+    plan = optimizer.plan_for(model)
     batches, first = rows.batches(point.seed)
     backend = CpuBackend(
         model, plan, optimizer, length.schedule(point.values["lr"]), point.seed, len(batches.sources),
