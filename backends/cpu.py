@@ -18,7 +18,7 @@ from crystal.backends.base import MicroBatch, OneProcess, Schedule, StepResult
 from crystal.backends.cast import round_to_bf16
 from crystal.backends.config import CpuConfig, OptimizerConfig
 from crystal.backends.machine import with_dtype
-from crystal.config import ConfigError
+from crystal.errors import CheckpointError
 from crystal.kernels import tuning
 from crystal.memory import keep_heap
 from crystal.mup.plan import Plan
@@ -161,7 +161,7 @@ class CpuBackend(OneProcess):
             self.weights[name].copy_(tensor)
             missing.remove(name)
         if missing:
-            raise ConfigError(f"checkpoint: expected every tensor of the model, {min(missing)} is not in it")
+            raise CheckpointError(f"checkpoint: expected every tensor of the model, {min(missing)} is not in it")
         self.stale = True
         self.reset_optimizer()
         if scalars is None or scalars["optimizer_step"] == 0:

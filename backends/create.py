@@ -6,8 +6,8 @@ from pathlib import Path
 
 from crystal.backends.base import Backend, started_processes
 from crystal.backends.config import BackendConfig, OptimizerConfig
-from crystal.config import ConfigError
 from crystal.curriculum.stages import Curriculum
+from crystal.errors import ConfigError
 from crystal.mup.plan import Plan
 from crystal.zoo.config import ModelConfig
 

@@ -32,7 +32,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from crystal.backends.base import Part
-from crystal.config import ConfigError, parse
+from crystal.config import parse
+from crystal.errors import CheckpointError, ConfigError
 from crystal.files import sha256_of, sync
 from crystal.zoo.build import plan_for
 from crystal.zoo.config import ModelConfig
@@ -58,7 +59,7 @@ class Checkpoint:
         """(name without the prefix, fp32 tensor) of all tensors under `prefix.`, one at a time.
 
         wanted: only these names, and of each only what lies in its slices (with numbers for start and stop).
-        Raises ConfigError when a shard's bytes are not those that were saved, or a part is missing.
+        Raises CheckpointError when a shard's bytes are not those that were saved, or a part is missing.
         """
         if self.store is not None:
             for name, tensor in _in_store(self, prefix):
@@ -97,7 +98,7 @@ class Checkpoint:
             )
             found += values.numel()
         if found != whole.numel():
-            raise ConfigError(f"{self.directory}: {key}: expected {whole.numel()} numbers, its parts have {found}")
+            raise CheckpointError(f"{self.directory}: {key}: expected {whole.numel()} numbers, its parts have {found}")
         return whole
 
     def _open(self, file: str, opened: dict, until: ExitStack):
@@ -105,7 +106,7 @@ class Checkpoint:
         path, record = self.directory / file, self.shards[file]
         if file not in self._checked:
             if sha256_of(path) != record["sha256"]:
-                raise ConfigError(f"{path}: expected sha256 {record['sha256'][:16]}…, the file has changed")
+                raise CheckpointError(f"{path}: expected sha256 {record['sha256'][:16]}…, the file has changed")
             self._checked.add(file)
         if file not in opened:
             opened[file] = until.enter_context(safe_open(path, framework="pt"))
@@ -129,7 +130,7 @@ def write(directory: Path, tensors: Iterable[tuple[str, Tensor]], state: dict, f
     """Write a checkpoint at `directory` (replacing nothing: an existing one is left, and an error).
 
     state: JSON-ready; files: copied in beside the shards (the tokenizer).
-    Raises ConfigError when the disk is full or not writable, leaving nothing under the final name; ValueError
+    Raises CheckpointError when the disk is full or not writable, leaving nothing under the final name; ValueError
     for a tensor that is not fp32 (the published Amber run saved bf16 weights: never again).
     """
     shutil.rmtree(aside_of(directory), ignore_errors=True)
@@ -137,7 +138,7 @@ def write(directory: Path, tensors: Iterable[tuple[str, Tensor]], state: dict, f
 
 
 def refer(directory: Path, store: Path, state: dict, files: Iterable[Path] = ()) -> Path:
-    """A checkpoint at `directory` whose tensors stay in a backend's store. Raises ConfigError as `write`."""
+    """A checkpoint at `directory` whose tensors stay in a backend's store. Raises CheckpointError as `write`."""
     aside, run = aside_of(directory), directory.absolute().parent.parent
     shutil.rmtree(aside, ignore_errors=True)
     # by a relative path inside the run directory, which may be moved as a whole
@@ -199,7 +200,7 @@ def seal(directory: Path, shards: dict, state: dict, files: Iterable[Path] = (),
 
 
 def _cannot(directory: Path, error: Exception) -> ConfigError:
-    return ConfigError(f"{directory}: the checkpoint cannot be written: {error}")
+    return CheckpointError(f"{directory}: the checkpoint cannot be written: {error}")
 
 
 def _write_shards(aside: Path, start: str, tensors: Iterable[tuple[str, Tensor | Part]]) -> Iterator[tuple[str, dict]]:
@@ -240,22 +241,22 @@ def _write_shards(aside: Path, start: str, tensors: Iterable[tuple[str, Tensor |
 def read(directory: Path) -> Checkpoint:
     """Open a checkpoint; shards are checked for size here and for content when their tensors are read.
 
-    Raises ConfigError naming the file that is missing, cut short or of another format.
+    Raises CheckpointError naming the file that is missing, cut short or of another format.
     """
     path = Path(directory) / SEAL
     try:
         seal = json.loads(path.read_text(encoding="utf-8"))
         state, shards, version, store = seal["state"], seal["shards"], seal["format"], seal.get("store")
     except FileNotFoundError:
-        raise ConfigError(f"{directory}: expected a checkpoint directory, but {SEAL} is not there") from None
+        raise CheckpointError(f"{directory}: expected a checkpoint directory, but {SEAL} is not there") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"{path}: expected a checkpoint's seal: {error}") from None
+        raise CheckpointError(f"{path}: expected a checkpoint's seal: {error}") from None
     if version not in (WHOLE, PARTS, STORE):
-        raise ConfigError(f"{path}: expected format {WHOLE} to {STORE}, got {version}")
+        raise CheckpointError(f"{path}: expected format {WHOLE} to {STORE}, got {version}")
     for file, record in shards.items():
         size = (path.parent / file).stat().st_size if (path.parent / file).is_file() else None
         if size != record["bytes"]:
-            raise ConfigError(f"{path.parent / file}: expected {record['bytes']} bytes, got {size or 'no file'}")
+            raise CheckpointError(f"{path.parent / file}: expected {record['bytes']} bytes, got {size or 'no file'}")
     return Checkpoint(Path(directory), state, shards, Path(directory, store).resolve() if store else None)
 
 
@@ -286,7 +287,7 @@ def remove(directory: Path) -> None:
 def locate(path: Path, stage: int | None = None) -> Path:
     """The checkpoint meant by `path`: itself, or in a run directory the latest, or the end of a stage (from 1).
 
-    Raises ConfigError when there is none.
+    Raises CheckpointError when there is none.
     """
     if (path / SEAL).is_file():
         return path
@@ -296,5 +297,5 @@ def locate(path: Path, stage: int | None = None) -> Path:
         found = [p for p in found if read(p).state.get("stage_ended") == stage]
     if not found:
         what = "a checkpoint" if stage is None else f"the checkpoint at the end of stage {stage}"
-        raise ConfigError(f"{path}: expected {what}, or a run directory that holds one")
+        raise CheckpointError(f"{path}: expected {what}, or a run directory that holds one")
     return found[-1]

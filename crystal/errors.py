@@ -1,17 +1,44 @@
-"""What is raised for a user's mistake. Imports next to nothing, so that commands start at once."""
+"""What is raised for what a user can mend. Imports next to nothing, so that commands start at once."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import ClassVar
 
 
-class ConfigError(Exception):
-    """A mistake of the user's; `str()` is the one line to show. The command exits with 2.
+class CrystalError(Exception):
+    """Something that a user can mend; `str()` is the one line to show. The command exits with 2.
 
-    file, key: where the mistake is, for `--json`: a config file's name, and the dotted key in it. None: not known.
+    kind: for `--json`. file, key: where it is, likewise: a file's name, and the dotted key in it. None: not known.
     """
+
+    kind: ClassVar[str]
 
     def __init__(self, message: str = "", *, file: str | Path | None = None, key: str | None = None):
         super().__init__(message)
         self.file = None if file is None else str(file)
         self.key = key
+
+
+class ConfigError(CrystalError):
+    """A mistake in a config, a flag or a name."""
+
+    kind = "config"
+
+
+class DataError(CrystalError):
+    """Text, tokens or a tokenizer that are not there, damaged, or not what they say."""
+
+    kind = "data"
+
+
+class CheckpointError(CrystalError):
+    """Weights or a run's state that are not there, damaged, unfinished, or of another model."""
+
+    kind = "checkpoint"
+
+
+class RunError(CrystalError):
+    """What went wrong on the way: a disk that is full, a process that died, a loss that is not finite."""
+
+    kind = "run"

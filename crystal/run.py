@@ -11,11 +11,12 @@ from pydantic import Field
 
 from crystal.backends.config import BackendConfig, CpuConfig, OptimizerConfig
 from crystal.backends.cuda.layout import check_layout
-from crystal.config import COMMAND_LINE, Config, ConfigError, Strict, find, load_yaml, mistake, override, parse
+from crystal.config import COMMAND_LINE, Config, Strict, find, load_yaml, mistake, override, parse
 from crystal.curriculum.config import CurriculumConfig, split_entry
 from crystal.curriculum.resolve import resolve
 from crystal.data.corpus.build import Recipe, load_recipe
 from crystal.data.prepare import DataConfig, prepare, vocab_size
+from crystal.errors import ConfigError, CrystalError
 from crystal.mup.plan import Plan
 from crystal.zoo.config import ModelConfig, rung
 
@@ -147,7 +148,7 @@ def corpus_of(run: RunFile) -> Recipe:
     """The run's corpus recipe. Raises ConfigError naming the run's key when there is none."""
     try:
         return load_recipe(run.config.data.corpus)
-    except ConfigError as error:
+    except CrystalError as error:
         if str(error).startswith(f"{run.config.data.corpus}: "):  # the file itself, not something in it
             raise run.error(("data", "corpus"), str(error)) from None
         raise

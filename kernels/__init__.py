@@ -3,12 +3,15 @@
 from crystal.kernels.add_norm import add_norm
 from crystal.kernels.attention import attention
 from crystal.kernels.cross_entropy import cross_entropy
+from crystal.kernels.dispatch import mode
 from crystal.kernels.layer_norm import layer_norm
 from crystal.kernels.linear import linear
 from crystal.kernels.linear_cross_entropy import linear_cross_entropy
 from crystal.kernels.rms_norm import rms_norm
 from crystal.kernels.rope import rope, rope_, rope_table
 from crystal.kernels.swiglu import swiglu
+
+mode()  # a wrong CRYSTAL_KERNELS is heard of at once
 
 __all__ = [
     "add_norm",

@@ -23,24 +23,34 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
 MULTIPROCESSORS = {80: 108, 86: 84, 89: 128, 90: 132, 100: 148}  # of a whole A100, A10, L4/4090, H100, B200
 
 
+class KernelModeError(ValueError):
+    """What CRYSTAL_KERNELS or CRYSTAL_TUNING say cannot be; one line."""
+
+
 def _mode_of_environment() -> str:
     mode = os.environ.get("CRYSTAL_KERNELS", "interpret" if os.environ.get("TRITON_INTERPRET") == "1" else "auto")
     if mode not in MODES:
-        raise ValueError(f"CRYSTAL_KERNELS={mode}: expected one of {', '.join(MODES)}")
+        raise KernelModeError(f"CRYSTAL_KERNELS={mode}: expected one of {', '.join(MODES)}")
     if mode == "interpret" and os.environ.get("TRITON_INTERPRET") != "1":
         if "triton" in sys.modules:
-            raise ValueError(
+            raise KernelModeError(
                 "CRYSTAL_KERNELS=interpret: triton is imported already; set TRITON_INTERPRET=1 at the start"
             )
         os.environ["TRITON_INTERPRET"] = "1"
     return mode
 
 
-_mode = _mode_of_environment()
+_mistake: KernelModeError | None = None  # the package raises it, once this module is whole and knows its class
+try:
+    _mode = _mode_of_environment()
+except KernelModeError as error:
+    _mode, _mistake = "auto", error
 
 
 def mode() -> str:
-    """What CRYSTAL_KERNELS or `forced` say."""
+    """What CRYSTAL_KERNELS or `forced` say. Raises KernelModeError."""
+    if _mistake is not None:
+        raise _mistake
     return _mode
 
 

@@ -26,6 +26,7 @@ from pathlib import Path
 import torch
 
 import crystal.kernels.waiting as waiting
+from crystal.kernels.dispatch import KernelModeError
 from crystal.kernels.gcc import cache, put
 
 LONGEST = 5.0  # seconds of measuring, at most
@@ -125,7 +126,7 @@ _made: dict[tuple, str] = {}  # looked up before
 def tuning(threads: int | None = None) -> Tuning:
     """The choices for this machine: measured by this process, by one before it, or read from CRYSTAL_TUNING.
 
-    Raises ValueError for a file in CRYSTAL_TUNING that does not hold choices.
+    Raises KernelModeError for a file in CRYSTAL_TUNING that does not hold choices.
     """
     threads = threads or torch.get_num_threads()
     if threads not in _tunings:
@@ -234,7 +235,7 @@ def _from_file() -> Tuning | None:
         return load(Path(path))
     except (OSError, ValueError) as error:
         problem = getattr(error, "strerror", None) or "expected choices as `crystal.kernels.tuning.save` writes them"
-        raise ValueError(f"CRYSTAL_TUNING={path}: {problem}") from None
+        raise KernelModeError(f"CRYSTAL_TUNING={path}: {problem}") from None
 
 
 def _file(identity: dict) -> Path:

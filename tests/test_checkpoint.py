@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from crystal import checkpoint
-from crystal.config import ConfigError
+from crystal.errors import CheckpointError
 
 TENSORS = {"model.a": torch.randn(40, 30), "model.b": torch.randn(7), "optimizer.exp_avg.a": torch.randn(40, 30)}
 
@@ -40,7 +40,7 @@ def test_a_writer_that_fails_leaves_nothing_under_the_name(tmp_path):
         yield "model.a", torch.zeros(3)
         raise OSError("disk full")
 
-    with pytest.raises(ConfigError, match="cannot be written: disk full"):
+    with pytest.raises(CheckpointError, match="cannot be written: disk full"):
         checkpoint.write(tmp_path / "step-0000001", broken(), {})
     assert list(tmp_path.iterdir()) == []
 
@@ -68,7 +68,7 @@ def test_damage_is_named(tmp_path, damage):
         seal.write_text(seal.read_text()[:50])
     else:
         seal.write_text(json.dumps(json.loads(seal.read_text()) | {"format": 99}))
-    with pytest.raises(ConfigError) as error:
+    with pytest.raises(CheckpointError) as error:
         list(checkpoint.read(directory).tensors("model"))
     assert (checkpoint.SEAL if damage in ("seal", "format") else shard.name) in str(error.value)
 
@@ -88,7 +88,7 @@ def test_a_run_directory_leads_to_its_newest_checkpoint_or_a_stages_end(tmp_path
         checkpoint.write(target, TENSORS.items(), {"step": step, "stage_ended": ended})
     assert checkpoint.locate(tmp_path).name == "step-0000003"
     assert checkpoint.locate(tmp_path, stage=1).name == "step-0000002"
-    with pytest.raises(ConfigError, match="the checkpoint at the end of stage 2"):
+    with pytest.raises(CheckpointError, match="the checkpoint at the end of stage 2"):
         checkpoint.locate(tmp_path, stage=2)
-    with pytest.raises(ConfigError, match="expected a checkpoint"):
+    with pytest.raises(CheckpointError, match="expected a checkpoint"):
         checkpoint.locate(tmp_path / "nowhere")

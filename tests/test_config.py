@@ -7,7 +7,8 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from crystal.config import ConfigError, Strict, find, load_yaml, override, parse
+from crystal.config import Strict, find, load_yaml, override, parse
+from crystal.errors import ConfigError
 from crystal.run import load_run
 
 

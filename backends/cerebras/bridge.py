@@ -25,15 +25,14 @@ from crystal.backends.base import MicroBatch, OneProcess, StepResult
 from crystal.backends.cerebras import environment, mdl, spool
 from crystal.backends.cerebras.learning_rate import pieces
 from crystal.backends.config import CerebrasConfig, OptimizerConfig
-from crystal.config import ConfigError
 from crystal.curriculum.stages import Curriculum
+from crystal.errors import CheckpointError, ConfigError, RunError
 from crystal.mup.plan import Plan
 from crystal.zoo.build import build, initial_weights, multipliers_for
 from crystal.zoo.config import ModelConfig
 from crystal.zoo.decoder import Decoder
 
 HALF = {"bf16": "bfloat16", "cbfloat16": "cbfloat16", "fp32": "bfloat16"}
-NO_SYSTEM = ("ClusterConfigError", "mgmt_address")
 
 
 def make_job(
@@ -75,12 +74,12 @@ def make_job(
     }
 
 
-class CerebrasFailure(ConfigError):
-    """The other side gave up; `kind` is the class of its exception."""
+class CerebrasFailure(RunError):
+    """The other side gave up; `exception` is the class of its exception."""
 
-    def __init__(self, line: str, kind: str):
+    def __init__(self, line: str, exception: str):
         super().__init__(line)
-        self.kind = kind
+        self.exception = exception
 
 
 class Process:
@@ -270,7 +269,7 @@ class CerebrasBackend(OneProcess):
         try:
             mdl.write_state(file, self.job["groups"], self.optimizer_config.betas, about, tensors, updates is not None)
         except ValueError as error:
-            raise ConfigError(f"checkpoint: expected every tensor of the model: {error}") from None
+            raise CheckpointError(f"checkpoint: expected every tensor of the model: {error}") from None
         self.process.ask("load", file=str(file), updates=updates)
         file.unlink()
         self.optimizer_step = updates or 0

@@ -19,7 +19,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from crystal.config import ConfigError, cache_dir
+from crystal.config import cache_dir
+from crystal.errors import ConfigError, RunError
 from crystal.output.interrupts import child
 from crystal.output.progress import Bar, note
 
@@ -41,7 +42,7 @@ def find(directory: Path | None = None) -> Path:
     if marker is None:
         raise ConfigError(f"{directory}: expected Cerebras' environment, none there; make it: crystal cerebras setup")
     if not marker["whole"]:
-        raise ConfigError(f"{directory}: its set-up was interrupted; run it again: crystal cerebras setup")
+        raise RunError(f"{directory}: its set-up was interrupted; run it again: crystal cerebras setup")
     return directory
 
 
@@ -69,7 +70,7 @@ def setup(directory: Path | None, python: str | None, console: Console) -> dict:
     existing = next(parent for parent in (directory, *directory.parents) if parent.exists())
     free = shutil.disk_usage(existing).free
     if free < NEEDED_BYTES:
-        raise ConfigError(f"{existing}: expected {NEEDED_BYTES >> 30} GiB of free disk, there are {free / 2**30:.1f}")
+        raise RunError(f"{existing}: expected {NEEDED_BYTES >> 30} GiB of free disk, there are {free / 2**30:.1f}")
     if marker:
         note(console, f"{directory}: an interrupted set-up is made anew")
         shutil.rmtree(directory)
@@ -81,7 +82,7 @@ def setup(directory: Path | None, python: str | None, console: Console) -> dict:
     except BaseException as error:
         shutil.rmtree(directory, ignore_errors=True)
         if isinstance(error, OSError):
-            raise ConfigError(f"{directory}: cannot be written: {error}") from None
+            raise RunError(f"{directory}: cannot be written: {error}") from None
         raise
     found = {"version": VERSION, "seconds": round(time.perf_counter() - began, 1), "bytes": size}
     _mark(directory, whole=True, **found)
@@ -106,10 +107,10 @@ def _install(directory: Path, python: str, console: Console) -> int:
                     if line.startswith("ERROR:"):
                         last = last or line.removeprefix("ERROR:").strip()
                 if pip.wait():
-                    raise ConfigError(f"{directory}: pip could not install {packages[0]}: {last or 'see its output'}")
+                    raise RunError(f"{directory}: pip could not install {packages[0]}: {last or 'see its output'}")
         _run([interpreter, "-c", "import cerebras.pytorch"], "import cerebras.pytorch")
     if not (directory / "bin" / "torch-cirh-opt").exists():
-        raise ConfigError(f"{directory}: expected bin/torch-cirh-opt, cerebras-pytorch {VERSION} did not bring it")
+        raise RunError(f"{directory}: expected bin/torch-cirh-opt, cerebras-pytorch {VERSION} did not bring it")
     return sum(file.stat().st_size for file in directory.rglob("*") if file.is_file() and not file.is_symlink())
 
 
@@ -117,7 +118,7 @@ def _run(command: list[str], what: str) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         lines = (done.stderr or done.stdout).strip().splitlines() or ["no message"]
-        raise ConfigError(f"cerebras setup: {what} failed: {lines[-1]}")
+        raise RunError(f"cerebras setup: {what} failed: {lines[-1]}")
 
 
 def _checked_python(python: str | None) -> str:

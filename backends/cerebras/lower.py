@@ -12,8 +12,8 @@ from pathlib import Path
 from crystal.backends.cerebras import cirh
 from crystal.backends.cerebras.bridge import Process, make_job
 from crystal.backends.config import CerebrasConfig, OptimizerConfig
-from crystal.config import ConfigError
 from crystal.curriculum.stages import Curriculum
+from crystal.errors import RunError
 from crystal.mup.plan import Plan
 from crystal.zoo.config import ModelConfig
 
@@ -67,7 +67,7 @@ def lower(
         shutil.move(done["ir"], out / ".cirh.mlir")
         os.replace(out / ".cirh.mlir", out / "cirh.mlir")
     except OSError as error:
-        raise ConfigError(f"{out}: cannot be written: {error}") from None
+        raise RunError(f"{out}: cannot be written: {error}") from None
     finally:
         process.close()
     shapes = {row.tensor: row.shape for row in plan.tensors}

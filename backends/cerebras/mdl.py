@@ -25,7 +25,7 @@ import pyarrow
 import torch
 from torch import Tensor
 
-from crystal.config import ConfigError
+from crystal.errors import CheckpointError
 
 VERSION = 0.5
 LZ4 = "32004"  # the filter's registered number
@@ -44,10 +44,10 @@ class Mdl:
     aliases: dict[str, str]  # tied tensors: path → path of the dataset
 
     def tensor(self, path: str) -> Tensor:
-        """One tensor, read now; bf16 comes as bf16. Raises ConfigError when it is not there or cannot be read."""
+        """One tensor, read now; bf16 comes as bf16. Raises CheckpointError when it is not there or cannot be read."""
         path = self.aliases.get(path, path)
         if path not in self.shapes:
-            raise ConfigError(f"{self.file}: expected the tensor {path}, it is not there")
+            raise CheckpointError(f"{self.file}: expected the tensor {path}, it is not there")
         try:
             with h5py.File(self.file, "r") as file:
                 dataset = file[path]
@@ -56,14 +56,14 @@ class Mdl:
                     raise OSError("it is compressed by Cerebras' own weight format")
                 array = _unpacked(dataset) if set(dataset._filters) == {LZ4} else np.asarray(dataset[()])
         except (OSError, ValueError) as error:  # a filter that h5py lacks, or a damaged file
-            raise ConfigError(f"{self.file}: {path}: cannot be read: {error}") from None
+            raise CheckpointError(f"{self.file}: {path}: cannot be read: {error}") from None
         tensor = torch.from_numpy(array.reshape(self.shapes[path]))
         # bf16 lies in the file as int16 with the same bits
         return tensor.view(torch.bfloat16) if dtype == "bfloat16" else tensor
 
 
 def read(file: Path) -> Mdl:
-    """Open a .mdl. Raises ConfigError when it is not one, or was never finished."""
+    """Open a .mdl. Raises CheckpointError when it is not one, or was never finished."""
     try:
         with h5py.File(file, "r") as opened:
             attributes = dict(opened.attrs)
@@ -75,9 +75,11 @@ def read(file: Path) -> Mdl:
             }
     except (OSError, RuntimeError, KeyError) as error:  # h5py's, for one kind of damage each
         reason = "no such file" if not Path(file).exists() else str(error)
-        raise ConfigError(f"{file}: expected a Cerebras checkpoint (HDF5): {reason}") from None
+        raise CheckpointError(f"{file}: expected a Cerebras checkpoint (HDF5): {reason}") from None
     if "__spec__" not in attributes or not attributes.get("__SUCCESS__", False):
-        raise ConfigError(f"{file}: expected a finished Cerebras checkpoint, its __spec__ or __SUCCESS__ is not there")
+        raise CheckpointError(
+            f"{file}: expected a finished Cerebras checkpoint, its __spec__ or __SUCCESS__ is not there"
+        )
     values, aliases = {}, {}
     for key, text in attributes.items():
         path = key.removesuffix(".__metadata__")
@@ -102,7 +104,7 @@ def _mapping(file: Path, key: str, text: str) -> dict:
     except (TypeError, ValueError):
         found = None
     if not isinstance(found, dict):
-        raise ConfigError(f"{file}: {key}: expected a JSON mapping, it is damaged")
+        raise CheckpointError(f"{file}: {key}: expected a JSON mapping, it is damaged")
     return found
 
 
@@ -138,7 +140,7 @@ def write(file: Path, tree: dict, tensors: Iterable[tuple[str, Tensor]]) -> Path
     """Write a .mdl: aside, then renamed.
 
     tree: nested dicts, lists and tuples of numbers and texts, with None where a tensor belongs; tensors: those, by
-    dotted path, fp32 or int64, one at a time and in any order. Raises ConfigError when the disk fails.
+    dotted path, fp32 or int64, one at a time and in any order. Raises CheckpointError when the disk fails.
     """
     file = Path(file)
     aside = file.with_name(f".tmp-{file.name}")
@@ -163,7 +165,7 @@ def write(file: Path, tree: dict, tensors: Iterable[tuple[str, Tensor]]) -> Path
             opened.attrs["__SUCCESS__"] = True
         os.rename(aside, file)
     except OSError as error:
-        raise ConfigError(f"{file}: cannot be written: {error}") from None
+        raise CheckpointError(f"{file}: cannot be written: {error}") from None
     finally:
         aside.unlink(missing_ok=True)
     return file
@@ -291,13 +293,13 @@ def beta_power(beta: float, updates: int) -> Tensor:
 def state_tensors(mdl: Mdl) -> tuple[dict, Iterator[tuple[str, Tensor]]]:
     """(`crystal` as a mapping, (name, fp32 tensor) of weights and moments under our checkpoint's names).
 
-    Raises ConfigError when the file does not say which moment belongs to which tensor.
+    Raises CheckpointError when the file does not say which moment belongs to which tensor.
     """
     about = _mapping(mdl.file, "crystal", mdl.values.get("crystal", "{}"))
     order = about.get("optimizer_order")
     moments = any(path.startswith("optimizer.state.") for path in mdl.shapes)
     if moments and order is None:
-        raise ConfigError(f"{mdl.file}: expected the order of the optimizer's tensors under 'crystal', none given")
+        raise CheckpointError(f"{mdl.file}: expected the order of the optimizer's tensors under 'crystal', none given")
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
         for path in [*mdl.shapes, *mdl.aliases]:

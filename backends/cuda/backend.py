@@ -23,7 +23,7 @@ from crystal.backends.cuda.parallelize import Held, held_by, parallelise
 from crystal.backends.cuda.pipeline import Pipeline, Straight
 from crystal.backends.cuda.stage import Stage, layers_of
 from crystal.backends.machine import with_dtype
-from crystal.config import ConfigError
+from crystal.errors import CheckpointError
 from crystal.mup.plan import Plan
 from crystal.zoo.build import build, initial_tensor
 from crystal.zoo.config import ModelConfig
@@ -192,7 +192,7 @@ class CudaBackend:
             self.held[name].weight.copy_(tensor)
             missing.remove(name)
         if missing:
-            raise ConfigError(f"checkpoint: expected every tensor of the model, {min(missing)} is not in it")
+            raise CheckpointError(f"checkpoint: expected every tensor of the model, {min(missing)} is not in it")
         self.reset_optimizer()
         if scalars is None or scalars["optimizer_step"] == 0:
             return

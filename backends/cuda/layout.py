@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from crystal.backends.config import CudaConfig
-from crystal.config import ConfigError
+from crystal.errors import ConfigError
 from crystal.zoo.config import ModelConfig
 
 

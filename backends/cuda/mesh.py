@@ -16,7 +16,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from crystal.backends.base import Place, started_processes
 from crystal.backends.config import CudaConfig
-from crystal.config import ConfigError
+from crystal.errors import ConfigError
 
 DIMENSIONS = ("pp", "dp", "fsdp", "tp")
 

@@ -33,7 +33,7 @@ from crystal.backends.weight_streaming.store import Store, Update
 from crystal.backends.weight_streaming.store_layout import Piece
 from crystal.backends.weight_streaming.stream import Stream
 from crystal.backends.weight_streaming.update import Updater
-from crystal.config import ConfigError
+from crystal.errors import ConfigError
 from crystal.kernels import tuning
 from crystal.memory import release_heap
 from crystal.mup.plan import Plan

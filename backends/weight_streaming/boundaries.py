@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from crystal.backends.base import MicroBatch
-from crystal.config import ConfigError
+from crystal.errors import CheckpointError
 from crystal.files import sync
 
 FILE = "boundaries.safetensors"
@@ -49,11 +49,11 @@ class Boundaries:
 
 
 def load_boundaries(directory: Path) -> Boundaries:
-    """What `save` wrote. Raises ConfigError when it cannot be read."""
+    """What `save` wrote. Raises CheckpointError when it cannot be read."""
     try:
         tensors = load_file(directory / FILE)
     except (OSError, SafetensorError) as error:
-        raise ConfigError(f"{directory / FILE}: expected what a due update is made of: {error}") from None
+        raise CheckpointError(f"{directory / FILE}: expected what a due update is made of: {error}") from None
     found: dict[str, dict[str, list[Tensor]]] = {"inputs": {}, "gradients": {}, "batches": {}}
     for key in sorted(tensors, key=lambda key: int(key.rpartition("/")[2])):
         kind, name, _ = key.split("/")

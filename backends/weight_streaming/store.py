@@ -23,7 +23,7 @@ from torch import Tensor
 from crystal.backends.weight_streaming.io import Buffer, DiskFile, File, Line, MemoryFile, Ticket
 from crystal.backends.weight_streaming.planes import decode_m, decode_v, encode_m, encode_v, join, split
 from crystal.backends.weight_streaming.store_layout import HIGH, LOW, Piece, Plane, layout
-from crystal.config import ConfigError
+from crystal.errors import CheckpointError, ConfigError, RunError
 from crystal.files import sync
 from crystal.mup.plan import Plan
 
@@ -118,7 +118,7 @@ class Store:
         held = sum(f.stat().st_size for f in self.directory.glob("*.bin")) if self.directory.exists() else 0
         free = shutil.disk_usage(parent).free + held
         if free < needed:
-            raise ConfigError(
+            raise RunError(
                 f"{self.directory}: the store needs {needed:,} bytes on disk (weights and {self.record.moments} "
                 f"moments {self.layout.store_bytes:,}, gradients {self.layout.gradient_bytes:,}), {free:,} are free; "
                 f"set backend.moments to bf16 or int8, or backend.gradients to recomputed, or backend.path to a larger "
@@ -215,14 +215,16 @@ class Store:
     def put(self, kind: str, tensors: Iterable[tuple[str, Tensor]]) -> None:
         """Write fp32 tensors of one kind (model, optimizer.exp_avg, optimizer.exp_avg_sq), in any order.
 
-        Raises ConfigError for a tensor that is missing, of another shape or none of the model's.
+        Raises CheckpointError for a tensor that is missing, of another shape or none of the model's.
         """
         places = {p.name: (piece, p) for piece in self.layout.pieces for p in piece.places}
         missing, gathered = set(places), {}
         for name, tensor in tensors:
             piece, place = places.get(name, (None, None))
             if name not in missing or tuple(tensor.shape) != place.shape:
-                raise ConfigError(f"checkpoint: {name} {list(tensor.shape)}: expected each tensor of the model once")
+                raise CheckpointError(
+                    f"checkpoint: {name} {list(tensor.shape)}: expected each tensor of the model once"
+                )
             missing.remove(name)
             if piece.name not in gathered:
                 gathered[piece.name] = torch.zeros(piece.numel)
@@ -230,7 +232,7 @@ class Store:
             if not missing.intersection(p.name for p in piece.places):
                 self._put_piece(piece, kind, gathered.pop(piece.name))
         if missing:
-            raise ConfigError(f"checkpoint: expected every tensor of the model, {min(missing)} is not in it")
+            raise CheckpointError(f"checkpoint: expected every tensor of the model, {min(missing)} is not in it")
 
     def _put_piece(self, piece: Piece, kind: str, flat: Tensor) -> None:
         planes = self._planes(kind)
@@ -276,31 +278,31 @@ class Store:
 
 
 def read_record(directory: Path) -> Record | None:
-    """The record of a store, or None where there is none. Raises ConfigError when it cannot be understood."""
+    """The record of a store, or None where there is none. Raises CheckpointError when it cannot be understood."""
     path = directory / RECORD
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         if found.pop("format") != FORMAT:
-            raise ConfigError(f"{path}: expected format {FORMAT}")
+            raise CheckpointError(f"{path}: expected format {FORMAT}")
         record = Record(**found)
         record.update = Update(**found["update"]) if found["update"] else None
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ConfigError(f"{path}: expected a store's record: {error}") from None
+        raise CheckpointError(f"{path}: expected a store's record: {error}") from None
     return record
 
 
 def sealed_tensors(directory: Path, plan: Plan, step: int, kind: str) -> Iterator[tuple[str, Tensor]]:
     """Tensors of a kind out of the store in `directory`, which a checkpoint of `step` refers to.
 
-    Raises ConfigError when the store is gone, has moved on, or stands in the middle of an update.
+    Raises CheckpointError when the store is gone, has moved on, or stands in the middle of an update.
     """
     record = read_record(directory)
     if record is None:
-        raise ConfigError(f"{directory}: expected the store that holds step {step}, none is there")
+        raise CheckpointError(f"{directory}: expected the store that holds step {step}, none is there")
     if record.step != step or record.due:
-        raise ConfigError(
+        raise CheckpointError(
             f"{directory}: expected the store at step {step}, it is {'in the update of' if record.due else 'at'} step "
             f"{record.step}; `crystal train` goes on from there"
         )

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from crystal.config import ConfigError
+from crystal.errors import ConfigError
 from crystal.kernels.catalog import OPERATORS
 from crystal.kernels.dispatch import DTYPES, HAS_TRITON
 from crystal.output.progress import Bar, note

@@ -16,7 +16,7 @@ from crystal.backends.base import MicroBatch
 from crystal.backends.config import WeightStreamingConfig, load_preset
 from crystal.backends.weight_streaming.backend import WeightStreamingBackend
 from crystal.backends.weight_streaming.store import Update
-from crystal.config import ConfigError
+from crystal.errors import ConfigError
 from crystal.memory import peak_rss_bytes
 from crystal.mup.plan import Plan
 from crystal.output.progress import note

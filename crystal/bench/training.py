@@ -22,7 +22,7 @@ import torch
 from rich.console import Console
 
 from crystal.bench.matmul import matmul_rate
-from crystal.config import ConfigError
+from crystal.errors import ConfigError, RunError
 from crystal.output.progress import Bar
 from crystal.zoo.config import ModelConfig
 from crystal.zoo.flops import flops_per_token
@@ -77,7 +77,7 @@ class Worker:
         self.process.stdin.flush()
         answer = self.process.stdout.readline()
         if not answer:
-            raise ConfigError(f"bench train: {self.name} ended in the middle of a step")
+            raise RunError(f"bench train: {self.name} ended in the middle of a step")
         return json.loads(answer)
 
     def close(self) -> None:
@@ -134,7 +134,7 @@ def bench_train(
             if isinstance(started, Worker):
                 workers.append(started)
             elif name == OURS:
-                raise ConfigError(f"bench train: {OURS} did not start: {started}")
+                raise RunError(f"bench train: {OURS} did not start: {started}")
             else:
                 missing[name] = started
         load = os.getloadavg()[0]

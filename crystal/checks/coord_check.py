@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 import crystal
 from crystal.checks.subject import Checked, checked
-from crystal.config import ConfigError
+from crystal.errors import ConfigError
 from crystal.files import write_whole
 from crystal.kernels import tuning
 from crystal.mup.coord_check import Along, CoordCheck, coord_check

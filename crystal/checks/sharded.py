@@ -20,7 +20,7 @@ from torch.distributed.fsdp import fully_shard
 
 from crystal.backends.cuda.parallelize import split_blocks
 from crystal.checks.coord_check import Asked, check_model
-from crystal.config import ConfigError
+from crystal.errors import ConfigError
 from crystal.mup.coord_check import CoordCheck
 from crystal.output.interrupts import shielded
 

@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from crystal.backends.config import OptimizerConfig, load_preset
-from crystal.config import ConfigError, find, nearest
+from crystal.config import find, nearest
+from crystal.errors import ConfigError
 from crystal.mup.plan import Plan
 from crystal.mup.rules import PARAMETRIZATIONS
 from crystal.zoo.build import build, initial_weights

@@ -8,6 +8,7 @@ import sys
 from typing import Any
 
 from crystal.cli.options import print_out
+from crystal.errors import ConfigError, CrystalError
 from crystal.output.printable import printable_line
 from crystal.output.ranks import is_first, rank
 
@@ -19,16 +20,18 @@ _PLAIN = {
 }
 
 
-def complain(message: str, file: str | None = None, key: str | None = None) -> None:
+def complain(message: str, error: CrystalError | None = None) -> None:
     """Say what was wrong. Of several processes the first speaks; once they train, any, for it may be its own mistake.
 
-    file, key: the config file and the dotted key it is about, where they are known. Whether the command line asks for
+    error: what was raised; None: a mistake in the command line or the environment. Whether the command line asks for
     JSON is read off its words, for the mistake may be one in the words themselves.
     """
+    error = error or ConfigError()
     distributed, shown = sys.modules.get("torch.distributed"), printable_line(message)
     if is_first():
         if _wants_json(sys.argv[1:]):
-            print_out(json.dumps({"error": {"kind": "config", "message": message, "file": file, "key": key}}))
+            about = {"kind": error.kind, "message": message, "file": error.file, "key": error.key}
+            print_out(json.dumps({"error": about}))
         print(f"crystal: {shown}", file=sys.stderr)
     elif distributed is not None and distributed.is_initialized():
         print(f"crystal: process {rank()}: {shown}", file=sys.stderr)

@@ -8,7 +8,7 @@ import typer
 
 from crystal.cli.help import Commands
 from crystal.cli.options import Json, Overrides, Run, Step, console, print_result
-from crystal.errors import ConfigError
+from crystal.errors import CrystalError
 from crystal.output.printable import printable, printable_line
 
 data = Commands(
@@ -32,7 +32,7 @@ def verify(run: Run, overrides: Overrides = None, as_json: Json = False) -> None
     store = _ledger(run, overrides).store
     try:
         files = store.verify(console())
-    except ConfigError as mismatch:
+    except CrystalError as mismatch:
         result = {"verdict": "FAIL", "store": str(store.directory), "message": str(mismatch)}
         print_result(result, as_json, f"FAIL {mismatch}")
         raise typer.Exit(1) from None

@@ -32,10 +32,12 @@ from crystal.cli.plan import plan
 from crystal.cli.runs import compare, runs
 from crystal.cli.train import prepare, schedule, train
 from crystal.cli.transfer import transfer
-from crystal.errors import ConfigError
+from crystal.errors import CrystalError
 from crystal.files import cache_dir
 from crystal.output import interrupts
 from crystal.output.ranks import is_first
+
+_usage = sys.modules[typer.BadParameter.__module__]  # typer's exceptions, be they of its own click or of click
 
 app = Commands(cls=completion.Root)
 app.add_typer(data, name="data")
@@ -53,23 +55,22 @@ def main() -> None:
     try:
         # a number where typer stopped early
         code = interrupts.obeyed(lambda: app(prog_name="crystal", standalone_mode=False))
-    except ConfigError as error:
-        complain(str(error), error.file, error.key)
-        sys.exit(2)
-    except ValueError as error:  # what the environment says of kernels is read when they are first used
-        if not str(error).startswith(("CRYSTAL_KERNELS=", "CRYSTAL_TUNING=")):
-            raise
-        complain(str(error))
+    except CrystalError as error:
+        complain(str(error), error)
         sys.exit(2)
     except typer.Abort:
         code = interrupts.CODE
-    except Exception as error:
-        if type(error).__name__ == "NoArgsIsHelpError":  # a bare `crystal`
-            print(error, file=sys.stderr)
-        elif hasattr(error, "format_message"):  # a usage error of typer's
-            complain(usage_message(error))
-        else:
+    except _usage.NoArgsIsHelpError as error:  # a bare `crystal`
+        print(error, file=sys.stderr)
+        sys.exit(2)
+    except _usage.ClickException as error:
+        complain(usage_message(error))
+        sys.exit(2)
+    except ValueError as error:
+        kernels = sys.modules.get("crystal.kernels.dispatch")  # which imports torch: not to be imported here
+        if kernels is None or not isinstance(error, kernels.KernelModeError):
             raise
+        complain(str(error))
         sys.exit(2)
     if code == interrupts.CODE and is_first():  # outside training, which has its own end
         print(interrupts.line(), file=sys.stderr)

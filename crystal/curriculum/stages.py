@@ -6,10 +6,10 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from crystal.config import ConfigError
 from crystal.curriculum.config import split_entry
 from crystal.curriculum.schedule import Schedule
 from crystal.data.order import StageOrder
+from crystal.errors import ConfigError
 
 
 @dataclass(frozen=True)

@@ -29,11 +29,12 @@ from typing import TYPE_CHECKING, Self
 import numpy as np
 from pydantic import Field, model_validator
 
-from crystal.config import ConfigError, Strict, cache_dir, nearest
+from crystal.config import Strict, cache_dir, nearest
 from crystal.data import holdout, pack, store
 from crystal.data.corpus import build as corpus
 from crystal.data.corpus import user_files
 from crystal.data.tokenizer import Tokenizer, VocabularyError, padded, train_tokenizer
+from crystal.errors import ConfigError, CrystalError, DataError
 from crystal.files import sha256_of, sync
 from crystal.output.progress import Bar
 
@@ -231,7 +232,7 @@ class _Build:
         log.close()
         rows = {s: sum(shard.rows for shard in shards if f"/{s}-" in shard.file) for s in store.SPLITS}
         if not rows["train"]:
-            raise ConfigError(
+            raise DataError(
                 f"{self.where}: data.corpus: source '{name}' of '{data.corpus}' has {train.tokens} tokens, "
                 f"expected at least the {seq_len + 1} of one row"
             )
@@ -355,7 +356,7 @@ def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
 def _opens(directory: Path, tokenizer: Tokenizer) -> bool:
     try:
         store.TokenStore.open(directory, tokenizer)
-    except ConfigError:
+    except CrystalError:
         return False
     return True
 

@@ -25,9 +25,10 @@ from typing import IO, TYPE_CHECKING, Literal
 
 import numpy as np
 
-from crystal.config import ConfigError, Strict, nearest, parse
+from crystal.config import Strict, nearest, parse
 from crystal.data import pack
 from crystal.data.tokenizer import Tokenizer
+from crystal.errors import ConfigError, DataError
 from crystal.files import sha256_of
 from crystal.output.progress import Bar
 
@@ -147,16 +148,16 @@ class TokenStore:
         """Open a store and check that every file is there with its right size.
 
         tokenizer: the vocabulary the caller goes on with; it must be the store's.
-        Raises ConfigError naming the file that is missing, damaged or does not fit.
+        Raises DataError naming the file that is missing, damaged or does not fit.
         """
         directory = Path(directory)
         file = directory / "manifest.json"
         try:
             mapping = json.loads(file.read_text(encoding="utf-8"))
         except OSError:
-            raise ConfigError(f"{file}: not found; `crystal prepare RUN.yaml` makes it") from None
+            raise DataError(f"{file}: not found; `crystal prepare RUN.yaml` makes it") from None
         except ValueError:
-            raise ConfigError(f"{file}: expected JSON; run `crystal prepare` again") from None
+            raise DataError(f"{file}: expected JSON; run `crystal prepare` again") from None
         store = cls(directory, parse(Manifest, mapping, str(file)))
         store._check_sizes()
         if tokenizer is not None:
@@ -168,21 +169,21 @@ class TokenStore:
         mine = self.manifest["tokenizer"]
         wanted = mine["sha256"], mine["added_tokens"]
         if wanted != (tokenizer.sha256, tokenizer.added_tokens):
-            raise ConfigError(
+            raise DataError(
                 f"{tokenizer.path}: expected the tokenizer of {self.directory} (sha256 {wanted[0][:12]}, "
                 f"added tokens {wanted[1]}), got sha256 {tokenizer.sha256[:12]}, added tokens "
                 f"{tokenizer.added_tokens}"
             )
 
     def tokenizer(self) -> Tokenizer:
-        """The vocabulary kept in the store. Raises ConfigError when the file is not the one recorded."""
+        """The vocabulary kept in the store. Raises DataError when the file is not the one recorded."""
         entry = self.manifest["tokenizer"]
         tokenizer = Tokenizer.load(self.directory / entry["path"], added_tokens=entry["added_tokens"])
         self.check_tokenizer(tokenizer)
         return tokenizer
 
     def verify(self, console: Console | None = None) -> list[str]:
-        """Compare every file's sha256; returns the names. Raises ConfigError for the first bad one."""
+        """Compare every file's sha256; returns the names. Raises DataError for the first bad one."""
         expected = {self.manifest["tokenizer"]["path"]: self.manifest["tokenizer"]["sha256"]}
         for source, entry in self._entries.items():
             expected |= {shard.file: shard.sha256 for shard in entry.shards}
@@ -193,7 +194,7 @@ class TokenStore:
                 found = sha256_of(self.directory / name)
                 bar.advance(sizes[name])
                 if found != sha256:
-                    raise ConfigError(f"{self.directory / name}: expected sha256 {sha256}, got {found}")
+                    raise DataError(f"{self.directory / name}: expected sha256 {sha256}, got {found}")
         return list(expected)
 
     def rows(self, source: str, split: str = "train") -> int:
@@ -220,7 +221,7 @@ class TokenStore:
     def rows_of_document(self, document_id: str, split: str = "train") -> tuple[str, range]:
         """(source, rows): where a document's tokens are; none when in the other split or the dropped end.
 
-        Raises ConfigError when no source has the document.
+        Raises DataError when no source has the document.
         """
         if self._source_of is None:
             self._source_of = {
@@ -262,16 +263,16 @@ class TokenStore:
             for split in SPLITS:
                 listed = sum(shard.rows for shard in self._shards(source, split))
                 if listed != self.rows(source, split):
-                    raise ConfigError(
+                    raise DataError(
                         f"{self.directory / 'manifest.json'}: sources.{source}: expected shards with "
                         f"{self.rows(source, split)} {split} rows, got {listed}"
                     )
         for name, size in sizes.items():
             file = self.directory / name
             if not file.is_file():
-                raise ConfigError(f"{file}: missing from the token store; run `crystal prepare` again")
+                raise DataError(f"{file}: missing from the token store; run `crystal prepare` again")
             if size is not None and file.stat().st_size != size:
-                raise ConfigError(f"{file}: expected {size} bytes, got {file.stat().st_size}")
+                raise DataError(f"{file}: expected {size} bytes, got {file.stat().st_size}")
 
     def _documents_of(self, source: str, split: str) -> _Documents:
         self._entry(source)
@@ -295,7 +296,7 @@ class _Documents:
                 try:
                     document = json.loads(line)
                 except ValueError:
-                    raise ConfigError(f"{file}: damaged at byte {offset}; see `crystal data verify RUN`") from None
+                    raise DataError(f"{file}: damaged at byte {offset}; see `crystal data verify RUN`") from None
                 if document["split"] == split:
                     self.position[document["id"]] = len(self.starts)
                     self.starts.append(document["start"])

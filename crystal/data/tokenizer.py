@@ -32,7 +32,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from crystal.config import ConfigError
+from crystal.errors import ConfigError, DataError
 from crystal.output.interrupts import child
 from crystal.output.progress import Bar
 
@@ -92,18 +92,18 @@ class Tokenizer:
         """Read a sentencepiece `.model` or a `tokenizer.json`.
 
         added_tokens: put CrystalCoder's 22 tokens after the base vocabulary (Amber's has none: 32,000 ids).
-        Raises ConfigError naming the file when it is missing or not a LLaMA-like vocabulary.
+        Raises DataError naming the file when it is missing or not a LLaMA-like vocabulary.
         """
         path = Path(path)
         try:
             content = path.read_bytes()
         except OSError as error:
-            raise ConfigError(f"{path}: tokenizer cannot be read: {error.strerror}") from None
+            raise DataError(f"{path}: tokenizer cannot be read: {error.strerror}") from None
         try:
             read = _read_json if path.suffix == ".json" else _read_sentencepiece
             engine, pieces = read(content)
         except (ValueError, KeyError, TypeError, RuntimeError) as error:
-            raise ConfigError(
+            raise DataError(
                 f"{path}: expected a sentencepiece model or a tokenizer.json of the LLaMA kind, got: {error}"
             ) from None
         return cls(path, content, engine, pieces, added_tokens)

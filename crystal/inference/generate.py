@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from crystal.checkpoint import locate, read
-from crystal.config import ConfigError
+from crystal.errors import ConfigError
 from crystal.output.progress import Bar
 from crystal.zoo.decoder import Decoder
 

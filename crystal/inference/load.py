@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from crystal.checkpoint import Checkpoint, locate, read
-from crystal.config import ConfigError, parse
+from crystal.config import parse
 from crystal.data.tokenizer import Tokenizer
+from crystal.errors import CheckpointError, DataError
 from crystal.zoo.build import build, plan_for
 from crystal.zoo.config import ModelConfig
 from crystal.zoo.decoder import Decoder
@@ -32,7 +33,7 @@ class PlainTokenizer:
         try:
             self._engine = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the engine raises bare Exception
-            raise ConfigError(f"{path}: expected a tokenizer.json, got: {error}") from None
+            raise DataError(f"{path}: expected a tokenizer.json, got: {error}") from None
         self.vocab_size, self.eos_id = self._engine.get_vocab_size(), eos_id
 
     def encode(self, text: str) -> list[int]:
@@ -45,11 +46,11 @@ class PlainTokenizer:
 def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer | PlainTokenizer:
     """The tokenizer saved in a checkpoint, with CrystalCoder's added tokens when the model has room for them.
 
-    Raises ConfigError when there is none, or its vocabulary is larger than the model's.
+    Raises CheckpointError when there is none, or its vocabulary is larger than the model's.
     """
     name = checkpoint.state.get("tokenizer")
     if not name:
-        raise ConfigError(f"{checkpoint.directory}: expected a tokenizer, the checkpoint was saved without")
+        raise CheckpointError(f"{checkpoint.directory}: expected a tokenizer, the checkpoint was saved without")
     path, vocab_size = checkpoint.directory / name, checkpoint.state["model"]["vocab_size"]
     if "eos_id" in checkpoint.state:  # imported with a tokenizer that is not of LLaMA's kind
         return PlainTokenizer(path, checkpoint.state["eos_id"])
@@ -57,7 +58,7 @@ def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer | PlainTokenizer:
         tokenizer = Tokenizer.load(path, added_tokens=added_tokens)
         if tokenizer.vocab_size <= vocab_size:
             return tokenizer
-    raise ConfigError(f"{path}: expected at most the model's {vocab_size} ids, got {tokenizer.vocab_size}")
+    raise CheckpointError(f"{path}: expected at most the model's {vocab_size} ids, got {tokenizer.vocab_size}")
 
 
 def load_decoder(
@@ -65,7 +66,7 @@ def load_decoder(
 ) -> tuple[Decoder, Checkpoint]:
     """The decoder of a checkpoint (or of a run directory: its latest) for inference, and that checkpoint.
 
-    Raises ConfigError when it is not there, damaged, or its tensors are not the model's.
+    Raises CheckpointError when it is not there, damaged, or its tensors are not the model's.
     """
     if not isinstance(checkpoint, Checkpoint):
         checkpoint = read(locate(Path(checkpoint)))
@@ -83,16 +84,16 @@ def filled(
 ) -> Decoder:
     """A decoder for inference with these weights, each cast and moved as it comes; `where` is their source.
 
-    Raises ConfigError for a tensor that is missing, of another shape or none of the model's.
+    Raises CheckpointError for a tensor that is missing, of another shape or none of the model's.
     """
     model = build(config, plan_for(config))
     shapes = {name: p.shape for name, p in model.named_parameters()}
     for name, tensor in tensors:
         if shapes.pop(name, None) != tensor.shape:
-            raise ConfigError(f"{where}: {name} {list(tensor.shape)}: expected each tensor of the model once")
+            raise CheckpointError(f"{where}: {name} {list(tensor.shape)}: expected each tensor of the model once")
         owner, _, leaf = name.rpartition(".")
         weight = nn.Parameter(tensor.to(device=device, dtype=dtype), requires_grad=False)
         setattr(model.get_submodule(owner), leaf, weight)
     if shapes:
-        raise ConfigError(f"{where}: {next(iter(shapes))}: expected, but no such tensor in it")
+        raise CheckpointError(f"{where}: {next(iter(shapes))}: expected, but no such tensor in it")
     return model.eval()

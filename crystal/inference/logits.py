@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from crystal.config import ConfigError
+from crystal.errors import ConfigError, DataError, RunError
 from crystal.inference.load import load_decoder
 from crystal.zoo.config import ModelConfig
 from crystal.zoo.decoder import Decoder
@@ -45,7 +45,7 @@ def logits_file(checkpoint: Path, ids: Path, out: Path) -> tuple[int, int, int]:
         file.flush()
         os.replace(aside, out)
     except OSError as error:
-        raise ConfigError(f"{out}: cannot be written: {error.strerror or error}") from None
+        raise RunError(f"{out}: cannot be written: {error.strerror or error}") from None
     finally:
         aside.unlink(missing_ok=True)
     return shape
@@ -60,9 +60,9 @@ def read_ids(path: Path, config: ModelConfig) -> np.ndarray:
         with path.open("rb") as file:
             ids = np.lib.format.read_array(file, allow_pickle=False)
     except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror or error}") from None
+        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from None
     except ValueError as error:
-        raise ConfigError(f"{path}: expected a .npy array of token ids: {error}") from None
+        raise DataError(f"{path}: expected a .npy array of token ids: {error}") from None
     if ids.dtype.kind not in "iu":
         raise ConfigError(f"{path}: expected integers, got {ids.dtype}")
     if ids.ndim not in (1, 2) or not ids.size:

@@ -12,7 +12,8 @@ from pathlib import Path
 from crystal.backends.cerebras import mdl
 from crystal.backends.config import OptimizerConfig
 from crystal.checkpoint import locate, read, write
-from crystal.config import ConfigError, parse
+from crystal.config import parse
+from crystal.errors import CheckpointError, ConfigError
 from crystal.zoo.build import meta_decoder
 from crystal.zoo.config import ModelConfig, model_config
 
@@ -39,7 +40,7 @@ def export_mdl(checkpoint: Path, out: Path) -> dict:
     try:
         mdl.write_state(out, groups, optimizer.betas, about, source.tensors, with_optimizer)
     except ValueError as error:
-        raise ConfigError(f"{source.directory}: expected the tensors of its model: {error}") from None
+        raise CheckpointError(f"{source.directory}: expected the tensors of its model: {error}") from None
     return {"out": str(out), "tensors": len(plan.tensors), "optimizer": with_optimizer}
 
 
@@ -84,11 +85,11 @@ def _check(opened: mdl.Mdl, shapes: dict[str, tuple[int, ...]]) -> None:
     there = dict(_model_tensors(opened))
     for name, shape in shapes.items():
         if name not in there:
-            raise ConfigError(f"{opened.file}: expected the tensor model.{name}, it is not there")
+            raise CheckpointError(f"{opened.file}: expected the tensor model.{name}, it is not there")
         if there[name] != shape:
-            raise ConfigError(f"{opened.file}: model.{name}: expected {list(shape)}, got {list(there[name])}")
+            raise CheckpointError(f"{opened.file}: model.{name}: expected {list(shape)}, got {list(there[name])}")
     if extra := there.keys() - shapes.keys():
-        raise ConfigError(f"{opened.file}: model.{min(extra)}: not a tensor of this model")
+        raise CheckpointError(f"{opened.file}: model.{min(extra)}: not a tensor of this model")
 
 
 def _model_tensors(opened: mdl.Mdl) -> Iterator[tuple[str, tuple[int, ...]]]:

@@ -14,8 +14,9 @@ from typing import Any, NamedTuple
 import yaml
 
 from crystal.backends.config import OptimizerConfig
-from crystal.config import ConfigError, load_yaml, parse
+from crystal.config import load_yaml, parse
 from crystal.curriculum.config import CurriculumConfig
+from crystal.errors import ConfigError, RunError
 from crystal.zoo.config import ModelConfig
 
 # what a model must say if it says anything of it; None: any value, it does not change the function
@@ -108,7 +109,7 @@ def import_parameters(source: Path, to: Path) -> dict:
         aside.write_text(head + yaml.safe_dump(run, sort_keys=False), encoding="utf-8")
         os.rename(aside, to)
     except OSError as error:
-        raise ConfigError(f"{to}: cannot be written: {error.strerror or error}") from None
+        raise RunError(f"{to}: cannot be written: {error.strerror or error}") from None
     return {"run": str(to), "stages": [stage["name"] for stage in run["curriculum"]["stages"]]}
 
 

@@ -16,9 +16,9 @@ from pathlib import Path
 
 import yaml
 
-from crystal.config import ConfigError
 from crystal.curriculum.resolve import resolve
 from crystal.curriculum.stages import Stage
+from crystal.errors import ConfigError, CrystalError, RunError
 from crystal.mup.plan import Plan
 from crystal.run import RunFile, load_run
 from crystal.zoo.config import ModelConfig
@@ -42,7 +42,7 @@ def export_parameters(run: str, out: Path) -> dict:
         try:
             for name, mapping in stage_files(loaded, style).items():
                 texts[f"{style}/{name}.yaml"] = yaml.safe_dump(mapping, sort_keys=False)
-        except ConfigError as error:
+        except CrystalError as error:
             left_out.append(f"{style}: {error}")
     if not texts:
         raise ConfigError(left_out[0].partition(": ")[2])
@@ -56,7 +56,7 @@ def export_parameters(run: str, out: Path) -> dict:
             )
         os.rename(aside, out)
     except OSError as error:
-        raise ConfigError(f"{out}: cannot be written: {error.strerror or error}") from None
+        raise RunError(f"{out}: cannot be written: {error.strerror or error}") from None
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     return {"files": [str(out / name) for name in texts], "left_out": left_out}

@@ -16,8 +16,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from crystal.checkpoint import locate, read, write
-from crystal.config import ConfigError, parse
+from crystal.config import parse
 from crystal.data.tokenizer import Tokenizer
+from crystal.errors import ConfigError, CrystalError, RunError
 from crystal.interop.huggingface_forms import config_to_json
 from crystal.interop.huggingface_read import read_published, to_published
 from crystal.zoo.build import parameter_count
@@ -44,7 +45,7 @@ def import_published(directory: Path, to: Path) -> dict:
         state["tokenizer"] = tokenizers[0].name
         try:
             Tokenizer.load(tokenizers[0])
-        except ConfigError:  # not of LLaMA's kind: good for generation, with the ends that its config names
+        except CrystalError:  # not of LLaMA's kind: good for generation, with the ends that its config names
             eos = json.loads((directory / "config.json").read_text(encoding="utf-8")).get("eos_token_id")
             state |= {"bos": False, "eos_id": eos[0] if isinstance(eos, list) else eos}
     write(to, ((f"model.{name}", tensor) for name, tensor in tensors), state, tokenizers)
@@ -81,7 +82,7 @@ def export_published(checkpoint: Path, to: Path, form: str = "hf") -> Path:
                 shutil.copyfile(source.directory / name, aside / name)
         os.rename(aside, to)
     except OSError as error:
-        raise ConfigError(f"{to}: cannot be written: {error.strerror or error}") from None
+        raise RunError(f"{to}: cannot be written: {error.strerror or error}") from None
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     return to

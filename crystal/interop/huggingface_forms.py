@@ -20,7 +20,8 @@ from typing import Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from crystal.config import ConfigError, parse
+from crystal.config import parse
+from crystal.errors import ConfigError
 from crystal.zoo.build import meta_decoder, multipliers_for, plan_for
 from crystal.zoo.config import ModelConfig, preset
 

@@ -19,7 +19,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from crystal.config import ConfigError, nearest
+from crystal.config import nearest
+from crystal.errors import CheckpointError
 from crystal.interop.huggingface_forms import (
     BUFFERS,
     TIED,
@@ -40,7 +41,7 @@ def read_published(directory: Path) -> tuple[ModelConfig, Iterator[tuple[str, Te
 
     Every tensor of the decoder comes exactly once, in the files' order, in memory of its own. The copy of a
     tied embedding is compared with it, buffers are dropped.
-    Raises ConfigError naming the file and the key or tensor: at once for anything the config or the shards'
+    Raises CheckpointError naming the file and the key or tensor: at once for anything the config or the shards'
     headers tell, while iterating for a duplicate head that differs.
     """
     directory = Path(directory)
@@ -55,7 +56,7 @@ def read_published(directory: Path) -> tuple[ModelConfig, Iterator[tuple[str, Te
 def to_published(config: ModelConfig, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
     """The inverse: (our name, tensor) in any order → (published name, contiguous tensor of the same dtype).
 
-    Parts of a fused tensor wait for each other; a tied head is not written twice. Raises ConfigError when no
+    Parts of a fused tensor wait for each other; a tied head is not written twice. Raises CheckpointError when no
     published form fits the config, a tensor is missing, comes twice or is none of the model's.
     """
     form: Form = form_of(config)
@@ -63,7 +64,7 @@ def to_published(config: ModelConfig, tensors: Iterable[tuple[str, Tensor]]) -> 
     waiting: dict[str, dict[str, Tensor]] = {}
     for our, tensor in tensors:
         if our not in home:
-            raise ConfigError(f"{our}: expected each tensor of the model once, this is another or came twice")
+            raise CheckpointError(f"{our}: expected each tensor of the model once, this is another or came twice")
         target = home.pop(our)
         parts = waiting.setdefault(target.name, {})
         parts[our] = tensor
@@ -72,18 +73,18 @@ def to_published(config: ModelConfig, tensors: Iterable[tuple[str, Tensor]]) -> 
             yield target.name, (whole.T if target.transposed else whole).contiguous()
             del waiting[target.name]
     if home:
-        raise ConfigError(f"{next(iter(home))}: expected every tensor of the model, this one did not come")
+        raise CheckpointError(f"{next(iter(home))}: expected every tensor of the model, this one did not come")
 
 
 def _json(path: Path) -> dict:
     try:
         mapping = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ConfigError(f"{path}: no such file; expected a Hugging Face model directory") from None
+        raise CheckpointError(f"{path}: no such file; expected a Hugging Face model directory") from None
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{path}: expected JSON: {error}") from None
+        raise CheckpointError(f"{path}: expected JSON: {error}") from None
     if not isinstance(mapping, dict):
-        raise ConfigError(f"{path}: expected a mapping of keys")
+        raise CheckpointError(f"{path}: expected a mapping of keys")
     return mapping
 
 
@@ -95,11 +96,11 @@ def _shards(directory: Path) -> tuple[list[Path], Path]:
             files = _json(index).get("weight_map")
             names = list(files.values()) if isinstance(files, dict) else []
             if not names or not all(isinstance(name, str) and name == Path(name).name for name in names):
-                raise ConfigError(f"{index}: weight_map: expected tensors and the files that hold them")
+                raise CheckpointError(f"{index}: weight_map: expected tensors and the files that hold them")
             return [directory / name for name in sorted(set(names))], index
         if (directory / whole).is_file():
             return [directory / whole], directory / whole
-    raise ConfigError(f"{directory}: expected {' or '.join(_SETS)}, or an index of their shards")
+    raise CheckpointError(f"{directory}: expected {' or '.join(_SETS)}, or an index of their shards")
 
 
 class _Torch:
@@ -143,12 +144,12 @@ class _Safetensors:
 
 def _open(path: Path) -> _Torch | _Safetensors:
     if not path.is_file():
-        raise ConfigError(f"{path}: no such file, though the index lists it")
+        raise CheckpointError(f"{path}: no such file, though the index lists it")
     try:
         return _Torch(path) if path.suffix == ".bin" else _Safetensors(path)
     except Exception as error:  # a damaged or hostile file shows as any of a dozen classes
         reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise ConfigError(f"{path}: cannot be read as weights: {reason[0]}") from None
+        raise CheckpointError(f"{path}: cannot be read as weights: {reason[0]}") from None
 
 
 def _check(shards: list[Path], listing: Path, expected: dict[str, Published], config: ModelConfig) -> None:
@@ -161,19 +162,19 @@ def _check(shards: list[Path], listing: Path, expected: dict[str, Published], co
                 continue
             shape, dtype = shard.describe(name)
             if name in home:
-                raise ConfigError(f"{path}: {name}: expected once, but {home[name].name} has it too")
+                raise CheckpointError(f"{path}: {name}: expected once, but {home[name].name} has it too")
             home[name] = path
             tied = name in TIED.values() and config.tie_embeddings
             if name not in expected and not tied:
-                raise ConfigError(f"{path}: {name}: not a tensor of this model{nearest(name, expected)}")
+                raise CheckpointError(f"{path}: {name}: not a tensor of this model{nearest(name, expected)}")
             wanted = (config.vocab_size, config.d_model) if tied else expected[name].shape
             if shape != wanted:
-                raise ConfigError(f"{path}: {name}: expected shape {list(wanted)}, got {list(shape)}")
+                raise CheckpointError(f"{path}: {name}: expected shape {list(wanted)}, got {list(shape)}")
             if dtype not in _EXACT:
-                raise ConfigError(f"{path}: {name}: expected fp32, bf16 or fp16, got {dtype}")
+                raise CheckpointError(f"{path}: {name}: expected fp32, bf16 or fp16, got {dtype}")
     for name in expected:
         if name not in home:
-            raise ConfigError(f"{listing}: {name}: expected, but no such tensor in the weights")
+            raise CheckpointError(f"{listing}: {name}: expected, but no such tensor in the weights")
 
 
 def _tensors(shards: list[Path], expected: dict[str, Published]) -> Iterator[tuple[str, Tensor]]:
@@ -195,7 +196,7 @@ def _tensors(shards: list[Path], expected: dict[str, Published]) -> Iterator[tup
                     # a copy, so that nothing keeps the file or a fused neighbour in memory
                     yield our, part.to(torch.float32, copy=True).contiguous()
     if "copy" in digests and digests["copy"][0] != digests["embedding"][0]:
-        raise ConfigError(
+        raise CheckpointError(
             f"{digests['copy'][1]}: lm_head.weight: expected a copy of the embedding, as config.json's "
             "tie_word_embeddings says, but they differ"
         )

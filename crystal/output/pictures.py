@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from crystal.errors import ConfigError
+from crystal.errors import ConfigError, RunError
 from crystal.files import write_whole
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ def save(make: Callable[[], Figure], path: Path) -> None:
             raise ConfigError(f"{path}: expected the name of a picture, this is no ordinary file")
     except (OSError, RuntimeError) as error:  # RuntimeError: links that lead in a circle
         why = getattr(error, "strerror", None) or error
-        raise ConfigError(f"{path}: the picture cannot be written: {why}") from None
+        raise RunError(f"{path}: the picture cannot be written: {why}") from None
     content = io.BytesIO()
     with matplotlib.rc_context({"text.parse_math": False, "pdf.fonttype": 42}), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing from")  # a name in letters that the font lacks
@@ -82,4 +82,4 @@ def save(make: Callable[[], Figure], path: Path) -> None:
     try:
         write_whole(file, content.getvalue())
     except OSError as error:
-        raise ConfigError(f"{path}: the picture cannot be written: {error.strerror}") from None
+        raise RunError(f"{path}: the picture cannot be written: {error.strerror}") from None

@@ -10,12 +10,13 @@ from pathlib import Path
 from crystal import checkpoint
 from crystal.backends.config import load_preset
 from crystal.bench.matmul import matmul_rate
-from crystal.config import ConfigError, cache_dir
+from crystal.config import cache_dir
 from crystal.curriculum.config import split_entry
 from crystal.curriculum.resolve import resolve
 from crystal.curriculum.stages import Curriculum, Stage
 from crystal.data.corpus import build as corpus
 from crystal.data.corpus.build import Recipe
+from crystal.errors import ConfigError
 from crystal.mup.plan import Plan
 from crystal.planning.cost import memory_bytes, run_bytes
 from crystal.run import RunFile, check_vocabulary, corpus_of

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from pydantic import Field
 
-from crystal.config import CONFIGS, ConfigError, Strict, find, load_yaml, nearest, override, parse
+from crystal.config import CONFIGS, Strict, find, load_yaml, nearest, override, parse
+from crystal.errors import ConfigError
 
 
 class Device(Strict):

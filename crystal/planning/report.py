@@ -6,8 +6,8 @@ import math
 from collections.abc import Sequence
 
 from crystal.backends.config import CudaConfig
-from crystal.config import ConfigError
 from crystal.curriculum.resolve import resolve
+from crystal.errors import ConfigError
 from crystal.planning.device import Device, load_device
 from crystal.planning.layouts import Candidate, Work, candidate, layouts, plan, sizes, smallest
 from crystal.run import RunFile

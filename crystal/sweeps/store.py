@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from crystal.config import ConfigError
+from crystal.errors import RunError
 from crystal.sweeps.sweep import Range, Sweep, points
 
 if TYPE_CHECKING:
@@ -112,7 +112,7 @@ class Trials:
 
 
 def open_trials(sweep: Sweep) -> Trials:
-    """Open a sweep's file, or make it. Raises ConfigError."""
+    """Open a sweep's file, or make it. Raises RunError."""
     import optuna
     from sqlalchemy.pool import QueuePool
 
@@ -158,9 +158,9 @@ def _one_line(file: Path) -> Iterator[None]:
     except (sqlite3.Error, SQLAlchemyError, StorageInternalError) as error:
         while error.__cause__ is not None:  # SQLite's own words are at the bottom
             error = error.__cause__
-        raise ConfigError(f"{file}: {_advice(getattr(error, 'orig', None) or error)}") from None
+        raise RunError(f"{file}: {_advice(getattr(error, 'orig', None) or error)}") from None
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise ConfigError(f"{file}: {_advice(error)}") from None
+        raise RunError(f"{file}: {_advice(error)}") from None
 
 
 def _advice(error: BaseException) -> str:

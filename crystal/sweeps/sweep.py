@@ -18,7 +18,8 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from crystal.backends.config import OptimizerConfig, load_preset
-from crystal.config import CONFIGS, Config, ConfigError, Strict, find, load_yaml, override, parse
+from crystal.config import CONFIGS, Config, Strict, find, load_yaml, override, parse
+from crystal.errors import ConfigError
 from crystal.kernels import tuning
 from crystal.mup.transfer import Trial
 from crystal.run import RunFile, load_run

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import yaml
 
-from crystal.config import Config, ConfigError, merge, parse
+from crystal.config import Config, merge, parse
+from crystal.errors import ConfigError
 from crystal.files import write_whole
 from crystal.run import RunConfig, load_run
 from crystal.sweeps.sweep import Sweep, name_from

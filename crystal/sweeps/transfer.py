@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from crystal.bench.matmul import matmul_rate
-from crystal.config import Config, ConfigError, override
+from crystal.config import Config, override
+from crystal.errors import RunError
 from crystal.files import write_whole
 from crystal.kernels import tuning
 from crystal.mup.forecast import forecast
@@ -146,7 +147,7 @@ def report(sweep: Sweep) -> dict:
 
 def judge_again(file: Path, overrides: list[str], out: Path | None) -> dict:
     """The verdict from a trials.json and the sweep.json beside it, wherever they were moved: no trial is run, no
-    data is read. Raises ConfigError."""
+    data is read. Raises RunError."""
     record = read_record(file.parent)
     source = override(Config(record["config"], {(): str(file.parent / "sweep.json")}), overrides)
     sweep = sweep_of(source, out or file.parent)
@@ -157,9 +158,9 @@ def judge_again(file: Path, overrides: list[str], out: Path | None) -> dict:
     except ValueError:
         whole = False
     except OSError as error:
-        raise ConfigError(f"{file}: cannot be read: {error.strerror}") from None
+        raise RunError(f"{file}: cannot be read: {error.strerror}") from None
     if not whole:
-        raise ConfigError(f"{file}: damaged, or not a sweep's trials: expected a list of them, with {sorted(keys)}")
+        raise RunError(f"{file}: damaged, or not a sweep's trials: expected a list of them, with {sorted(keys)}")
     make_directory(sweep.directory)
     return judged(sweep, rows, {key: record[key] for key in ("fingerprint", "corpus")})
 
@@ -168,7 +169,7 @@ def judged(sweep: Sweep, rows: list[dict], made: dict) -> dict:
     """The verdict from rows as `finished` gives them, over widths at the greatest depth (`depths` has each one's).
 
     Writes trials.json, transfer.json, transfer.png and target.yaml, in this order; one that fails does not keep the
-    others from being written. made: fingerprint and corpus. Raises ConfigError, with what failed.
+    others from being written. made: fingerprint and corpus. Raises RunError, with what failed.
     """
     directory, failures = sweep.directory, []
     lines = ",\n".join(json.dumps(row) for row in rows)
@@ -193,7 +194,7 @@ def _write(path: Path, write: Callable[[Path], None], failures: list[Exception])
     try:
         write(path)
     except OSError as error:
-        failures.append(ConfigError(f"{path}: cannot be written: {error.strerror or error}"))
+        failures.append(RunError(f"{path}: cannot be written: {error.strerror or error}"))
     except Exception as error:  # not ours to judge here: it is raised when the other results are safe
         failures.append(error)
     else:
@@ -249,7 +250,7 @@ def _judged(sweep: Sweep, rows: list[dict], depth: int) -> dict[str, tuple[Trans
         try:
             verdict = judge(trials, sweep.config.max_shift, sweep.config.max_regret)
         except ValueError as error:
-            raise ConfigError(f"{sweep.directory}: {parametrization}: {error}") from None
+            raise RunError(f"{sweep.directory}: {parametrization}: {error}") from None
         found[parametrization] = (verdict, trials)
     return found
 

@@ -16,7 +16,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from crystal.config import ConfigError
+from crystal.errors import ConfigError, CrystalError, RunError
 from crystal.files import write_whole
 from crystal.output.interrupts import shielded
 from crystal.sweeps.store import open_trials
@@ -34,7 +34,7 @@ FORMAT = 2  # of sweep.json and what trials.sqlite holds; 1 did not say what mad
 def held(sweep: Sweep) -> Iterator[None]:
     """Make the sweep's directory, hold it for this process, and record the sweep in it.
 
-    Raises ConfigError when the directory cannot be written, is held by another process, or is no sweep's.
+    Raises RunError when the directory cannot be written, is held by another process, or is no sweep's.
     """
     directory, _ = sweep.directory, sweep.data  # prepared first: it may take long, or fail
     make_directory(directory)
@@ -45,18 +45,18 @@ def held(sweep: Sweep) -> Iterator[None]:
                 read_record(directory)
             write_whole(directory / "sweep.json", json.dumps(_record(sweep), indent=1) + "\n")
         except OSError as error:
-            raise ConfigError(f"{directory}: cannot be written: {error.strerror}") from None
+            raise RunError(f"{directory}: cannot be written: {error.strerror}") from None
         yield
 
 
 def make_directory(directory: Path) -> None:
-    """Make a directory for results, unless it is there. Raises ConfigError."""
+    """Make a directory for results, unless it is there. Raises RunError."""
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except FileExistsError:
         raise ConfigError(f"{directory}: expected a directory, but it is a file") from None
     except OSError as error:
-        raise ConfigError(f"{directory}: cannot be written: {error.strerror}") from None
+        raise RunError(f"{directory}: cannot be written: {error.strerror}") from None
 
 
 def _record(sweep: Sweep) -> dict:
@@ -75,31 +75,31 @@ def _record(sweep: Sweep) -> dict:
 
 
 def read_record(directory: Path) -> dict:
-    """sweep.json of a directory. Raises ConfigError for one that is missing, damaged, or of another format."""
+    """sweep.json of a directory. Raises RunError for one that is missing, damaged, or of another format."""
     file = directory / "sweep.json"
     try:
         record = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ConfigError(f"{file}: cannot be read: {error.strerror}") from None
+        raise RunError(f"{file}: cannot be read: {error.strerror}") from None
     except ValueError as error:  # no JSON, or no UTF-8
-        raise ConfigError(
+        raise RunError(
             f"{file}: damaged: expected JSON, {error}; move it away and the same command goes on with the trials"
         ) from None
     if isinstance(record, dict) and "decides" in record:
-        raise ConfigError(
+        raise RunError(
             f"{directory}: holds the trials of an older crystal, which did not record all that made them; "
             f"use another --out"
         )
     keys = {"format", "dtype", "fingerprint", "corpus", "config"}
     if not isinstance(record, dict) or not keys <= record.keys() or record["format"] != FORMAT:
-        raise ConfigError(f"{file}: expected the record of a sweep, format {FORMAT}; use another --out")
+        raise RunError(f"{file}: expected the record of a sweep, format {FORMAT}; use another --out")
     return record
 
 
 def run_sweep(sweep: Sweep, workers: int, show: Callable[[int, int, float], None]) -> None:
     """Run what is left of a sweep whose directory is held. show: is called with (finished, all, seconds left).
 
-    Raises ConfigError when a worker cannot go on.
+    Raises RunError when a worker cannot go on.
     """
     import multiprocessing
     from multiprocessing.connection import wait
@@ -127,9 +127,9 @@ def run_sweep(sweep: Sweep, workers: int, show: Callable[[int, int, float], None
             process.terminate()
             process.join()
     if not failures.empty():
-        raise ConfigError(failures.get())
+        raise RunError(failures.get())
     if len(trials.finished()) < total:
-        raise ConfigError(f"{sweep.directory}: a worker stopped before the sweep's end; the same command goes on")
+        raise RunError(f"{sweep.directory}: a worker stopped before the sweep's end; the same command goes on")
 
 
 def _work(sweep: Sweep, failures: SimpleQueue) -> None:
@@ -144,7 +144,7 @@ def _work(sweep: Sweep, failures: SimpleQueue) -> None:
         while (claim := trials.claim()) is not None:
             point = Point(sweep.model(*claim.shape), optimizer, claim.seed, claim.values)
             trials.finish(claim, run_trial(point, sweep.length, rows, sweep.dtype))
-    except ConfigError as error:
+    except CrystalError as error:
         failures.put(str(error))
         sys.exit(2)
     except OSError as error:

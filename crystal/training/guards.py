@@ -11,7 +11,7 @@ from pathlib import Path
 from types import FrameType
 from typing import IO
 
-from crystal.config import ConfigError
+from crystal.errors import RunError
 from crystal.mup.plan import Plan
 
 _LOCK = ".lock"
@@ -21,16 +21,16 @@ _LOCK = ".lock"
 def alone_in(directory: Path) -> Iterator[None]:
     """Hold a directory for this process, made if it is not there; the lock goes with the process, however it ends.
 
-    If nothing came to be in a directory that was made here, it is taken away again. Raises ConfigError when another
+    If nothing came to be in a directory that was made here, it is taken away again. Raises RunError when another
     process holds it, or when it cannot be made.
     """
     made = [path for path in (directory, *directory.parents) if not path.exists()]
     try:
         lock = _locked(directory)
     except BlockingIOError:
-        raise ConfigError(f"{directory}: another process is training in it") from None
+        raise RunError(f"{directory}: another process is training in it") from None
     except OSError as error:
-        raise ConfigError(f"{directory}: cannot be written: {error.strerror}") from None
+        raise RunError(f"{directory}: cannot be written: {error.strerror}") from None
     with lock:
         try:
             yield

@@ -6,9 +6,9 @@ with; nothing is logged, so nothing can be missing. Steps count from 1 over all 
 
 from __future__ import annotations
 
-from crystal.config import ConfigError
 from crystal.curriculum.resolve import resolve
 from crystal.data.store import TokenStore
+from crystal.errors import ConfigError
 from crystal.run import RunFile, prepare_run
 from crystal.training.batches import Batches
 

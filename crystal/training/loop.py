@@ -20,10 +20,10 @@ from crystal import checkpoint
 from crystal.backends.base import Durable
 from crystal.backends.create import create
 from crystal.backends.machine import keep_choices
-from crystal.config import ConfigError
 from crystal.curriculum.resolve import resolve
 from crystal.curriculum.stages import Curriculum, Stage
 from crystal.data.store import TokenStore
+from crystal.errors import CheckpointError, ConfigError, RunError
 from crystal.memory import peak_rss_bytes
 from crystal.run import RunFile
 from crystal.training.batches import Batches
@@ -106,7 +106,7 @@ class Trainer:
             last = stage.first_step + stage.steps
             found = [s for s in found if stage.first_step <= s <= last]
             if stage.first_step and not found:
-                raise ConfigError(
+                raise CheckpointError(
                     f"{self.directory}: expected the checkpoint at the end of stage {stage.index}, "
                     f"step {stage.first_step}; train that stage first"
                 )
@@ -121,7 +121,7 @@ class Trainer:
             return
         saved = checkpoint.read(checkpoint.step_directory(self.checkpoints, self.position))
         if "backend" not in saved.state:
-            raise ConfigError(f"{saved.directory}: expected a checkpoint of this run, it has no optimizer state")
+            raise CheckpointError(f"{saved.directory}: expected a checkpoint of this run, it has no optimizer state")
         with self.display.doing(f"reading {saved.directory.name}"):
             self.backend.load(saved.tensors, saved.state["backend"])
 
@@ -133,7 +133,7 @@ class Trainer:
         try:
             return self._train(stage, until)
         except OSError as error:
-            raise ConfigError(f"{self.directory}: the run cannot be recorded: {error}") from None
+            raise RunError(f"{self.directory}: the run cannot be recorded: {error}") from None
 
     def _train(self, stage: Stage | None, until: int | None) -> Outcome:
         self.resume(stage)
@@ -170,7 +170,7 @@ class Trainer:
                     self.display.step(now, record)
                     if bad.exceeded(record["applied"]):
                         self.saver.finish()
-                        raise ConfigError(
+                        raise RunError(
                             f"{self.directory}: {bad.in_a_row} steps in a row up to step {self.position} gave a loss "
                             f"or gradient that is not finite; try a lower lr or backend.dtype=fp32 in another run_dir"
                         )

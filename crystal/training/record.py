@@ -13,8 +13,9 @@ import yaml
 
 import crystal
 from crystal.backends.machine import with_dtype
-from crystal.config import ConfigError, load_yaml, parse
+from crystal.config import load_yaml, parse
 from crystal.data.store import TokenStore
+from crystal.errors import ConfigError, RunError
 from crystal.files import write_whole
 from crystal.kernels import tuning
 from crystal.mup.plan import Plan
@@ -98,7 +99,7 @@ def open_run(run: RunFile, plan: Plan, store: TokenStore, backend: dict, choices
         write_whole(config_path, yaml.safe_dump(resolved, sort_keys=False))
         write_whole(manifest_path, json.dumps(manifest, indent=1))
     except OSError as error:
-        raise ConfigError(f"{run.path}: run_dir: {directory} cannot be made: {error.strerror}") from None
+        raise RunError(f"{run.path}: run_dir: {directory} cannot be made: {error.strerror}") from None
     return directory
 
 
@@ -108,7 +109,7 @@ def _read_manifest(path: Path) -> dict:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         return manifest | {"data": dict(manifest["data"])}
     except (OSError, ValueError, KeyError, TypeError):
-        raise ConfigError(f"{path}: expected a run's manifest; restore it or set another run_dir") from None
+        raise RunError(f"{path}: expected a run's manifest; restore it or set another run_dir") from None
 
 
 def _version(package: str) -> str | None:

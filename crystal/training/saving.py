@@ -16,7 +16,7 @@ from torch import Tensor
 
 from crystal import checkpoint
 from crystal.backends.base import Backend, Durable, Part, Place
-from crystal.config import ConfigError
+from crystal.errors import CheckpointError, ConfigError, CrystalError
 from crystal.files import sync
 
 
@@ -31,7 +31,7 @@ class Saver:
     def save(self, directory: Path, state: dict, files: Iterable[Path], sealed: Callable[[], None]) -> None:
         """Write the backend's state; `sealed` is called, in process 0, when it is on the disk and whole.
 
-        A save that is still being written is waited for. Raises ConfigError when the disk does not take it.
+        A save that is still being written is waited for. Raises CheckpointError when the disk does not take it.
         """
         store = self.backend.seal() if isinstance(self.backend, Durable) else None
         if not self.backend.place.background:
@@ -60,14 +60,14 @@ class Saver:
     def meet(self, signal: int = 0) -> int:
         """Meet the other processes, after a step: the signal that any of them was sent, or 0.
 
-        A checkpoint that all have written is sealed. Raises ConfigError, in all, when one of them could not write.
+        A checkpoint that all have written is sealed. Raises CheckpointError, in all, when one of them could not write.
         """
         if self.writing is None:
             return self.backend.agree(signal)[0]
         unwritten, error = self.writing.thread.is_alive(), self.writing.error
         signal, unwritten, failed = self.backend.agree(signal, int(unwritten), int(error is not None))
         if failed:
-            raise error or ConfigError(f"{self.writing.directory}: another process cannot write its part")
+            raise error or CheckpointError(f"{self.writing.directory}: another process cannot write its part")
         if not unwritten:
             self.writing.all_have_written()
             self.writing = None
@@ -100,10 +100,10 @@ class _Writing:
             note = self._note(self.place.process)
             note.write_text(json.dumps(shards), encoding="utf-8")
             sync(note)
-        except ConfigError as error:
+        except CrystalError as error:
             self.error = error
         except Exception as error:  # whatever it is, the run must hear of it
-            self.error = ConfigError(f"{self.directory}: the checkpoint cannot be written: {error}")
+            self.error = CheckpointError(f"{self.directory}: the checkpoint cannot be written: {error}")
 
     def all_have_written(self) -> None:
         """In process 0, gather the notes and seal."""

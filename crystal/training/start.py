@@ -6,10 +6,10 @@ import contextlib
 
 from rich.console import Console
 
-from crystal.config import ConfigError
 from crystal.curriculum.resolve import resolve
 from crystal.curriculum.stages import Curriculum, Stage
 from crystal.data.store import TokenStore
+from crystal.errors import ConfigError
 from crystal.output.interrupts import finishing
 from crystal.output.progress import Bar
 from crystal.output.ranks import is_first

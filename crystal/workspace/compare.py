@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from crystal.config import ConfigError
+from crystal.errors import ConfigError
 from crystal.workspace.runs import losses, number, parse_record, read_config
 
 ROWS = 10  # of the table of training losses

@@ -10,7 +10,8 @@ from typing import Any
 import pydantic
 from pydantic_core import to_jsonable_python
 
-from crystal.config import COMMAND_LINE, ConfigError
+from crystal.config import COMMAND_LINE
+from crystal.errors import ConfigError
 from crystal.output.mistakes import describe, nearest
 from crystal.run import RunConfig, RunFile
 

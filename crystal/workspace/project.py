@@ -10,8 +10,8 @@ from pathlib import Path
 
 import yaml
 
-from crystal.config import ConfigError
 from crystal.data.corpus.sniff import Found, is_code, sources_of
+from crystal.errors import ConfigError
 from crystal.files import write_whole
 
 FILES = ("corpus.yaml", "curriculum.yaml", "run.yaml")

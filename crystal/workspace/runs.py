@@ -21,9 +21,10 @@ from typing import Any
 
 import yaml
 
-from crystal.config import ConfigError, parse
+from crystal.config import parse
 from crystal.curriculum.config import CurriculumConfig
 from crystal.curriculum.resolve import resolve
+from crystal.errors import ConfigError, CrystalError
 
 DEPTH = 4  # how far below the directory runs are looked for
 _FILES = ("manifest.json", "metrics.jsonl", "events.jsonl", "checkpoints")  # one of which a run has beside config.yaml
@@ -181,7 +182,7 @@ def _curriculum(config: dict, directory: Path) -> tuple[int | None, int | None]:
     """(steps of all stages, tokens of a step)."""
     try:
         curriculum = resolve(parse(CurriculumConfig, config.get("curriculum"), str(directory), ("curriculum",)))
-    except ConfigError:
+    except CrystalError:
         return None, None
     return curriculum.steps, curriculum.global_batch_size * curriculum.seq_len
 

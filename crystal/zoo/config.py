@@ -9,7 +9,8 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from crystal.config import CONFIGS, Config, ConfigError, Strict, layer, load_yaml, merge, nearest, parse
+from crystal.config import CONFIGS, Config, Strict, layer, load_yaml, merge, nearest, parse
+from crystal.errors import ConfigError
 
 
 class MupConfig(Strict):

@@ -11,9 +11,9 @@ from crystal.backends.cerebras import environment
 from crystal.backends.cerebras.bridge import CerebrasBackend
 from crystal.backends.config import CerebrasConfig, CpuConfig, OptimizerConfig
 from crystal.backends.cpu import CpuBackend
-from crystal.config import ConfigError
 from crystal.curriculum.config import CurriculumConfig
 from crystal.curriculum.resolve import resolve
+from crystal.errors import ConfigError
 from crystal.zoo.build import plan_for
 from crystal.zoo.config import model_config
 

@@ -19,7 +19,7 @@ from crystal.backends.cerebras.bridge import CerebrasBackend
 from crystal.backends.config import CerebrasConfig, CpuConfig, WeightStreamingConfig
 from crystal.backends.cpu import CpuBackend
 from crystal.backends.weight_streaming.backend import WeightStreamingBackend
-from crystal.config import ConfigError
+from crystal.errors import ConfigError
 from crystal.run import load_run
 from crystal.training.metrics import read_metrics
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from crystal import checkpoint
 from crystal.backends.cerebras import mdl
-from crystal.config import ConfigError
+from crystal.errors import CheckpointError, ConfigError, DataError
 from crystal.interop.cerebras_mdl import export_mdl, import_mdl
 
 
@@ -161,7 +161,7 @@ def test_lz4_chunks_of_any_size_are_read(tmp_path, size):
 
 def test_what_is_wrong_with_a_file_is_said_in_one_line(run, tmp_path):
     (tmp_path / "text.mdl").write_text("no HDF5")
-    with pytest.raises(ConfigError, match=r"text\.mdl: expected a Cerebras checkpoint"):
+    with pytest.raises(CheckpointError, match=r"text\.mdl: expected a Cerebras checkpoint"):
         mdl.read(tmp_path / "text.mdl")
     with pytest.raises(ConfigError, match="no such file"):
         mdl.read(tmp_path / "none.mdl")
@@ -181,7 +181,7 @@ def test_damaged_metadata_is_said_in_one_line(tmp_path, damaged):
     if damaged != "crystal":
         with h5py.File(file, "a") as opened:
             opened.attrs[damaged] = "{"
-    with pytest.raises(ConfigError, match=rf"^\S*a\.mdl: {damaged}: expected a JSON mapping, it is damaged$"):
+    with pytest.raises(CheckpointError, match=rf"^\S*a\.mdl: {damaged}: expected a JSON mapping, it is damaged$"):
         import_mdl(file, tmp_path / "ckpt")
 
 
@@ -190,7 +190,7 @@ def test_a_file_cut_short_or_without_flat_tensors_is_refused(run, tmp_path):
     whole = (tmp_path / "a.mdl").read_bytes()
     for share in (0.1, 0.5, 0.99):
         (tmp_path / "cut.mdl").write_bytes(whole[: int(share * len(whole))])
-        with pytest.raises(ConfigError, match=r"^\S*cut\.mdl: [^\n]*$"):
+        with pytest.raises(CheckpointError, match=r"^\S*cut\.mdl: [^\n]*$"):
             import_mdl(tmp_path / "cut.mdl", tmp_path / "ckpt")
     with h5py.File(tmp_path / "groups.mdl", "w") as file:
         file["model/w"] = [1.0]
@@ -200,7 +200,7 @@ def test_a_file_cut_short_or_without_flat_tensors_is_refused(run, tmp_path):
 
 def test_a_file_of_other_tensors_is_refused_by_name(run, tmp_path):
     export_mdl(run, tmp_path / "a.mdl")
-    with pytest.raises(ConfigError, match=r"a\.mdl: model\.embed\.weight: expected \[32032, 32\], got \[352, 32\]"):
+    with pytest.raises(DataError, match=r"a\.mdl: model\.embed\.weight: expected \[32032, 32\], got \[352, 32\]"):
         import_mdl(tmp_path / "a.mdl", tmp_path / "ckpt", "crystalcoder-w32-l4")
     with h5py.File(tmp_path / "a.mdl", "a") as file:
         file.move("model.norm.bias", "model.norm.offset")

@@ -18,7 +18,7 @@ import pytest
 from closeness import path_length, tolerance
 
 from crystal import checkpoint
-from crystal.config import ConfigError
+from crystal.errors import ConfigError
 from crystal.run import load_run
 from crystal.training.metrics import read_metrics
 from crystal.zoo.config import ModelConfig

@@ -13,7 +13,7 @@ from test_weight_streaming import batches, config, pair, streaming
 from crystal.backends.config import WeightStreamingConfig
 from crystal.backends.weight_streaming.io import Buffer
 from crystal.backends.weight_streaming.store import Store
-from crystal.config import ConfigError
+from crystal.errors import ConfigError, RunError
 from crystal.planning.cost import streaming_bytes
 from crystal.zoo.build import plan_for
 from crystal.zoo.config import model_config
@@ -76,7 +76,7 @@ def test_too_little_disk_is_refused_before_anything_is_written(tmp_path, monkeyp
     needed = store.layout.store_bytes + store.layout.gradient_bytes
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=needed - 1))
-    with pytest.raises(ConfigError, match=f"needs {needed:,} bytes on disk .* {needed - 1:,} are free; set backend"):
+    with pytest.raises(RunError, match=f"needs {needed:,} bytes on disk .* {needed - 1:,} are free; set backend"):
         streaming(tmp_path, config(), "bf16", gradients=gradients)
     assert not list(tmp_path.iterdir())
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=needed))

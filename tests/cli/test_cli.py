@@ -174,6 +174,23 @@ def test_with_json_a_mistake_is_an_object_and_the_line_besides(crystal, tmp_path
     assert error == {"error": {"kind": "config", "message": err[len("crystal: ") : -1], "file": file, "key": key}}
 
 
+@pytest.mark.parametrize(
+    ("words", "kind"),
+    [
+        (("models", "crystalcoder-8b"), "config"),
+        (("prepare", "{run}"), "data"),
+        (("generate", "{empty}", "--prompt", "x"), "checkpoint"),
+        (("schedule", "demo", "--plot", "{empty}/none/x.png"), "run"),
+    ],
+)
+def test_an_error_says_of_what_kind_it_is(crystal, tmp_path, make_run, words, kind):
+    (tmp_path / "empty").mkdir()
+    run = make_run(**{"data.tokenizer": {"path": str(tmp_path / "none.model")}})
+    places = {"run": run, "empty": tmp_path / "empty"}
+    code, out, _ = crystal(*(word.format(**places) for word in words), "--json")
+    assert (code, json.loads(out)["error"]["kind"]) == (2, kind)
+
+
 def test_of_several_processes_only_the_first_tells_a_mistake(crystal, monkeypatch):
     monkeypatch.setenv("RANK", "1")
     assert crystal("train", "nowhere.yaml", "--json") == (2, "", "")

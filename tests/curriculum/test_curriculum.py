@@ -7,9 +7,10 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from crystal.config import ConfigError, load_yaml, parse
+from crystal.config import load_yaml, parse
 from crystal.curriculum.config import CurriculumConfig
 from crystal.curriculum.resolve import resolve
+from crystal.errors import ConfigError
 
 # weights as published, LLM360/crystalcoder-train pretrain/params/phase{1,2,3}/params.yaml
 SLIMPAJAMA = ("ArXiv", "Book", "C4", "CommonCrawl", "Github", "StackExchange", "Wikipedia")

@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from crystal.config import ConfigError
 from crystal.data.corpus import build as corpus
 from crystal.data.corpus import extract, packages
 from crystal.data.corpus.build import build, documents, fetch, load_recipe
+from crystal.errors import ConfigError, DataError
 
 CODE = {
     f"toy/m{i}.py": f"def f{i}(x):\n    return x + {i}\n" * (1 + i) + f"VALUE_{i} = {i * 7}\n" * 8 for i in range(6)
@@ -100,7 +100,7 @@ def files_in(folder):
 
 
 def fails(call, *args):
-    with pytest.raises(ConfigError) as error:
+    with pytest.raises((ConfigError, DataError)) as error:
         list(call(*args) or [])
     assert "\n" not in str(error.value)
     return str(error.value)

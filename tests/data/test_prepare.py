@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from crystal.config import ConfigError, parse
+from crystal.config import parse
 from crystal.data import pack
 from crystal.data import prepare as prepare_module
 from crystal.data.corpus import build as corpus
 from crystal.data.prepare import DataConfig, prepare
 from crystal.data.store import TokenStore
+from crystal.errors import ConfigError, DataError
 
 WORDS = [
     *["the", "a", "of", "model", "tensor", "width", "def", "return", "import", "for", "in", "range", "self"],
@@ -180,7 +181,7 @@ def test_documents_without_text_are_counted_and_a_bad_row_is_not_the_tokenizers_
     assert "python: 2 without text passed over; the first: python.jsonl:61: an empty document" in said
     with (tmp_path / "python.jsonl").open("a") as file:
         file.write('{"text": null}\n')
-    with pytest.raises(ConfigError, match=rf"^{tmp_path}/python.jsonl:63: expected text under 'text', found null"):
+    with pytest.raises(DataError, match=rf"^{tmp_path}/python.jsonl:63: expected text under 'text', found null"):
         prepare(config(recipe), 32)
     (tmp_path / "python.jsonl").write_text('{"text": ""}\n')
     with pytest.raises(ConfigError, match=r"^source python: all of its 1 documents are without text; the first: pyth"):
@@ -265,7 +266,7 @@ def test_a_published_tokenizer_is_used_as_it_is(recipe, tokenizer):
 
 
 def test_mistakes_are_one_line(recipe):
-    with pytest.raises(ConfigError, match=r"^run\.yaml: data\.corpus: .* no source 'pyhton'; did you mean 'python'"):
+    with pytest.raises(DataError, match=r"^run\.yaml: data\.corpus: .* no source 'pyhton'; did you mean 'python'"):
         prepare(config(recipe), 32, sources=["pyhton"], where="run.yaml")
     with pytest.raises(
         ConfigError, match=r"^run\.yaml: data\.corpus: source 'english' .* expected at least the 100000"

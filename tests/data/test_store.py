@@ -12,10 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from crystal.config import ConfigError
 from crystal.data import pack, store
 from crystal.data.store import TokenStore
 from crystal.data.tokenizer import Tokenizer, train_tokenizer
+from crystal.errors import ConfigError, DataError
 
 
 def written(directory: Path, tokenizer: Tokenizer, sizes: dict[str, list[int]], seq_len: int, overlap: bool) -> Path:
@@ -127,7 +127,7 @@ def test_a_missing_file_is_named_on_opening(directory, file, message):
 def test_a_wrong_size_is_named_on_opening(directory):
     file = directory / "web" / "val-00000.bin"
     file.write_bytes(file.read_bytes()[:-2])
-    with pytest.raises(ConfigError, match=r"web/val-00000\.bin: expected 54 bytes, got 52"):
+    with pytest.raises(DataError, match=r"web/val-00000\.bin: expected 54 bytes, got 52"):
         TokenStore.open(directory)
 
 
@@ -137,7 +137,7 @@ def test_a_flipped_bit_is_named_by_verify(directory, file):
     content[5] ^= 1
     (directory / file).write_bytes(content)
     opened = TokenStore.open(directory)
-    with pytest.raises(ConfigError, match=f"{file}: expected sha256"):
+    with pytest.raises(DataError, match=f"{file}: expected sha256"):
         opened.verify()
 
 
@@ -150,7 +150,7 @@ def test_a_damaged_manifest_is_named(directory):
         ({"seq_len": 9}, r"train-00000\.bin: expected 60 bytes, got 54"),
     ]:
         file.write_text(json.dumps(good | change))
-        with pytest.raises(ConfigError, match=message):
+        with pytest.raises((ConfigError, DataError), match=message):
             TokenStore.open(directory)
     good["sources"]["web"]["shards"].pop(1)
     file.write_text(json.dumps(good))
@@ -163,10 +163,10 @@ def test_a_damaged_manifest_is_named(directory):
 
 def test_another_tokenizer_is_refused(directory, tokenizer, tmp_path):
     plain = Tokenizer.load(tokenizer.path, added_tokens=False)
-    with pytest.raises(ConfigError, match=r"small\.model: expected the tokenizer of .*added tokens True.*got .*False"):
+    with pytest.raises(DataError, match=r"small\.model: expected the tokenizer of .*added tokens True.*got .*False"):
         TokenStore.open(directory, plain)
     other = train_tokenizer(["another text with other words"], 280, tmp_path / "other.model")
-    with pytest.raises(ConfigError, match=r"other\.model: expected the tokenizer of"):
+    with pytest.raises(DataError, match=r"other\.model: expected the tokenizer of"):
         TokenStore.open(directory, other)
 
 

@@ -9,8 +9,8 @@ from conftest import shared_file
 from hypothesis import given
 from hypothesis import strategies as st
 
-from crystal.config import ConfigError
 from crystal.data.tokenizer import ADDED_TOKENS, Tokenizer, train_tokenizer
+from crystal.errors import ConfigError, DataError
 
 TRICKY = [
     "",
@@ -87,10 +87,10 @@ def test_lone_surrogates_become_question_marks(tokenizer):
 
 
 def test_mistakes_name_the_file(tmp_path):
-    with pytest.raises(ConfigError, match=r"none\.model: tokenizer cannot be read"):
+    with pytest.raises(DataError, match=r"none\.model: tokenizer cannot be read"):
         Tokenizer.load(tmp_path / "none.model")
     (tmp_path / "bad.model").write_bytes(b"not a model")
-    with pytest.raises(ConfigError, match=r"bad\.model: expected a sentencepiece model"):
+    with pytest.raises(DataError, match=r"bad\.model: expected a sentencepiece model"):
         Tokenizer.load(tmp_path / "bad.model")
     (tmp_path / "bad.json").write_text('{"model": {"vocab": {"a": 0}}}')
     with pytest.raises(ConfigError, match=r"bad\.json: .*without <unk> <s> </s>"):
@@ -104,7 +104,7 @@ def test_added_tokens_of_another_model_are_refused(tmp_path):
     spec = json.loads(shared_file("crystalcoder-tokenizer.json").read_text())
     spec["added_tokens"][3]["content"] = "<|im_start|>"
     (tmp_path / "t.json").write_text(json.dumps(spec))
-    with pytest.raises(ConfigError, match=r"added token <.im_start.> at id 32000"):
+    with pytest.raises(DataError, match=r"added token <.im_start.> at id 32000"):
         Tokenizer.load(tmp_path / "t.json")
 
 

@@ -7,9 +7,9 @@ import pyarrow.parquet
 import pytest
 import zstandard
 
-from crystal.config import ConfigError
 from crystal.data.corpus import user_files
 from crystal.data.corpus.recipe import Entry
+from crystal.errors import ConfigError, DataError
 
 ROWS = [
     {"text": "one", "meta": {"redpajama_set_name": "RedPajamaBook"}, "hash": "aa", "lic": "MIT"},
@@ -92,7 +92,7 @@ def test_rows_are_streamed(tmp_path, name):
 
 
 def fails(files, **keys):
-    with pytest.raises(ConfigError) as error:
+    with pytest.raises((ConfigError, DataError)) as error:
         list(user_files.rows(entry(files, **keys)))
     message = str(error.value)
     assert "\n" not in message

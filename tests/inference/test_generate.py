@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from crystal.checkpoint import read, write
-from crystal.config import ConfigError
+from crystal.errors import CheckpointError, ConfigError, DataError, RunError
 from crystal.inference.generate import KVCache, generate, generate_text, next_logits, pick
 from crystal.inference.load import filled, load_decoder, load_tokenizer
 from crystal.inference.logits import logits, logits_file, read_ids
@@ -212,11 +212,11 @@ def test_a_checkpoint_loads_in_bf16(tmp_path):
 
 
 def test_a_checkpoint_that_is_not_the_models_is_one_line(tmp_path):
-    with pytest.raises(ConfigError, match=r"blocks\.1\.attn\.q\.weight: expected, but no such tensor"):
+    with pytest.raises(CheckpointError, match=r"blocks\.1\.attn\.q\.weight: expected, but no such tensor"):
         load_decoder(checkpoint(tmp_path / "a", skip="blocks.1.attn.q.weight"))
     named = [(f"model.{n}", t[:1] if n == "norm.bias" else t) for n, t in tensors(CRYSTAL)]
     write(tmp_path / "b", named, {"model": CRYSTAL.model_dump(mode="json")})
-    with pytest.raises(ConfigError, match=r"norm\.bias \[1\]: expected each tensor of the model once"):
+    with pytest.raises(CheckpointError, match=r"norm\.bias \[1\]: expected each tensor of the model once"):
         load_decoder(tmp_path / "b")
     write(tmp_path / "c", named, {})
     with pytest.raises(ConfigError, match=r"c: model"):
@@ -266,9 +266,9 @@ def test_added_tokens_are_there_when_the_model_has_room(vocab_size, added, tmp_p
 
 
 def test_a_checkpoint_without_or_with_too_large_a_tokenizer_is_one_line(tmp_path, vocabulary):
-    with pytest.raises(ConfigError, match="expected a tokenizer"):
+    with pytest.raises(CheckpointError, match="expected a tokenizer"):
         generate_text(checkpoint(tmp_path / "a"), "the")
-    with pytest.raises(ConfigError, match=r"tokenizer\.model: expected at most the model's 96 ids"):
+    with pytest.raises(CheckpointError, match=r"tokenizer\.model: expected at most the model's 96 ids"):
         generate_text(text_checkpoint(tmp_path / "b", vocabulary, 96), "the")
 
 
@@ -316,19 +316,19 @@ def test_one_sequence_is_a_batch_of_one(tmp_path):
 )
 def test_ids_that_are_not_the_models_are_one_line(ids, expected, tmp_path):
     np.save(tmp_path / "ids.npy", ids, allow_pickle=True)
-    with pytest.raises(ConfigError, match=expected) as error:
+    with pytest.raises((ConfigError, DataError), match=expected) as error:
         read_ids(tmp_path / "ids.npy", CRYSTAL)
     assert str(error.value).startswith(f"{tmp_path}/ids.npy: ")
 
 
 def test_files_that_cannot_be_read_or_written_are_one_line_and_leave_nothing(tmp_path):
     path = checkpoint(tmp_path / "c")
-    with pytest.raises(ConfigError, match=r"none\.npy: cannot be read"):
+    with pytest.raises(DataError, match=r"none\.npy: cannot be read"):
         logits_file(path, tmp_path / "none.npy", tmp_path / "out.npy")
     (tmp_path / "text.npy").write_text("1 2 3")
-    with pytest.raises(ConfigError, match=r"text\.npy: expected a \.npy array"):
+    with pytest.raises(DataError, match=r"text\.npy: expected a \.npy array"):
         logits_file(path, tmp_path / "text.npy", tmp_path / "out.npy")
     np.save(tmp_path / "ids.npy", np.array([1, 2]))
-    with pytest.raises(ConfigError, match=r"none/out\.npy: cannot be written"):
+    with pytest.raises(RunError, match=r"none/out\.npy: cannot be written"):
         logits_file(path, tmp_path / "ids.npy", tmp_path / "none" / "out.npy")
     assert {p.name for p in tmp_path.iterdir()} == {"c", "text.npy", "ids.npy"}

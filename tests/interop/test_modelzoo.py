@@ -8,7 +8,8 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from crystal.config import Config, ConfigError, parse
+from crystal.config import Config, parse
+from crystal.errors import ConfigError
 from crystal.interop.cerebras_params_read import import_parameters, run_of
 from crystal.interop.cerebras_params_write import STYLES, export_parameters, stage_files
 from crystal.run import RunConfig, RunFile, load_run

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 
 from crystal.checkpoint import write
-from crystal.config import ConfigError
+from crystal.errors import CheckpointError, ConfigError
 from crystal.inference.load import filled, load_decoder
 from crystal.interop.huggingface import export_published, import_published
 from crystal.interop.huggingface_forms import config_from_json, config_to_json, published_tensors
@@ -216,9 +216,9 @@ def test_fused_parts_may_come_in_any_order_but_must_all_come():
     forwards, backwards = dict(to_published(config, tensors)), dict(to_published(config, tensors[::-1]))
     assert forwards.keys() == backwards.keys() == {t.name for t in published_tensors(config, "crystalcoder")}
     assert all(torch.equal(forwards[n], backwards[n]) for n in forwards)
-    with pytest.raises(ConfigError, match=r"blocks\.1\.attn\.k\.bias"):
+    with pytest.raises(CheckpointError, match=r"blocks\.1\.attn\.k\.bias"):
         list(to_published(config, [t for t in tensors if t[0] != "blocks.1.attn.k.bias"]))
-    with pytest.raises(ConfigError, match=r"embed\.weight.*twice"):
+    with pytest.raises(CheckpointError, match=r"embed\.weight.*twice"):
         list(to_published(config, [tensors[0], *tensors]))
 
 

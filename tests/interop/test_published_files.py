@@ -7,7 +7,7 @@ import torch
 from directories import CRYSTAL, crystal_directory, crystal_state, edit_json, llama_directory
 from safetensors.torch import load_file, save_file
 
-from crystal.config import ConfigError
+from crystal.errors import CheckpointError, ConfigError
 from crystal.interop.huggingface import import_published
 from crystal.interop.huggingface_read import read_published
 
@@ -137,7 +137,7 @@ def changed(tmp_path, change):
     ],
 )
 def test_wrong_tensors_are_refused_before_any_is_handed_out(change, line, tmp_path):
-    with pytest.raises(ConfigError, match=line) as error:
+    with pytest.raises(CheckpointError, match=line) as error:
         read_published(changed(tmp_path, change))
     assert str(error.value).startswith(f"{tmp_path}/model.safetensors")
 
@@ -146,7 +146,7 @@ def test_a_tensor_in_two_shards_is_refused(tmp_path):
     directory = crystal_directory(tmp_path)
     last = directory / "pytorch_model-00003-of-00003.bin"
     torch.save(torch.load(last) | {"transformer.wte.weight": torch.ones(96, 64)}, last)
-    with pytest.raises(ConfigError, match=r"00003.bin: transformer\.wte\.weight: expected once"):
+    with pytest.raises(CheckpointError, match=r"00003.bin: transformer\.wte\.weight: expected once"):
         read_published(directory)
 
 
@@ -154,7 +154,7 @@ def test_a_head_that_is_no_copy_of_the_tied_embedding_is_refused(tmp_path):
     state = crystal_state()
     state["lm_head.weight"][5, 5] += 1e-3
     directory = crystal_directory(tmp_path / "d", state)
-    with pytest.raises(ConfigError, match=r"lm_head\.weight: expected a copy of the embedding"):
+    with pytest.raises(CheckpointError, match=r"lm_head\.weight: expected a copy of the embedding"):
         import_published(directory, tmp_path / "ckpt")
     assert not (tmp_path / "ckpt").exists()
 
@@ -164,15 +164,15 @@ def test_a_missing_shard_a_cut_file_and_a_hostile_pickle_are_one_line(tmp_path):
     second = directory / "pytorch_model-00002-of-00003.bin"
     content = second.read_bytes()
     second.write_bytes(content[: len(content) // 2])
-    with pytest.raises(ConfigError, match=r"00002-of-00003.bin: cannot be read as weights"):
+    with pytest.raises(CheckpointError, match=r"00002-of-00003.bin: cannot be read as weights"):
         read_published(directory)
     ran = tmp_path / "ran"
     torch.save({"transformer.wte.weight": _Hostile(str(ran))}, second)
-    with pytest.raises(ConfigError, match=r"00002-of-00003.bin: cannot be read as weights"):
+    with pytest.raises(CheckpointError, match=r"00002-of-00003.bin: cannot be read as weights"):
         read_published(directory)
     assert not ran.exists()
     second.unlink()
-    with pytest.raises(ConfigError, match=r"00002-of-00003.bin: no such file"):
+    with pytest.raises(CheckpointError, match=r"00002-of-00003.bin: no such file"):
         read_published(directory)
 
 
@@ -187,16 +187,16 @@ class _Hostile:
 def test_an_index_does_not_lead_out_of_its_directory(tmp_path):
     directory = crystal_directory(tmp_path)
     edit_json(directory / "pytorch_model.bin.index.json", weight_map={"transformer.wte.weight": "../x.bin"})
-    with pytest.raises(ConfigError, match=r"index\.json: weight_map"):
+    with pytest.raises(CheckpointError, match=r"index\.json: weight_map"):
         read_published(directory)
 
 
 def test_a_directory_without_config_or_weights_is_one_line(tmp_path):
-    with pytest.raises(ConfigError, match=r"config\.json: no such file"):
+    with pytest.raises(CheckpointError, match=r"config\.json: no such file"):
         read_published(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(CRYSTAL))
-    with pytest.raises(ConfigError, match=r"expected model\.safetensors or pytorch_model\.bin"):
+    with pytest.raises(CheckpointError, match=r"expected model\.safetensors or pytorch_model\.bin"):
         read_published(tmp_path)
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(ConfigError, match=r"config\.json: expected JSON"):
+    with pytest.raises(CheckpointError, match=r"config\.json: expected JSON"):
         read_published(tmp_path)

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 pytest.importorskip("triton")
 
 from crystal.cli.main import app
-from crystal.config import ConfigError
+from crystal.errors import ConfigError
 from crystal.kernels.bench import measured, peers, tables
 from crystal.kernels.bench.measured import Case, CopySpeed, Deviation, rows
 from crystal.kernels.bench.timing import Spread, spread

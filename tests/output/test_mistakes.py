@@ -11,10 +11,11 @@ import pytest
 
 import crystal
 from crystal.backends.config import ClusterConfig, OptimizerConfig
-from crystal.config import ConfigError, Strict, parse
+from crystal.config import Strict, parse
 from crystal.curriculum.config import CurriculumConfig, StageConfig
 from crystal.data.corpus.build import Recipe
 from crystal.data.prepare import DataConfig, TrainTokenizer
+from crystal.errors import ConfigError
 from crystal.output.mistakes import _Place, _sentence, explain
 from crystal.run import RunConfig
 

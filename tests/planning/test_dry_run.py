@@ -4,8 +4,8 @@ import pytest
 import yaml
 
 from crystal.cli.train import dry_run_text
-from crystal.config import ConfigError
 from crystal.data.corpus import packages
+from crystal.errors import ConfigError
 from crystal.planning import describe
 from crystal.run import load_run
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from sweep_files import fill, load, run, write_sweep
 
 from crystal.cli.transfer import plan_text, transfer_text
-from crystal.config import ConfigError
+from crystal.errors import ConfigError
 from crystal.kernels import tuning
 from crystal.sweeps.store import finished, open_trials
 from crystal.sweeps.sweep import Sweep, family, load_sweep, points

@@ -13,7 +13,7 @@ import yaml
 from command import crystal, crystal_process
 from sweep_files import fill, load, write_sweep
 
-from crystal.config import ConfigError
+from crystal.errors import ConfigError
 from crystal.run import load_run
 from crystal.sweeps import store as sweep_store
 from crystal.sweeps.store import finished, open_trials
@@ -197,7 +197,7 @@ def test_a_file_that_may_not_grow_is_one_line(sweep_file, tmp_path):
 import resource
 from pathlib import Path
 from sweep_files import fill, load
-from crystal.config import ConfigError
+from crystal.errors import ConfigError
 resource.setrlimit(resource.RLIMIT_FSIZE, ({size}, {size}))
 try:
     fill(load(Path({str(sweep_file)!r}), "seeds=[1, 2, 3, 4, 5, 6]"))

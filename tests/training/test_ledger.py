@@ -3,7 +3,7 @@
 import pytest
 
 from crystal.cli.data import show_text, stats_text, where_text
-from crystal.config import ConfigError
+from crystal.errors import ConfigError
 from crystal.run import load_run
 from crystal.training.ledger import Ledger
 

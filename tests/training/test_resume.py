@@ -13,7 +13,7 @@ from dying import start_command
 from runs import whole_run
 
 from crystal import checkpoint
-from crystal.config import ConfigError
+from crystal.errors import CheckpointError, ConfigError, DataError, RunError
 from crystal.training.metrics import read_metrics
 
 STEPS = 30
@@ -110,10 +110,10 @@ def test_a_finished_stage_is_left_as_it_is(make_run, train):
 
 def test_a_stage_needs_the_end_of_the_one_before(make_run, train):
     path = make_run()
-    with pytest.raises(ConfigError, match="end of stage 1, step 10; train that stage first"):
+    with pytest.raises(CheckpointError, match="end of stage 1, step 10; train that stage first"):
         train(path, stage=2)
     train(path, until=9)
-    with pytest.raises(ConfigError, match="train that stage first"):
+    with pytest.raises(CheckpointError, match="train that stage first"):
         train(path, stage=2)
 
 
@@ -177,7 +177,7 @@ def test_a_damaged_checkpoint_is_named_and_nothing_is_lost(make_run, train):
     data = bytearray(shard.read_bytes())
     data[-1] ^= 1
     shard.write_bytes(data)
-    with pytest.raises(ConfigError, match=r"shard-00001\.safetensors: expected sha256"):
+    with pytest.raises(CheckpointError, match=r"shard-00001\.safetensors: expected sha256"):
         train(path)
     assert (run_dir / "metrics.jsonl").read_bytes() == before
 
@@ -187,7 +187,7 @@ def test_two_processes_do_not_train_in_one_directory(make_run, train):
 
     path = make_run()
     run_dir = train(path, until=3).directory
-    with alone_in(run_dir), pytest.raises(ConfigError, match="another process is training in it"):
+    with alone_in(run_dir), pytest.raises(RunError, match="another process is training in it"):
         train(path, until=4)
     assert train(path, until=4).step == 4
 
@@ -195,7 +195,7 @@ def test_two_processes_do_not_train_in_one_directory(make_run, train):
 def test_weights_that_may_be_ruined_replace_nothing_good(make_run, train):
     path = make_run(**{"train.max_bad_steps": 4, "train.checkpoint_every": 1, "train.keep_checkpoints": 1})
     changes = {"curriculum.stages.english.lr": "[{from: 0.01, to: 0.01, steps: 3}, {from: 1e30, to: 1e30, jump: true}]"}
-    with pytest.raises(ConfigError, match="not finite"):
+    with pytest.raises(RunError, match="not finite"):
         train(path, *(f"{k}={v}" for k, v in changes.items()))
     run_dir = path.parent / "run"
     last_applied = max(r["step"] for r in read_metrics(run_dir) if r.get("applied"))
@@ -220,7 +220,7 @@ def test_a_damaged_run_directory_is_named(make_run, train, file, content):
     path = make_run()
     run_dir = train(path, until=2).directory
     (run_dir / file).write_text(content)
-    with pytest.raises(ConfigError, match=file):
+    with pytest.raises((ConfigError, DataError, RunError), match=file):
         train(path, until=3)
 
 

@@ -15,9 +15,9 @@ import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
-from crystal.config import ConfigError
 from crystal.data.corpus.build import load_recipe
 from crystal.data.corpus.sniff import _name, sources_of
+from crystal.errors import ConfigError, DataError
 from crystal.run import load_run
 from crystal.workspace.project import FILES, SMALLEST, _weights, init
 
@@ -117,7 +117,7 @@ def test_nothing_is_overwritten_and_nothing_is_left_of_a_mistake(texts):
 )
 def test_files_of_rows_without_text_are_one_line(tmp_path, name, content, message):
     (tmp_path / name).write_text(content)
-    with pytest.raises(ConfigError, match=message) as error:
+    with pytest.raises(DataError, match=message) as error:
         sources_of([tmp_path])
     assert "\n" not in str(error.value)
 

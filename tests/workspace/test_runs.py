@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from recorded import TOKENS, record_run
 
 from crystal.cli.runs import duration, runs_text, short
-from crystal.config import ConfigError
+from crystal.errors import RunError
 from crystal.training.guards import alone_in
 from crystal.workspace.runs import find_runs, run_state
 
@@ -54,7 +54,7 @@ def test_a_run_whose_lock_is_held_is_training_and_stays_so(runs):
         run = run_state(runs / "killed")
         assert run.state == "training"
         assert run.seconds_left == pytest.approx((804 - 50) * TOKENS / 1000)
-        with pytest.raises(ConfigError, match="another process"), alone_in(runs / "killed"):
+        with pytest.raises(RunError, match="another process"), alone_in(runs / "killed"):
             pass
     assert run_state(runs / "killed").state == "failed"
     with alone_in(runs / "killed"):

@@ -2,7 +2,8 @@
 
 import pytest
 
-from crystal.config import ConfigError, parse
+from crystal.config import parse
+from crystal.errors import ConfigError
 from crystal.zoo.config import ModelConfig, model_config, preset, with_width
 
 SMALL = {"d_model": 64, "n_layers": 2, "n_heads": 2, "d_ff": 128, "vocab_size": 100}

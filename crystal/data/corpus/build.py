@@ -22,9 +22,10 @@ from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field
 
-from crystal.config import ConfigError, Strict, cache_dir, find, load_yaml, nearest, parse
+from crystal.config import Strict, cache_dir, find, load_yaml, nearest, parse
 from crystal.data.corpus import extract, filters, packages, user_files
 from crystal.data.corpus.recipe import Entry, Source
+from crystal.errors import ConfigError, CrystalError, DataError
 from crystal.output.interrupts import shielded
 from crystal.output.progress import Bar
 
@@ -105,7 +106,7 @@ def needs(recipe: Recipe, sources: list[str], cache: Path) -> Iterator[str]:
             if entry.files is not None:
                 try:
                     user_files.files(entry)
-                except ConfigError as error:
+                except CrystalError as error:
                     missing.setdefault(str(error), []).append(name)
     for problem, names in missing.items():
         yield f"{problem} (source {', '.join(dict.fromkeys(names))})"
@@ -250,7 +251,7 @@ def _made(
         if bar is not None:
             bar.advance()
     if not total:
-        raise ConfigError(f"source {name}: {_nothing(source, reading, unfit)}")
+        raise DataError(f"source {name}: {_nothing(source, reading, unfit)}")
 
 
 def _nothing(source: Source, reading: user_files.Reading, unfit: int) -> str:
@@ -268,7 +269,7 @@ def _package(entry: Entry, source: Source, cache: Path) -> Iterator[tuple[str, s
     excludes = [pattern for pattern in (source.exclude, entry.exclude) if pattern]
     found = packages.members(file, entry.include, excludes)
     if not found:
-        raise ConfigError(f"{entry.package}: no member matches include '{entry.include}'")
+        raise DataError(f"{entry.package}: no member matches include '{entry.include}'")
     if entry.max_bytes:  # only a part is wanted: one spread over the package, not its first letters
         found.sort(key=lambda member: hashlib.sha256(member[0].encode("utf-8", "replace")).digest())
     for path, text in extract.extract(entry, found):

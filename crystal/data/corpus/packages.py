@@ -27,8 +27,8 @@ from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from crystal.config import ConfigError
 from crystal.data.corpus.recipe import PACKAGE, Entry
+from crystal.errors import CrystalError, DataError
 from crystal.output.interrupts import child, end_children
 from crystal.output.progress import Bar
 
@@ -68,7 +68,7 @@ _NO_NETWORK = "no network, or the package index does not answer"
 def fetch(entries: list[Entry], cache: Path, what: str, console: Console | None = None) -> None:
     """Have the archive of every package in cache/packages; those already there are not asked for again.
 
-    what: a name for the progress bar on `console`. Raises ConfigError naming the package when its client is
+    what: a name for the progress bar on `console`. Raises DataError naming the package when its client is
     missing, finds no network or no such package, or when an archive is not the one the recipe pins.
     """
     wanted = {_folder(entry, cache): entry for entry in entries if entry.package}
@@ -93,7 +93,7 @@ def archive(entry: Entry, cache: Path) -> Path:
         _fetch_all([entry], cache, entry.package)
     file = _archives(folder)[0]
     if entry.sha256 and (found := sha256(file, cache)) != entry.sha256:
-        raise ConfigError(f"{file}: expected sha256 {entry.sha256} ({entry.package}), got {found}")
+        raise DataError(f"{file}: expected sha256 {entry.sha256} ({entry.package}), got {found}")
     return file
 
 
@@ -151,7 +151,7 @@ def _fetch_one(entry: Entry, cache: Path) -> None:
             _apt(spec, into, entry.package)
         files = _archives(into)
         if len(files) != 1:
-            raise ConfigError(f"{entry.package}: expected one archive from its client, got {len(files)}")
+            raise DataError(f"{entry.package}: expected one archive from its client, got {len(files)}")
         try:
             into.rename(folder)
         except OSError:
@@ -182,7 +182,7 @@ def _apt(spec: str, into: Path, package: str) -> None:
     command = ["apt-get", "download", "-qq", "-o", "APT::Sandbox::User=root", spec]
     try:
         _run(command, into, package)
-    except ConfigError as error:
+    except CrystalError as error:
         if _NO_NETWORK in str(error) or not shutil.which("apt-get"):
             raise
         # without lists no package is known, and old ones name files that the mirror no longer has
@@ -194,9 +194,9 @@ def _run(command: list[str], into: Path, package: str, env: dict | None = None) 
     try:
         code, said = _client(command, into, env)
     except FileNotFoundError:
-        raise ConfigError(f"{package}: expected the command '{command[0]}', which is not installed") from None
+        raise DataError(f"{package}: expected the command '{command[0]}', which is not installed") from None
     if code:
-        raise ConfigError(f"{package}: not downloaded: {_reason(said)}")
+        raise DataError(f"{package}: not downloaded: {_reason(said)}")
 
 
 def _client(command: list[str], into: Path, env: dict | None = None) -> tuple[int, str]:
@@ -261,7 +261,7 @@ def members(file: Path, include: str, excludes: list[str]) -> list[tuple[str, by
     """(path, content) of the archive's members whose path matches, sorted by path.
 
     Reads .whl, .zip, .tar.gz, .tgz, .deb and their like. The folder that sdists and npm wrap around
-    everything is taken off the paths. Raises ConfigError for a damaged archive.
+    everything is taken off the paths. Raises DataError for a damaged archive.
     """
     want, unwanted = re.compile(include), [re.compile(pattern) for pattern in excludes]
 
@@ -272,7 +272,7 @@ def members(file: Path, include: str, excludes: list[str]) -> list[tuple[str, by
         read = _members_of_zip if zipfile.is_zipfile(file) else _members_of_tar
         return sorted(read(file, wanted))
     except _DAMAGE as error:
-        raise ConfigError(f"{file}: damaged archive, delete it to fetch it again ({error})") from None
+        raise DataError(f"{file}: damaged archive, delete it to fetch it again ({error})") from None
 
 
 _DAMAGE = (OSError, EOFError, ValueError, tarfile.TarError, zipfile.BadZipFile, lzma.LZMAError, zlib.error)

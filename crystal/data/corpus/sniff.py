@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from crystal.config import ConfigError
 from crystal.data.corpus import user_files
+from crystal.errors import ConfigError, DataError
 
 LANGUAGES = {  # plain files by suffix; code is what FIM and StarCoder's rules are for
     "text": "txt text md markdown rst tex org",
@@ -139,7 +139,7 @@ def _keys(files: list[Path]) -> dict[str, str]:
     ]
     flat = [_flat(row) for row in rows if isinstance(row, dict)]
     if not flat:
-        raise ConfigError(f"{files[0]}: expected rows with named values, found {'none' if not rows else 'others'}")
+        raise DataError(f"{files[0]}: expected rows with named values, found {'none' if not rows else 'others'}")
     names = list(dict.fromkeys(name for row in flat for name in row))
     lengths = {
         name: sum(len(row[name]) for row in flat if isinstance(row.get(name), str))
@@ -147,7 +147,7 @@ def _keys(files: list[Path]) -> dict[str, str]:
         if sum(_is_text(row.get(name)) for row in flat) * 2 >= len(flat)
     }
     if not lengths:
-        raise ConfigError(f"{files[0]}: expected a column of text, found {', '.join(names) or 'no columns'}")
+        raise DataError(f"{files[0]}: expected a column of text, found {', '.join(names) or 'no columns'}")
     text = next((key for key in _TEXT_KEYS if key in lengths), max(lengths, key=lengths.get))
     found = {"text_key": text}
     ids = [key for key in _ID_KEYS if key != text and all(isinstance(row.get(key), str | int) for row in flat)]

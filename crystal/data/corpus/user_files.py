@@ -19,8 +19,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from crystal.config import ConfigError
 from crystal.data.corpus.recipe import Entry
+from crystal.errors import ConfigError, CrystalError, DataError
 
 ROW_FORMATS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 _PACKED = (".gz", ".zst")  # before which any other suffix but .parquet's may stand
@@ -71,7 +71,7 @@ def files(entry: Entry) -> list[tuple[str, Path]]:
     """(name, file) of each file meant by `entry.files`, sorted by name. Of a directory those are its files of rows.
 
     Names are relative to the directory, or to the part of a glob before its first wildcard, so that they do
-    not tell where the data lies. Raises ConfigError when there is none.
+    not tell where the data lies. Raises DataError when there is none.
     """
     place = Path(entry.files)
     if place.is_dir():
@@ -102,7 +102,7 @@ def rows(entry: Entry, reading: Reading | None = None) -> Iterator[tuple[str, st
     """(path, text, licence) of each row that `entry.where` lets through, and of each piece of a plain file.
 
     The path is "file.jsonl:line" ("file.parquet:row"; both from 1), or "file.jsonl:ID" with `id_key`; of a plain file
-    "file.txt", or "file.txt:line" where a piece begins. Raises ConfigError naming file and line for what gives no
+    "file.txt", or "file.txt:line" where a piece begins. Raises DataError naming file and line for what gives no
     text, or with `skip_bad` passes over it; and naming the file for one that cannot be read. reading: is told how far
     it is.
     """
@@ -125,7 +125,7 @@ def rows(entry: Entry, reading: Reading | None = None) -> Iterator[tuple[str, st
 
 def _refuse(message: str, entry: Entry, reading: Reading) -> None:
     if not entry.skip_bad:
-        raise ConfigError(message)
+        raise DataError(message)
     reading.skip(message)
 
 
@@ -165,7 +165,7 @@ def _get(row: Any, key: str) -> Any:
 
 
 def read(file: Path, entry: Entry, reading: Reading | None = None, whole: bool = False) -> Iterator[tuple[int, Any]]:
-    """(row number from 1, row) of a file of rows. Raises ConfigError naming the file when it cannot be read.
+    """(row number from 1, row) of a file of rows. Raises DataError naming the file when it cannot be read.
 
     whole: with all columns of a table, whether those of the entry are among them or not.
     """
@@ -179,7 +179,7 @@ def read(file: Path, entry: Entry, reading: Reading | None = None, whole: bool =
 
 
 def raw_rows(file: Path) -> Iterator[Any]:
-    """The rows of a file with all that they hold, bad ones passed over. Raises ConfigError when it cannot be read."""
+    """The rows of a file with all that they hold, bad ones passed over. Raises DataError when it cannot be read."""
     entry = Entry(license="-", files=str(file), skip_bad=True)
     return (row for _, row in read(file, entry, whole=True))
 
@@ -187,7 +187,7 @@ def raw_rows(file: Path) -> Iterator[Any]:
 def plain(file: Path, entry: Entry, reading: Reading | None = None) -> Iterator[tuple[int, str]]:
     """(line of its beginning, text) of each piece of a plain file; 0 for a file that is one piece.
 
-    Raises ConfigError, or with `skip_bad` ends the file there, at the first line that is not UTF-8 text.
+    Raises DataError, or with `skip_bad` ends the file there, at the first line that is not UTF-8 text.
     """
     reading = reading or Reading()
     pieces = _told(file, _pieces(file, reading))
@@ -213,10 +213,10 @@ def _told(file: Path, read: Iterator[tuple[int, Any]]) -> Iterator[tuple[int, An
             number, row = next(read)
         except StopIteration:
             return
-        except (ConfigError, MemoryError):
+        except (CrystalError, MemoryError):
             raise
         except Exception as error:  # every codec has exceptions of its own
-            raise ConfigError(f"{file}: {_reason(file, number, error)}") from None
+            raise DataError(f"{file}: {_reason(file, number, error)}") from None
         yield number, row
 
 
@@ -270,7 +270,7 @@ def _csv_rows(file: Path, entry: Entry, reading: Reading, delimiter: str, whole:
 def _check_columns(file: Path, entry: Entry, names: list[str]) -> None:
     if not {entry.text_key, entry.text_key.partition(".")[0]} & set(names):
         listed = ", ".join(names[:20]) + (" …" if len(names) > 20 else "")
-        raise ConfigError(f"{file}: expected a column '{entry.text_key}', found {listed or 'none'}")
+        raise DataError(f"{file}: expected a column '{entry.text_key}', found {listed or 'none'}")
 
 
 def _parquet_rows(file: Path, entry: Entry, reading: Reading, whole: bool) -> Iterator[tuple[int, dict]]:
