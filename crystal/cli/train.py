@@ -122,7 +122,7 @@ def dry_run_text(result: dict) -> str:
             f"group {name}: {g['tensors']} tensors, lr x{g['lr_multiplier']:g}, weight decay {g['weight_decay']:g}, "
             f"eps {g['eps']:g}"
         )
-    least, rate = _duration(result["seconds_atmatmul_rate"]), result["matmul_flops_per_second"] / 1e9
+    least, rate = _duration(result["seconds_at_matmul_rate"]), result["matmul_flops_per_second"] / 1e9
     lines.append(
         f"memory {result['memory_bytes'] / 1e9:.2f} GB without activations"
         + (f", store {result['disk_bytes'] / 1e9:.2f} GB on disk" if result["disk_bytes"] else "")

@@ -26,10 +26,8 @@ from torch.optim import Optimizer
 from crystal.mup.observe import Group, Observed, observe
 from crystal.mup.plan import Layouts, Plan, PlanError, infshapes_of, layouts_of, role_of, uses_of
 from crystal.mup.rules import PARAMETRIZATIONS, Parametrization, Role
+from crystal.mup.tolerances import AUDIT_EXPONENT, AUDIT_VALUE
 from crystal.mup.verdict import CheckError, Report, Row, explain
-
-TOLERANCE = 0.02  # of exponents: d_ff is rounded to whole numbers
-EXACT = 1e-6  # of values against a plan, relative
 
 
 def audit(
@@ -158,7 +156,7 @@ class _Tensor:
             for got, want in ((init, self.power.init), (lr, self.power.lr))
             if got is not None
         ]
-        same = bool(products) and all(abs(p) < TOLERANCE for p in products)
+        same = bool(products) and all(abs(p) < AUDIT_EXPONENT for p in products)
         single = [("init", init), ("lr", lr)]
         rows = [self._row(q, got, expected[q], same, groups[1]) for q, got in single if got is not None]
         rows += [self._row("forward", a, a0, same, groups[1], use) for a, a0, use in forward]
@@ -216,7 +214,7 @@ class _Tensor:
 
     def _row(self, quantity, found, expected, equivalent, group: Group | None, use: str = "") -> Row:
         source = self.rules.source
-        if self.m == 1 or abs(found - expected) < TOLERANCE:
+        if self.m == 1 or abs(found - expected) < AUDIT_EXPONENT:
             return Row(self.name, quantity, found, (found, found), expected, "PASS", source)
         if equivalent:
             note = f"{self.name}: {quantity} ∝ m^{found:z.2f}, equal to {source} by abc-symmetry"
@@ -260,7 +258,7 @@ def _attention(base: Observed, other: Observed, rules: Parametrization, power: f
                 found = change / math.log(d_head / d_base)
                 why = explain("attention", None, found, expected)
                 message = f"{name}: scores ∝ d_head^{found:z.2f} as d_head goes {d_base} → {d_head}: {why}"
-            if abs(found - expected) < TOLERANCE:
+            if abs(found - expected) < AUDIT_EXPONENT:
                 rows.append(Row(name, "attention", found, (found, found), expected, "PASS", rules.source))
                 continue
             rows.append(Row(name, "attention", found, (found, found), expected, "FAIL", rules.source, message))
@@ -326,7 +324,7 @@ def _scores_are(seen: Observed, scale: float) -> list[Row]:
 
 
 def _exact(name: str, quantity: str, got: float, want: float, rule: str, group: Group | None) -> Row:
-    if math.isclose(got, want, rel_tol=EXACT):
+    if math.isclose(got, want, rel_tol=AUDIT_VALUE):
         return Row(name, f"{quantity} value", None, None, None, "PASS", rule)
     where = f" (optimizer group {group.number})" if group and quantity in ("lr", "weight decay", "eps") else ""
     message = f"{name}: {quantity} is {got:.6g}, the plan says {want:.6g}{where}"

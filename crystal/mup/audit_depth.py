@@ -17,10 +17,10 @@ from torch.optim import Optimizer
 
 from crystal.mup.observe import Observed, observe
 from crystal.mup.rules import PARAMETRIZATIONS
+from crystal.mup.tolerances import AUDIT_EXPONENT, AUDIT_TWICE
 from crystal.mup.verdict import Report, Row
 
 _SOURCE = PARAMETRIZATIONS["completep"].source
-_TOLERANCE = 0.02
 
 
 def audit_depth(
@@ -57,7 +57,7 @@ _BRANCH = "the residual branch is not multiplied by m_L^-alpha"
 
 
 def _init_reason(branch: float | None) -> str:
-    if branch is not None and branch < -0.1:
+    if branch is not None and branch < -AUDIT_TWICE:
         return "depth is counted twice, by the branch multiplier and by the 1/sqrt(2L) in the init"
     return "its init sigma depends on depth"
 
@@ -85,7 +85,7 @@ def _exponent(before: float, after: float, m: float) -> float:
 def _row(name: str, quantity: str, found: float | None, expected: float, depths, why: str) -> Row | None:
     if found is None:
         return None
-    if abs(found - expected) < _TOLERANCE:
+    if abs(found - expected) < AUDIT_EXPONENT:
         return Row(name, quantity, found, (found, found), expected, "PASS", _SOURCE)
     grown = f"from {depths[0]} to {depths[1]} layers"
     message = f"{name}: {quantity} ∝ m_L^{found:z.2f} {grown}, expected m_L^{expected:g}: {why}"

@@ -34,13 +34,11 @@ from crystal.mup.measure import OUTPUT, Measured, Task, clean, measure
 from crystal.mup.plan import Layouts, infshapes_of, layouts_of, role_of
 from crystal.mup.rules import PARAMETRIZATIONS, Role
 from crystal.mup.slopes import decide, fit_slope
+from crystal.mup.tolerances import ACTIVATION, FINITE_WIDTH, INIT_AND_UPDATE, OUTPUT_OR_DEPTH, PUSH
 from crystal.mup.verdict import CheckError, Report, Row, explain, overall
 
 Along = Literal["width", "depth"]
 MIN_SEEDS, MAX_SEEDS = 2, 5
-EXACT = 0.1  # tolerance on init and update, which do not depend on training
-TRAINED = 0.35  # tolerance on what training does to activations
-FINITE = -0.35  # how far below 0 a correct model may lie after updates at widths of hundreds
 
 
 @dataclass
@@ -139,7 +137,7 @@ class _Expected:
         if quantity == "size" and step == 1 and self.along == "width":
             # Table 8's output is a sum of fan_in independent terms divided by fan_in, until updates correlate them
             return (-0.5, 0.0) if name == OUTPUT else (0.0, 0.0)
-        return (-0.5, 0.0) if name == OUTPUT or self.along == "depth" else (FINITE, 0.0)
+        return (OUTPUT_OR_DEPTH if name == OUTPUT or self.along == "depth" else FINITE_WIDTH, 0.0)
 
     def judges(self, name: str, quantity: str) -> bool:
         """Not a readout's raw output, whose forward multiplier comes after it; over depth, of activations only the
@@ -185,10 +183,10 @@ def _row(key, values: dict, runs: int, expected: _Expected, groups: dict[str, in
         return _without_slope(name, label, values, expected)
     if quantity in ("init", "update"):
         low = high = expected.tensor(_inner(name, expected.blocks), quantity)
-        tolerance = EXACT
+        tolerance = INIT_AND_UPDATE
     else:
         low, high = expected.activation(name, quantity, step)
-        tolerance = TRAINED if quantity != "push" else 0.4
+        tolerance = PUSH if quantity == "push" else ACTIVATION
     verdict = decide(slope, low, high, tolerance)
     message = ""
     if verdict != "PASS":

@@ -27,8 +27,9 @@ from typing import Literal
 
 import numpy as np
 
+from crystal.mup.tolerances import MAX_REGRET, MAX_SHIFT
+
 Verdict = Literal["PASS", "FAIL", "INCONCLUSIVE"]
-MAX_SHIFT, MAX_REGRET = 0.5, 0.01  # octaves; share of the loss
 RESAMPLES, SEED = 500, 0
 WINDOWS = (0.5, 1.0, 1.5, 2.0)  # octaves either side of the best point that the parabola is fitted on
 WINDOW = 1.0  # the one whose numbers are reported; on a coarser grid the one that reaches two steps

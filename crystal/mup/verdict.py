@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Literal
 
 from crystal.mup.rules import Role
+from crystal.mup.tolerances import SAME_POWER
 
 Verdict = Literal["PASS", "FAIL", "INCONCLUSIVE"]
 
@@ -129,4 +130,4 @@ def explain(quantity: str, role: Role | None, slope: float, expected: float, gro
 
 
 def _near(x: float, y: float) -> bool:
-    return abs(x - y) < 0.2
+    return abs(x - y) < SAME_POWER

@@ -90,7 +90,8 @@ def dry_run(run: RunFile, stage: int | None = None, until: int | None = None) ->
         "disk_bytes": held["disk"],
         "flops": flops,
         "matmul_flops_per_second": rate,
-        "seconds_atmatmul_rate": flops / rate,
+        "seconds_at_matmul_rate": flops / rate,
+        "seconds_atmatmul_rate": flops / rate,  # the old name, until 0.2
         "run_dir": str(run.config.directory),
     }
 

@@ -21,6 +21,7 @@ from crystal.backends.config import OptimizerConfig, load_preset
 from crystal.config import CONFIGS, Config, Strict, find, load_yaml, override, parse
 from crystal.errors import ConfigError
 from crystal.kernels import tuning
+from crystal.mup.tolerances import MAX_REGRET, MAX_SHIFT
 from crystal.mup.transfer import Trial
 from crystal.run import RunFile, load_run
 from crystal.sweeps.trial import Length, Rows
@@ -86,8 +87,8 @@ class SweepConfig(Strict):
     sampler: Literal["grid", "random", "tpe"] = "grid"
     trials: Count | None = Field(None, description="random and tpe: points of each width and depth")
     search: dict[Parameter, Range]
-    max_shift: float = Field(0.5, gt=0, description="octaves")
-    max_regret: float = Field(0.01, gt=0)
+    max_shift: float = Field(MAX_SHIFT, gt=0, description="octaves")
+    max_regret: float = Field(MAX_REGRET, gt=0)
     target: Target | None = None
 
     @model_validator(mode="after")

@@ -83,3 +83,8 @@ def test_a_source_that_is_bound_nowhere_is_refused(dry_run):
 def test_it_tells_that_a_run_goes_on(dry_run, make_run, train):
     train(make_run(), until=2)
     assert any(note.startswith("goes on from step 2") for note in dry_run()["notes"])
+
+
+def test_the_time_at_a_matmuls_rate_has_its_old_name_beside_the_right_one(dry_run):
+    found = dry_run()
+    assert found["seconds_at_matmul_rate"] == found["seconds_atmatmul_rate"] > 0
