@@ -109,7 +109,7 @@ class BadSteps:
     def __init__(self, limit: int):
         self.limit, self.in_a_row = limit, 0
 
-    def exceeded(self, applied: bool) -> bool:
-        """Note one step; True when more than `limit` in a row were left out."""
+    def go_on(self, applied: bool) -> bool:
+        """Note one step; False when more than `limit` in a row were left out."""
         self.in_a_row = 0 if applied else self.in_a_row + 1
-        return self.in_a_row > self.limit
+        return self.in_a_row <= self.limit

@@ -27,6 +27,7 @@ from crystal.errors import CheckpointError, ConfigError, RunError
 from crystal.memory import peak_rss_bytes
 from crystal.run import RunFile
 from crystal.training.batches import Batches
+from crystal.training.cadence import Cadence
 from crystal.training.guards import BadSteps, Interrupts, plan_differences
 from crystal.training.metrics import Metrics, NoMetrics, event, read_metrics
 from crystal.training.record import open_run, recorded_choices, with_recorded_dtype
@@ -64,7 +65,7 @@ class Trainer:
     def __init__(self, run: RunFile, store: TokenStore, display: Display):
         run = with_recorded_dtype(run)
         config = run.config
-        self.run, self.config, self.display = run, config, display
+        self.run, self.config, self.store, self.display = run, config, store, display
         self.curriculum = resolve(config.curriculum, run.source, store.sources)
         vocab_size = store.manifest["tokenizer"]["vocab_size"]
         if vocab_size != config.model.vocab_size:
@@ -76,7 +77,7 @@ class Trainer:
         for stage in self.curriculum.stages:  # a stage without data is a mistake to hear of now, not days from now
             self.batches.order(stage)
         self.plan = config.plan()
-        choices = keep_choices(config.backend, recorded_choices(config.directory))
+        self.choices = keep_choices(config.backend, recorded_choices(config.directory))
         self.backend = create(
             config.model, self.plan, config.optimizer, self.curriculum, config.train.seed, len(self.batches.sources),
             config.backend, config.directory, config.train.micro_batch_size,
@@ -85,8 +86,6 @@ class Trainer:
             raise RuntimeError(f"the optimizer does not follow the parameter plan: {problems[0]}")
         self.batches.part, self.batches.parts = self.backend.place.part, self.backend.place.parts
         self.writes = self.backend.place.process == 0  # the run's files; the others only take steps
-        if self.writes:
-            open_run(run, self.plan, store, self.backend.describe(), choices)
         self.directory = config.directory
         self.saver = Saver(self.backend)
         self.checkpoints = self.directory / "checkpoints"
@@ -136,55 +135,25 @@ class Trainer:
             raise RunError(f"{self.directory}: the run cannot be recorded: {error}") from None
 
     def _train(self, stage: Stage | None, until: int | None) -> Outcome:
+        if self.writes:
+            open_run(self.run, self.plan, self.store, self.backend.describe(), self.choices)
         self.resume(stage)
         start, stop = self.position, self.curriculum.steps if stage is None else stage.first_step + stage.steps
         stop = min(stop, until) if until is not None else stop
         if start >= stop and not self.held:
             return Outcome(self.directory, start, None, peak_rss_bytes(), 0.0)
         self._event("start", step=start, stop=stop, backend=self.backend.describe())
+        train, busy = self.config.train, 0.0
+        cadence = Cadence(train.eval_every, train.checkpoint_every, stop)
         metrics = Metrics(self.directory, start or None) if self.writes else NoMetrics()
-        bad, busy, interrupted = BadSteps(self.config.train.max_bad_steps), 0.0, None
         try:
             with Interrupts(self.display.stopping) as interrupts:
-                if start == 0 and stop > 0:
-                    losses, received = self._first_validation(interrupts)
-                    if received:  # there is nothing to save yet
-                        interrupted, stop = self._interrupted(received), start
-                    else:
-                        metrics.write({"step": 0, "stage": 1, "val_loss": losses})
-                if self.held and start:
-                    self._catch_up(metrics)
+                interrupted = None if start else self._first_validation(interrupts, metrics)
                 if not interrupted:
+                    if self.held and start:
+                        self._catch_up(cadence, metrics)
                     self.display.begin(self.curriculum, start, stop)
-                since = time.perf_counter()
-                for micro_batches in self.batches.ahead(start, stop - 1):
-                    now = self.curriculum.stage_at(self.position)
-                    if self.position == now.first_step:
-                        self._enter(now)
-                    record, seconds = self._step(now, micro_batches, since)
-                    busy += seconds
-                    stage_ended = self.position == now.first_step + now.steps
-                    if stage_ended or self.position == stop or self._due(now, self.config.train.eval_every):
-                        record["val_loss"] = self.validate()
-                    metrics.write(record)
-                    self.display.step(now, record)
-                    if bad.exceeded(record["applied"]):
-                        self.saver.finish()
-                        raise RunError(
-                            f"{self.directory}: {bad.in_a_row} steps in a row up to step {self.position} gave a loss "
-                            f"or gradient that is not finite; try a lower lr or backend.dtype=fp32 in another run_dir"
-                        )
-                    received = self.saver.meet(interrupts.received)
-                    # weights that give no finite loss may be ruined: nothing good is replaced by them
-                    sound = record["applied"]
-                    cadence = self.config.train.checkpoint_every or now.checkpoint_every
-                    due = sound and (bool(received) or self._due(now, cadence))
-                    if stage_ended or self.position == stop or due:
-                        self.save(now, stage_ended, drop_old=sound)
-                    if received:
-                        interrupted = self._interrupted(received)
-                        break
-                    since = time.perf_counter()
+                    interrupted, busy = self._steps(cadence, interrupts, metrics)
                 self.saver.finish()
                 if interrupts.received and not interrupted:  # while the last step was saved
                     interrupted = self._interrupted(interrupts.received)
@@ -196,23 +165,52 @@ class Trainer:
         self._event("stop", step=self.position, peak_rss_bytes=peak, tokens_per_second=round(rate, 1))
         return Outcome(self.directory, self.position, interrupted, peak, rate)
 
+    def _steps(
+        self, cadence: Cadence, interrupts: Interrupts, metrics: Metrics | NoMetrics
+    ) -> tuple[str | None, float]:
+        """Every step to the last of this start, or to a signal: (its name, seconds that steps alone took)."""
+        guard, busy = BadSteps(self.config.train.max_bad_steps), 0.0
+        since = time.perf_counter()
+        for micro_batches in self.batches.ahead(self.position, cadence.stop - 1):
+            stage = self.curriculum.stage_at(self.position)
+            if self.position == stage.first_step:
+                self._enter(stage)
+            record, seconds = self._step(stage, micro_batches, since)
+            busy += seconds
+            if cadence.validates(stage, self.position):
+                record["val_loss"] = self.validate()
+            metrics.write(record)
+            self.display.step(stage, record)
+            if not guard.go_on(record["applied"]):
+                self.saver.finish()
+                raise RunError(
+                    f"{self.directory}: {guard.in_a_row} steps in a row up to step {self.position} gave a loss or "
+                    f"gradient that is not finite; try a lower lr or backend.dtype=fp32 in another run_dir"
+                )
+            received = self.saver.meet(interrupts.received)
+            if cadence.saves(stage, self.position, record["applied"], bool(received)):
+                self.save(stage, cadence.ends(stage, self.position), drop_old=record["applied"])
+            if received:
+                return self._interrupted(received), busy
+            since = time.perf_counter()
+        return None, busy
+
     def _interrupted(self, number: int) -> str:
         name = signal.Signals(number).name
         self._event("interrupted", step=self.position, signal=name)
         return name
 
-    def _catch_up(self, metrics: Metrics | NoMetrics) -> None:
+    def _catch_up(self, cadence: Cadence, metrics: Metrics | NoMetrics) -> None:
         """Record and save the step that the store stands at, where the process before ended in between."""
         stage, result = self.curriculum.stage_at(self.position - 1), self.backend.result()
-        ended = self.position == stage.first_step + stage.steps
         recorded = max((record["step"] for record in read_metrics(self.directory)), default=0)
         if recorded < self.position and result is not None:
             record = self._record(stage, result)
-            if ended or self._due(stage, self.config.train.eval_every):
+            if cadence.validates(stage, self.position):
                 record["val_loss"] = self.validate()
             metrics.write(record)
-        if ended:
-            self.save(stage, ended)
+        if cadence.ends(stage, self.position):
+            self.save(stage, True)
 
     def _enter(self, stage: Stage) -> None:
         """Cross into a stage: its first step is next."""
@@ -256,8 +254,8 @@ class Trainer:
                 break
         return {} if nll_S is None else self._by_source(nll_S.tolist(), tokens_S.tolist())
 
-    def _first_validation(self, interrupts: Interrupts) -> tuple[dict[str, float], int]:
-        """The losses before the first step, and the signal that cut them short, or 0."""
+    def _first_validation(self, interrupts: Interrupts, metrics: Metrics | NoMetrics) -> str | None:
+        """Judge the initial weights; a signal's name, if one cut that short: there is nothing to save yet."""
         received = 0
 
         def go_on() -> bool:
@@ -265,13 +263,14 @@ class Trainer:
             received = self.saver.meet(interrupts.received)
             return not received
 
-        return self.validate(go_on), received
+        losses = self.validate(go_on)
+        if received:
+            return self._interrupted(received)
+        metrics.write({"step": 0, "stage": 1, "val_loss": losses})
+        return None
 
     def _by_source(self, nll: list[float], tokens: list[float]) -> dict[str, float]:
         return {s: n / t for s, n, t in zip(self.batches.sources, nll, tokens, strict=True) if t}
-
-    def _due(self, stage: Stage, every: int | None) -> bool:
-        return every is not None and (self.position - stage.first_step) % every == 0
 
     def save(self, stage: Stage, stage_ended: bool, drop_old: bool = True) -> None:
         """Write the checkpoint of this step; when it is whole, list it and drop those that need not be kept."""

@@ -11,7 +11,7 @@ from closeness import near, path_length
 
 from crystal.backends.cerebras.bridge import CerebrasBackend
 from crystal.backends.config import CerebrasConfig, ClusterConfig, OptimizerConfig
-from crystal.errors import CheckpointError, ConfigError
+from crystal.errors import CheckpointError, ConfigError, RunError
 from crystal.run import load_run
 from crystal.training.guards import plan_differences
 from crystal.zoo.build import initial_weights, plan_for
@@ -149,7 +149,7 @@ def test_state_goes_to_the_cpu_backend_and_back(pair):
 def test_a_process_that_dies_is_one_line(tmp_path):
     _, cerebras = backends(tmp_path)
     os.kill(cerebras.process.child.pid, signal.SIGKILL)
-    with pytest.raises(ConfigError, match=r"^cerebras: its process ended with -9: [^\n]*$"):
+    with pytest.raises(RunError, match=r"^cerebras: its process ended with -9: [^\n]*$"):
         cerebras.train_step(1, micro_batches(batch(1)))
     directory = cerebras.process.directory
     cerebras.process.close()

@@ -13,7 +13,7 @@ from dying import start_training
 from runs import whole_run
 
 from crystal import checkpoint
-from crystal.errors import CheckpointError, ConfigError
+from crystal.errors import CheckpointError
 from crystal.inference.generate import generate_text
 from crystal.interop.huggingface import export_published
 from crystal.training.metrics import read_metrics
@@ -80,7 +80,7 @@ def test_a_reference_to_a_store_that_moved_on_is_refused(make_run, train):
     with pytest.raises(CheckpointError, match="expected the store at step 4, it is at step 6"):
         list(checkpoint.read(kept).tensors("model"))
     shutil.rmtree(run_dir / "store")
-    with pytest.raises(ConfigError, match="expected the store that holds step 6, none is there"):
+    with pytest.raises(CheckpointError, match="expected the store that holds step 6, none is there"):
         list(checkpoint.read(checkpoint.locate(run_dir)).tensors("model"))
 
 
