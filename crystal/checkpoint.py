@@ -33,7 +33,7 @@ from torch import Tensor
 
 from crystal.backends.base import Part
 from crystal.config import parse
-from crystal.errors import CheckpointError, ConfigError
+from crystal.errors import CheckpointError
 from crystal.files import sha256_of, sync
 from crystal.zoo.build import plan_for
 from crystal.zoo.config import ModelConfig
@@ -199,7 +199,7 @@ def seal(directory: Path, shards: dict, state: dict, files: Iterable[Path] = (),
     return directory
 
 
-def _cannot(directory: Path, error: Exception) -> ConfigError:
+def _cannot(directory: Path, error: Exception) -> CheckpointError:
     return CheckpointError(f"{directory}: the checkpoint cannot be written: {error}")
 
 

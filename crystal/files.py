@@ -1,9 +1,13 @@
-"""Files that last and files that are what they were: fsync and sha256."""
+"""Files that last and files that are what they were: writes that are whole or not at all, locks, sha256."""
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import os
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 
@@ -27,18 +31,72 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
-def write_whole(path: Path, content: str | bytes) -> None:
-    """Write a file aside, sync it, rename it into place: there is the old one or the new one, never a part.
+@contextlib.contextmanager
+def replacing(path: Path, durable: bool = True) -> Iterator[Path]:
+    """A place beside `path` to make a file or a directory at, which becomes `path` when the block ends well.
 
-    Raises OSError, and then leaves nothing aside.
+    There is the old one or the new one, never a part, and nothing is left aside however the block ends. The place has
+    the path's own suffix, for libraries that go by it. What is no ordinary file (/dev/null, a pipe) is written to
+    itself. durable: forced to the disk before the rename and after it. Raises OSError.
     """
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        yield path
+        return
+    aside = path.with_name(f".tmp-{os.getpid()}-{path.name}")
+    _remove(aside)
     try:
-        with aside.open("wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
-            file.flush()
-            os.fsync(file.fileno())
-        aside.replace(path)
+        yield aside
+        if durable:
+            for made in (aside, *aside.rglob("*")) if aside.is_dir() else (aside,):
+                sync(made)
+        os.replace(aside, path)
     finally:
-        aside.unlink(missing_ok=True)
-    sync(path.parent)
+        _remove(aside)
+    if durable:
+        sync(path.parent)
+
+
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Write a file, whole or not at all (`replacing`). Raises OSError."""
+    with replacing(path) as aside:
+        aside.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def locked(path: Path, wait: bool = True) -> Iterator[None]:
+    """Hold a file, made if it is not there, as its only holder; whoever dies lets go of it.
+
+    wait: until it is free. Raises BlockingIOError where somebody holds it and it is not to be waited for, and OSError.
+    """
+    import filelock
+
+    lock = filelock.FileLock(path, timeout=-1 if wait else 0, thread_local=False)
+    try:
+        lock.acquire(poll_interval=0.01)
+    except filelock.Timeout:
+        raise BlockingIOError(f"{path} is held") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def is_locked(path: Path) -> bool:
+    """Whether somebody holds it now; tried shared, for an instant, on a handle that cannot write."""
+    try:
+        with path.open("rb") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return True
+            fcntl.flock(file, fcntl.LOCK_UN)
+    except OSError:  # never locked, or a disk without locks
+        pass
+    return False

@@ -21,6 +21,7 @@ from rich.console import Console
 
 from crystal.config import cache_dir
 from crystal.errors import ConfigError, RunError
+from crystal.files import write_whole
 from crystal.output.interrupts import child
 from crystal.output.progress import Bar, note
 
@@ -145,6 +146,4 @@ def _marker(directory: Path) -> dict | None:
 
 
 def _mark(directory: Path, **state) -> None:
-    aside = directory / f".{MARKER}"
-    aside.write_text(json.dumps(state), encoding="utf-8")
-    os.rename(aside, directory / MARKER)
+    write_whole(directory / MARKER, json.dumps(state))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import shutil
 import time
 from dataclasses import asdict, dataclass
@@ -14,6 +13,7 @@ from crystal.backends.cerebras.bridge import Process, make_job
 from crystal.backends.config import CerebrasConfig, OptimizerConfig
 from crystal.curriculum.stages import Curriculum
 from crystal.errors import RunError
+from crystal.files import replacing
 from crystal.mup.plan import Plan
 from crystal.zoo.config import ModelConfig
 
@@ -64,8 +64,8 @@ def lower(
         done = process.ask("lower", rows=rows, seq_len=curriculum.seq_len)
         graph = cirh.read(Path(done["ir"]))
         out.mkdir(parents=True, exist_ok=True)
-        shutil.move(done["ir"], out / ".cirh.mlir")
-        os.replace(out / ".cirh.mlir", out / "cirh.mlir")
+        with replacing(out / "cirh.mlir", durable=False) as aside:
+            shutil.move(done["ir"], aside)
     except OSError as error:
         raise RunError(f"{out}: cannot be written: {error}") from None
     finally:

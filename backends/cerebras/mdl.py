@@ -12,7 +12,6 @@ groups. cstorch does not write down which name is which place, so the text `crys
 from __future__ import annotations
 
 import json
-import os
 import struct
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ import torch
 from torch import Tensor
 
 from crystal.errors import CheckpointError
+from crystal.files import replacing
 
 VERSION = 0.5
 LZ4 = "32004"  # the filter's registered number
@@ -137,17 +137,16 @@ def _unpacked(dataset: h5py.Dataset) -> np.ndarray:
 
 
 def write(file: Path, tree: dict, tensors: Iterable[tuple[str, Tensor]]) -> Path:
-    """Write a .mdl: aside, then renamed.
+    """Write a .mdl, whole or not at all.
 
     tree: nested dicts, lists and tuples of numbers and texts, with None where a tensor belongs; tensors: those, by
     dotted path, fp32 or int64, one at a time and in any order. Raises CheckpointError when the disk fails.
     """
     file = Path(file)
-    aside = file.with_name(f".tmp-{file.name}")
     leaves = dict(_leaves(tree, ()))
     waiting = {path for path, value in leaves.items() if value is None}
     try:
-        with h5py.File(aside, "w") as opened:
+        with replacing(file) as aside, h5py.File(aside, "w") as opened:
             for path, tensor in tensors:
                 if path not in waiting:
                     raise ValueError(f"{path}: no such tensor is expected")
@@ -163,11 +162,8 @@ def write(file: Path, tree: dict, tensors: Iterable[tuple[str, Tensor]]) -> Path
             opened.attrs["__cstorch_version__"] = CSTORCH
             opened.attrs["__spec__"] = json.dumps([_stars(tree), json.dumps([1, _spec(tree)])])
             opened.attrs["__SUCCESS__"] = True
-        os.rename(aside, file)
     except OSError as error:
         raise CheckpointError(f"{file}: cannot be written: {error}") from None
-    finally:
-        aside.unlink(missing_ok=True)
     return file
 
 

@@ -1,4 +1,4 @@
-"""Batches between the two processes: one .npz file a step in a directory, written aside and renamed.
+"""Batches between the two processes: one .npz file a step in a directory, whole when it is there.
 
 A step's rows are made by the run's own loop and are read by Cerebras' input function, which on CSX runs on the
 cluster's worker nodes: a directory both can see is what all of them share.
@@ -13,6 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
+from crystal.files import replacing
+
 PATIENCE = 0.002  # seconds between looks for the next step
 
 
@@ -22,10 +24,8 @@ class Ended(Exception):
 
 def put(directory: Path, step: int, arrays: dict[str, np.ndarray]) -> None:
     """Hand over a step's batch."""
-    aside = directory / f".step-{step}.npz"
-    with aside.open("wb") as file:
+    with replacing(_file(directory, step), durable=False) as aside, aside.open("wb") as file:
         np.savez(file, **arrays)
-    os.rename(aside, _file(directory, step))
 
 
 def end(directory: Path, step: int) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from crystal.backends.base import MicroBatch
 from crystal.errors import CheckpointError
-from crystal.files import sync
+from crystal.files import replacing
 
 FILE = "boundaries.safetensors"
 
@@ -41,11 +41,8 @@ class Boundaries:
         for i, batch in enumerate(self.batches):
             for key in fields(MicroBatch):
                 tensors[f"batches/{key.name}/{i}"] = getattr(batch, key.name).contiguous().clone()
-        aside = directory / f".{FILE}"
-        save_file(tensors, aside)
-        sync(aside)
-        aside.replace(directory / FILE)
-        sync(directory)
+        with replacing(directory / FILE) as aside:
+            save_file(tensors, aside)
 
 
 def load_boundaries(directory: Path) -> Boundaries:

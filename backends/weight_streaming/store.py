@@ -11,7 +11,6 @@ all that the rest of it needs.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -24,7 +23,7 @@ from crystal.backends.weight_streaming.io import Buffer, DiskFile, File, Line, M
 from crystal.backends.weight_streaming.planes import decode_m, decode_v, encode_m, encode_v, join, split
 from crystal.backends.weight_streaming.store_layout import HIGH, LOW, Piece, Plane, layout
 from crystal.errors import CheckpointError, ConfigError, RunError
-from crystal.files import sync
+from crystal.files import sync, write_whole
 from crystal.mup.plan import Plan
 
 RECORD = "store.json"
@@ -179,13 +178,7 @@ class Store:
             self.files[name].sync()
         if self.directory is None:
             return
-        aside = self.directory / f".{RECORD}"
-        with aside.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        aside.replace(self.directory / RECORD)
-        sync(self.directory)
+        write_whole(self.directory / RECORD, text)
 
     # --- transfers, queued
 

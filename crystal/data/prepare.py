@@ -15,7 +15,6 @@ documents.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import heapq
 import json
@@ -35,7 +34,7 @@ from crystal.data.corpus import build as corpus
 from crystal.data.corpus import user_files
 from crystal.data.tokenizer import Tokenizer, VocabularyError, padded, train_tokenizer
 from crystal.errors import ConfigError, CrystalError, DataError
-from crystal.files import sha256_of, sync
+from crystal.files import locked, sha256_of, sync
 from crystal.output.progress import Bar
 
 if TYPE_CHECKING:
@@ -365,12 +364,13 @@ def _opens(directory: Path, tokenizer: Tokenizer) -> bool:
 def _only_one(path: Path, console: Console | None) -> Iterator[None]:
     """Hold a lock beside `path`; a process that dies lets go of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path.with_name(f".{path.name}.lock"), "w") as file:
+    lock = path.with_name(f".{path.name}.lock")
+    with contextlib.ExitStack() as held:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            held.enter_context(locked(lock, wait=False))
         except BlockingIOError:
             with Bar(console, f"waiting for another process, which makes {path.name}"):
-                fcntl.flock(file, fcntl.LOCK_EX)
+                held.enter_context(locked(lock))
         yield
 
 

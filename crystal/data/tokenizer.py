@@ -33,6 +33,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from crystal.errors import ConfigError, DataError
+from crystal.files import write_whole
 from crystal.output.interrupts import child
 from crystal.output.progress import Bar
 
@@ -162,9 +163,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, out_path: str | Path,
     model = _train(settings, _lines(texts), bar or Bar(None))
     out_path = Path(out_path)
     out_path.parent.mkdir(parents=True, exist_ok=True)
-    aside = out_path.with_name(f"{out_path.name}.{os.getpid()}.partial")
-    aside.write_bytes(model)
-    os.replace(aside, out_path)
+    write_whole(out_path, model)
     return Tokenizer.load(out_path)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor
 
 from crystal.errors import ConfigError, DataError, RunError
+from crystal.files import replacing
 from crystal.inference.load import load_decoder
 from crystal.zoo.config import ModelConfig
 from crystal.zoo.decoder import Decoder
@@ -37,17 +37,14 @@ def logits_file(checkpoint: Path, ids: Path, out: Path) -> tuple[int, int, int]:
     ids_BT = read_ids(Path(ids), model.config)
     out = Path(out)
     shape = (*ids_BT.shape, model.config.vocab_size)
-    aside = out.with_name(f".tmp-{out.name}")
     try:
-        file = np.lib.format.open_memmap(aside, mode="w+", dtype=np.float32, shape=shape)
-        for b, ids_T in enumerate(ids_BT):
-            file[b] = _row(model, torch.from_numpy(ids_T))[0].numpy()
-        file.flush()
-        os.replace(aside, out)
+        with replacing(out, durable=False) as aside:
+            file = np.lib.format.open_memmap(aside, mode="w+", dtype=np.float32, shape=shape)
+            for b, ids_T in enumerate(ids_BT):
+                file[b] = _row(model, torch.from_numpy(ids_T))[0].numpy()
+            file.flush()
     except OSError as error:
         raise RunError(f"{out}: cannot be written: {error.strerror or error}") from None
-    finally:
-        aside.unlink(missing_ok=True)
     return shape
 
 

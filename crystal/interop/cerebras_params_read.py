@@ -7,7 +7,6 @@ no word for is an error; keys of the machinery (workers, mounts, logging) are pa
 from __future__ import annotations
 
 import math
-import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +16,7 @@ from crystal.backends.config import OptimizerConfig
 from crystal.config import load_yaml, parse
 from crystal.curriculum.config import CurriculumConfig
 from crystal.errors import ConfigError, RunError
+from crystal.files import write_whole
 from crystal.zoo.config import ModelConfig
 
 # what a model must say if it says anything of it; None: any value, it does not change the function
@@ -104,10 +104,8 @@ def import_parameters(source: Path, to: Path) -> dict:
     head = (
         "# Read from Model Zoo parameter files. To fill in: data:, and curriculum.bind from sources to the corpus's.\n"
     )
-    aside = to.with_name(f".tmp-{to.name}")
     try:
-        aside.write_text(head + yaml.safe_dump(run, sort_keys=False), encoding="utf-8")
-        os.rename(aside, to)
+        write_whole(to, head + yaml.safe_dump(run, sort_keys=False))
     except OSError as error:
         raise RunError(f"{to}: cannot be written: {error.strerror or error}") from None
     return {"run": str(to), "stages": [stage["name"] for stage in run["curriculum"]["stages"]]}

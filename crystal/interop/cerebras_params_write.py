@@ -9,8 +9,6 @@ other, and Model Zoo's first step has lr(0): `lr_counts_from: 0` here.
 from __future__ import annotations
 
 import math
-import os
-import shutil
 from itertools import pairwise
 from pathlib import Path
 
@@ -19,6 +17,7 @@ import yaml
 from crystal.curriculum.resolve import resolve
 from crystal.curriculum.stages import Stage
 from crystal.errors import ConfigError, CrystalError, RunError
+from crystal.files import replacing
 from crystal.mup.plan import Plan
 from crystal.run import RunFile, load_run
 from crystal.zoo.config import ModelConfig
@@ -46,19 +45,14 @@ def export_parameters(run: str, out: Path) -> dict:
             left_out.append(f"{style}: {error}")
     if not texts:
         raise ConfigError(left_out[0].partition(": ")[2])
-    aside = out.with_name(f".tmp-{out.name}")
     try:
-        shutil.rmtree(aside, ignore_errors=True)
-        for name, text in texts.items():
-            (aside / name).parent.mkdir(parents=True, exist_ok=True)
-            (aside / name).write_text(
-                f"# Model Zoo parameters, written by crystal from {run}\n{text}", encoding="utf-8"
-            )
-        os.rename(aside, out)
+        with replacing(out) as aside:
+            for name, text in texts.items():
+                (aside / name).parent.mkdir(parents=True, exist_ok=True)
+                head = f"# Model Zoo parameters, written by crystal from {run}\n"
+                (aside / name).write_text(head + text, encoding="utf-8")
     except OSError as error:
         raise RunError(f"{out}: cannot be written: {error.strerror or error}") from None
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
     return {"files": [str(out / name) for name in texts], "left_out": left_out}
 
 

@@ -19,6 +19,7 @@ from crystal.checkpoint import locate, read, write
 from crystal.config import parse
 from crystal.data.tokenizer import Tokenizer
 from crystal.errors import ConfigError, CrystalError, RunError
+from crystal.files import replacing
 from crystal.interop.huggingface_forms import config_to_json
 from crystal.interop.huggingface_read import read_published, to_published
 from crystal.zoo.build import parameter_count
@@ -71,20 +72,16 @@ def export_published(checkpoint: Path, to: Path, form: str = "hf") -> Path:
     config = parse(ModelConfig, source.state.get("model"), str(source.directory), ("model",))
     mapping = config_to_json(config) if form == "hf" else config.model_dump(mode="json")
     tensors = source.tensors("model")
-    aside = to.with_name(f".tmp-{to.name}")
     try:
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-        _write_weights(aside, to_published(config, tensors) if form == "hf" else tensors)
-        (aside / "config.json").write_text(json.dumps(mapping, indent=2) + "\n", encoding="utf-8")
-        for name in TOKENIZERS:
-            if (source.directory / name).is_file():
-                shutil.copyfile(source.directory / name, aside / name)
-        os.rename(aside, to)
+        with replacing(to) as aside:
+            aside.mkdir(parents=True)
+            _write_weights(aside, to_published(config, tensors) if form == "hf" else tensors)
+            (aside / "config.json").write_text(json.dumps(mapping, indent=2) + "\n", encoding="utf-8")
+            for name in TOKENIZERS:
+                if (source.directory / name).is_file():
+                    shutil.copyfile(source.directory / name, aside / name)
     except OSError as error:
         raise RunError(f"{to}: cannot be written: {error.strerror or error}") from None
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
     return to
 
 

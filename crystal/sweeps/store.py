@@ -7,7 +7,6 @@ are counted, wherever they came from, and the others are kept.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import math
 import sqlite3
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from crystal.errors import RunError
+from crystal.files import locked
 from crystal.sweeps.sweep import Range, Sweep, points
 
 if TYPE_CHECKING:
@@ -188,8 +188,7 @@ def _key(trial: FrozenTrial) -> str:
 @contextmanager
 def _turn(directory: Path) -> Iterator[None]:
     """One process at a time; a killed one's turn ends with it."""
-    with open(directory / "turn.lock", "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    with locked(directory / "turn.lock"):
         yield
 
 

@@ -13,7 +13,7 @@ import torch
 from crystal.bench.matmul import matmul_rate
 from crystal.config import Config, override
 from crystal.errors import RunError
-from crystal.files import write_whole
+from crystal.files import replacing, write_whole
 from crystal.kernels import tuning
 from crystal.mup.forecast import forecast
 from crystal.mup.transfer import Transfer, Trial, judge
@@ -205,12 +205,8 @@ def _write(path: Path, write: Callable[[Path], None], failures: list[Exception])
 def _draw(results: dict[str, tuple[Transfer, list[Trial]]], file: Path) -> None:
     from crystal.mup.transfer_plots import draw_transfer
 
-    aside = file.with_name(f".{file.name}")  # its suffix says what kind of picture it is
-    try:
+    with replacing(file) as aside:
         draw_transfer(results, aside)
-        aside.replace(file)
-    finally:
-        aside.unlink(missing_ok=True)
 
 
 def _verdict(sweep: Sweep, rows: list[dict], made: dict) -> tuple[dict, dict[str, tuple[Transfer, list[Trial]]]]:

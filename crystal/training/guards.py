@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
-import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import IO
 
 from crystal.errors import RunError
+from crystal.files import locked
 from crystal.mup.plan import Plan
 
-_LOCK = ".lock"
+LOCK = ".lock"  # the file that stands for a run directory
 
 
 @contextlib.contextmanager
@@ -25,37 +23,22 @@ def alone_in(directory: Path) -> Iterator[None]:
     process holds it, or when it cannot be made.
     """
     made = [path for path in (directory, *directory.parents) if not path.exists()]
-    try:
-        lock = _locked(directory)
-    except BlockingIOError:
-        raise RunError(f"{directory}: another process is training in it") from None
-    except OSError as error:
-        raise RunError(f"{directory}: cannot be written: {error.strerror}") from None
-    with lock:
+    with contextlib.ExitStack() as held:
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            held.enter_context(locked(directory / LOCK, wait=False))
+        except BlockingIOError:
+            raise RunError(f"{directory}: another process is training in it") from None
+        except OSError as error:
+            raise RunError(f"{directory}: cannot be written: {error.strerror}") from None
         try:
             yield
         finally:
-            if [path.name for path in directory.iterdir()] == [_LOCK]:
-                (directory / _LOCK).unlink()
+            if [path.name for path in directory.iterdir()] == [LOCK]:
+                (directory / LOCK).unlink()
                 with contextlib.suppress(OSError):  # of a folder above there may be other users by now
                     for path in made:
                         path.rmdir()
-
-
-def _locked(directory: Path) -> IO:
-    """The open, locked file that stands for the directory. Raises BlockingIOError, OSError."""
-    while True:
-        directory.mkdir(parents=True, exist_ok=True)
-        with contextlib.suppress(FileNotFoundError):  # taken away in between, see above
-            file = (directory / _LOCK).open("w")
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if os.fstat(file.fileno()).st_ino == (directory / _LOCK).stat().st_ino:
-                    return file
-            except BaseException:
-                file.close()
-                raise
-            file.close()
 
 
 class Interrupts:

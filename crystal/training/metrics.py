@@ -9,11 +9,11 @@ from __future__ import annotations
 import datetime
 import json
 import math
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
 from crystal.config import load_yaml
+from crystal.files import replacing
 
 
 class Metrics:
@@ -118,12 +118,8 @@ def read_metrics(run_dir: Path) -> Iterator[dict]:
 
 def _keep(path: Path, last_step: int) -> None:
     """Drop every record after `last_step`, atomically."""
-    aside = path.with_suffix(".tmp")
-    with aside.open("w", encoding="utf-8") as out:
+    with replacing(path) as aside, aside.open("w", encoding="utf-8") as out:
         out.writelines(json.dumps(r) + "\n" for r in read_metrics(path.parent) if r["step"] <= last_step)
-        out.flush()
-        os.fsync(out.fileno())
-    aside.replace(path)
 
 
 def event(run_dir: Path, kind: str, **details) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import fcntl
 import json
 import math
 import os
@@ -25,6 +24,8 @@ from crystal.config import parse
 from crystal.curriculum.config import CurriculumConfig
 from crystal.curriculum.resolve import resolve
 from crystal.errors import ConfigError, CrystalError
+from crystal.files import is_locked
+from crystal.training.guards import LOCK
 
 DEPTH = 4  # how far below the directory runs are looked for
 _FILES = ("manifest.json", "metrics.jsonl", "events.jsonl", "checkpoints")  # one of which a run has beside config.yaml
@@ -153,20 +154,8 @@ def _state(directory: Path, since: dict, begun: bool, step: int, steps: int | No
 
 
 def is_held(directory: Path) -> bool:
-    """Whether a process trains in a run directory: it holds the lock that `alone_in` takes.
-
-    The lock is tried shared, for an instant, on a handle that cannot write.
-    """
-    try:
-        with (directory / ".lock").open("rb") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return True
-            fcntl.flock(file, fcntl.LOCK_UN)
-    except OSError:  # never locked, or a disk without locks
-        pass
-    return False
+    """Whether a process trains in a run directory: it holds the lock that `alone_in` takes."""
+    return is_locked(directory / LOCK)
 
 
 def read_config(directory: Path) -> dict | None:

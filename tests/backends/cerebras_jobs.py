@@ -13,14 +13,14 @@ from crystal.backends.config import CerebrasConfig, CpuConfig, OptimizerConfig
 from crystal.backends.cpu import CpuBackend
 from crystal.curriculum.config import CurriculumConfig
 from crystal.curriculum.resolve import resolve
-from crystal.errors import ConfigError
+from crystal.errors import CrystalError
 from crystal.zoo.build import plan_for
 from crystal.zoo.config import model_config
 
 try:  # before a test moves the cache
     ENVIRONMENT = environment.find(Path(os.environ["CRYSTAL_CEREBRAS"]) if "CRYSTAL_CEREBRAS" in os.environ else None)
     MISSING = ""
-except ConfigError as error:
+except CrystalError as error:
     ENVIRONMENT, MISSING = None, str(error)
 
 needs_cerebras = pytest.mark.skipif(ENVIRONMENT is None, reason=f"cerebras.pytorch is not set up: {MISSING}")

@@ -5,13 +5,11 @@ from __future__ import annotations
 import inspect
 import json
 import textwrap
-from pathlib import Path
 
 import pytest
+from shared_files import shared_file
 
 from crystal.data.tokenizer import Tokenizer, train_tokenizer
-
-SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
 
 
 @pytest.fixture(scope="session")
@@ -33,10 +31,3 @@ def tokenizer(texts: list[str], tmp_path_factory: pytest.TempPathFactory) -> Tok
 def published() -> Tokenizer:
     """CrystalCoder's tokenizer.json."""
     return Tokenizer.load(shared_file("crystalcoder-tokenizer.json"))
-
-
-def shared_file(name: str) -> Path:
-    """A file of ../shared/data, or a skip that says it is not there."""
-    if not (SHARED / name).is_file():
-        pytest.skip(f"{SHARED / name} is not on this machine")
-    return SHARED / name

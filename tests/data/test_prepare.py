@@ -184,10 +184,10 @@ def test_documents_without_text_are_counted_and_a_bad_row_is_not_the_tokenizers_
     with pytest.raises(DataError, match=rf"^{tmp_path}/python.jsonl:63: expected text under 'text', found null"):
         prepare(config(recipe), 32)
     (tmp_path / "python.jsonl").write_text('{"text": ""}\n')
-    with pytest.raises(ConfigError, match=r"^source python: all of its 1 documents are without text; the first: pyth"):
+    with pytest.raises(DataError, match=r"^source python: all of its 1 documents are without text; the first: pyth"):
         prepare(config(recipe), 32)
     (tmp_path / "python.jsonl").write_text("")
-    with pytest.raises(ConfigError, match=rf"^source python: no document in {tmp_path}/python.jsonl"):
+    with pytest.raises(DataError, match=rf"^source python: no document in {tmp_path}/python.jsonl"):
         prepare(config(recipe), 32)
 
 
@@ -223,7 +223,7 @@ def test_a_killed_prepare_leaves_nothing_that_opens_and_the_next_one_finishes(re
     stores = prepare_module.cache_dir() / "stores"
     for left in stores.iterdir():
         if left.is_dir():
-            with pytest.raises(ConfigError):
+            with pytest.raises(DataError):
                 TokenStore.open(left)
     directory = prepare(config(recipe), 32)
     TokenStore.open(directory).verify()
@@ -266,11 +266,9 @@ def test_a_published_tokenizer_is_used_as_it_is(recipe, tokenizer):
 
 
 def test_mistakes_are_one_line(recipe):
-    with pytest.raises(DataError, match=r"^run\.yaml: data\.corpus: .* no source 'pyhton'; did you mean 'python'"):
+    with pytest.raises(ConfigError, match=r"^run\.yaml: data\.corpus: .* no source 'pyhton'; did you mean 'python'"):
         prepare(config(recipe), 32, sources=["pyhton"], where="run.yaml")
-    with pytest.raises(
-        ConfigError, match=r"^run\.yaml: data\.corpus: source 'english' .* expected at least the 100000"
-    ):
+    with pytest.raises(DataError, match=r"^run\.yaml: data\.corpus: source 'english' .* expected at least the 100000"):
         prepare(config(recipe), 99_999, where="run.yaml")
     with pytest.raises(ConfigError, match=r"^t\.yaml: tokenizer: .*expected either train: or path:"):
         config(recipe, tokenizer={})

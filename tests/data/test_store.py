@@ -120,7 +120,7 @@ def test_verify_lists_every_file(directory):
 )
 def test_a_missing_file_is_named_on_opening(directory, file, message):
     (directory / file).unlink()
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(DataError, match=message):
         TokenStore.open(directory)
 
 
@@ -154,10 +154,10 @@ def test_a_damaged_manifest_is_named(directory):
             TokenStore.open(directory)
     good["sources"]["web"]["shards"].pop(1)
     file.write_text(json.dumps(good))
-    with pytest.raises(ConfigError, match=r"manifest\.json: sources\.web: expected shards with 12 train rows, got 9"):
+    with pytest.raises(DataError, match=r"manifest\.json: sources\.web: expected shards with 12 train rows, got 9"):
         TokenStore.open(directory)
     file.write_text("{")
-    with pytest.raises(ConfigError, match=r"manifest\.json: expected JSON"):
+    with pytest.raises(DataError, match=r"manifest\.json: expected JSON"):
         TokenStore.open(directory)
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 
 import pytest
-from conftest import shared_file
 from hypothesis import given
 from hypothesis import strategies as st
+from shared_files import shared_file
 
 from crystal.data.tokenizer import ADDED_TOKENS, Tokenizer, train_tokenizer
 from crystal.errors import ConfigError, DataError
@@ -93,7 +93,7 @@ def test_mistakes_name_the_file(tmp_path):
     with pytest.raises(DataError, match=r"bad\.model: expected a sentencepiece model"):
         Tokenizer.load(tmp_path / "bad.model")
     (tmp_path / "bad.json").write_text('{"model": {"vocab": {"a": 0}}}')
-    with pytest.raises(ConfigError, match=r"bad\.json: .*without <unk> <s> </s>"):
+    with pytest.raises(DataError, match=r"bad\.json: .*without <unk> <s> </s>"):
         Tokenizer.load(tmp_path / "bad.json")
     with pytest.raises(ConfigError, match=r"^a vocabulary of 5000 cannot be trained: this text can fill at most \d+$"):
         train_tokenizer(["too little text"], 5000, tmp_path / "small.model")

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from sweep_files import fill, load, run, write_sweep
 
 from crystal.cli.transfer import plan_text, transfer_text
-from crystal.errors import ConfigError
+from crystal.errors import CrystalError, RunError
 from crystal.kernels import tuning
 from crystal.sweeps.store import finished, open_trials
 from crystal.sweeps.sweep import Sweep, family, load_sweep, points
@@ -89,7 +89,7 @@ def test_a_killed_sweep_goes_on_without_loss(sweep_file, tmp_path):
         deadline = time.time() + 600
         while time.time() < deadline and not ((out / "trials.sqlite").is_file() and _finished(sweep)):
             time.sleep(0.5)
-        with pytest.raises(ConfigError, match="another process"):
+        with pytest.raises(RunError, match="another process"):
             run(sweep)
     finally:
         process.kill()
@@ -107,7 +107,7 @@ def test_a_killed_sweep_goes_on_without_loss(sweep_file, tmp_path):
 def _finished(sweep: Sweep) -> list[dict]:
     try:
         return finished(sweep)
-    except ConfigError:  # the other process is just making the tables
+    except CrystalError:  # the other process is just making the tables
         return []
 
 

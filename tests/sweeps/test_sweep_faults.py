@@ -13,7 +13,7 @@ import yaml
 from command import crystal, crystal_process
 from sweep_files import fill, load, write_sweep
 
-from crystal.errors import ConfigError
+from crystal.errors import ConfigError, RunError
 from crystal.run import load_run
 from crystal.sweeps import store as sweep_store
 from crystal.sweeps.store import finished, open_trials
@@ -57,7 +57,7 @@ def test_out_may_be_any_path(sweep_file, tmp_path, name):
 def test_out_that_is_a_file_is_refused_and_left_alone(sweep_file, tmp_path):
     (tmp_path / "file").write_text("mine")
     for out in (tmp_path / "file", tmp_path / "file" / "inside"):
-        with pytest.raises(ConfigError) as error, held(load_sweep(str(sweep_file), (), out)):
+        with pytest.raises((ConfigError, RunError)) as error, held(load_sweep(str(sweep_file), (), out)):
             pass
         assert str(error.value).startswith(f"{out}: ")
     assert (tmp_path / "file").read_text() == "mine"
@@ -66,7 +66,7 @@ def test_out_that_is_a_file_is_refused_and_left_alone(sweep_file, tmp_path):
 @pytest.mark.skipif(not Path("/sys/kernel").is_dir(), reason="needs a directory that nobody can write")
 def test_out_that_cannot_be_written_is_one_line(sweep_file):
     sweep = load_sweep(str(sweep_file), (), Path("/sys/kernel/crystal"))
-    with pytest.raises(ConfigError, match="/sys/kernel/crystal: cannot be written"), held(sweep):
+    with pytest.raises(RunError, match="/sys/kernel/crystal: cannot be written"), held(sweep):
         pass
 
 
@@ -77,7 +77,7 @@ def test_a_directory_without_room_for_its_lock_is_one_line(sweep_file, tmp_path,
     sweep = load(sweep_file)
     _ = sweep.data
     monkeypatch.setattr(Path, "open", full)
-    with pytest.raises(ConfigError, match="cannot be written: No space left on device"), held(sweep):
+    with pytest.raises(RunError, match="cannot be written: No space left on device"), held(sweep):
         pass
 
 
@@ -116,7 +116,7 @@ def test_a_damaged_file_of_trials_is_one_line_and_is_left_as_it_is(sweep_file, d
     file = sweep.directory / "trials.sqlite"
     damage(file)
     left = None if file.is_dir() else file.read_bytes()
-    with pytest.raises(ConfigError) as error:
+    with pytest.raises(RunError) as error:
         fill(sweep)
     assert str(error.value).startswith(f"{file}: ")
     assert "\n" not in str(error.value)
@@ -149,7 +149,7 @@ def test_a_damaged_or_foreign_record_is_one_line_and_is_left_as_it_is(sweep_file
     fill(sweep)
     record = sweep.directory / "sweep.json"
     record.write_bytes(content)
-    with pytest.raises(ConfigError) as error:
+    with pytest.raises(RunError) as error:
         fill(sweep)
     assert words in str(error.value)
     assert "\n" not in str(error.value)
@@ -179,7 +179,7 @@ def test_a_full_disk_loses_nothing_that_was_finished(sweep_file, monkeypatch):
         return connection
 
     monkeypatch.setattr(sweep_store.sqlite3, "connect", small)
-    with pytest.raises(ConfigError, match="is full; what was finished is kept"):
+    with pytest.raises(RunError, match="is full; what was finished is kept"):
         fill(sweep)
     monkeypatch.setattr(sweep_store.sqlite3, "connect", connect)
     before = finished(sweep)
@@ -197,11 +197,11 @@ def test_a_file_that_may_not_grow_is_one_line(sweep_file, tmp_path):
 import resource
 from pathlib import Path
 from sweep_files import fill, load
-from crystal.errors import ConfigError
+from crystal.errors import CrystalError
 resource.setrlimit(resource.RLIMIT_FSIZE, ({size}, {size}))
 try:
     fill(load(Path({str(sweep_file)!r}), "seeds=[1, 2, 3, 4, 5, 6]"))
-except ConfigError as error:
+except CrystalError as error:
     print(error)
 """
     paths = os.pathsep.join([str(Path(__file__).parent), *sys.path])
@@ -217,7 +217,7 @@ def test_a_result_that_cannot_be_written_does_not_lose_the_others(sweep_file, br
     sweep = load(sweep_file, "target.run=amber-7b")
     fill(sweep)
     (sweep.directory / broken).mkdir()
-    with pytest.raises(ConfigError) as error:
+    with pytest.raises(RunError) as error:
         report(sweep)
     assert f"{broken}: cannot be written: Is a directory" in str(error.value)
     files = {"trials.json", "transfer.json", "transfer.png", "target.yaml"}
@@ -235,7 +235,7 @@ def test_trials_are_written_even_where_nothing_can_be_judged(sweep_file):
         while (claim := trials.claim()) is not None:
             gone = {"loss": float("inf"), "diverged": True, "first_loss": float("nan"), "steps": 1}
             trials.finish(claim, gone | {"seconds": 1.0, "cpu_seconds": 1.0})
-    with pytest.raises(ConfigError, match="expected a run that did not diverge"):
+    with pytest.raises(RunError, match="expected a run that did not diverge"):
         report(sweep)
     rows = json.loads((sweep.directory / "trials.json").read_text(), parse_constant=pytest.fail)
     assert [row["loss"] for row in rows] == [None] * 6
@@ -337,7 +337,7 @@ def test_damaged_trials_are_not_judged_again(sweep_file, content):
     fill(sweep)
     report(sweep)
     (sweep.directory / "trials.json").write_text(content)
-    with pytest.raises(ConfigError, match=r"trials.json: damaged, or not a sweep's trials") as error:
+    with pytest.raises(RunError, match=r"trials.json: damaged, or not a sweep's trials") as error:
         judge_again(sweep.directory / "trials.json", [], None)
     assert "\n" not in str(error.value)
     assert (sweep.directory / "trials.json").read_text() == content
