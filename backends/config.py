@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Discriminator, Field, Tag, model_validator
 
 from crystal.config import Strict, parse
+from crystal.errors import WrongValue
 from crystal.mup.plan import Plan
 from crystal.zoo.build import plan_for
 from crystal.zoo.config import ModelConfig, preset
@@ -134,7 +135,7 @@ class CerebrasConfig(Strict):
     def _dtype_of_the_device(self) -> CerebrasConfig:
         if self.dtype is not None and (self.dtype == "fp32") != (self.device == "cpu"):
             expected = "fp32, in which Cerebras' CPU backend computes" if self.device == "cpu" else "bf16 or cbfloat16"
-            raise ValueError(f"dtype: expected {expected}, got {self.dtype}")
+            raise WrongValue(f"expected {expected}, got {self.dtype}", "dtype")
         return self
 
     @property

@@ -42,3 +42,12 @@ class RunError(CrystalError):
     """What went wrong on the way: a disk that is full, a process that died, a loss that is not finite."""
 
     kind = "run"
+
+
+class WrongValue(ValueError):
+    """A validator's complaint about a key inside the section that it validates: the key's path there, and what was
+    expected of it. It becomes a ConfigError that names file and key."""
+
+    def __init__(self, message: str, *loc: str | int):
+        super().__init__(message)
+        self.loc = loc

@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator
 
 from crystal.config import Strict, found
+from crystal.errors import WrongValue
 
 Rate = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -87,7 +88,7 @@ class StageConfig(Strict):
             return sources
         for name, source in sources.items():
             if source.weight is None or source.tokens is not None:
-                raise ValueError(f"{name}: expected a weight, or tokens for every source")
+                raise WrongValue("expected a weight, or tokens for every source", name)
         total = math.fsum(s.weight for s in sources.values())
         if abs(total - 1) > SUM_TOLERANCE:
             raise ValueError(f"expected weights that sum to 1 (within {SUM_TOLERANCE:g}), got {total:.9g}")
@@ -109,15 +110,13 @@ class StageConfig(Strict):
         if not lr:
             raise ValueError("expected at least one segment, got none")
         if lr[0].start is None:
-            raise ValueError("0.from: expected a value in the first segment")
+            raise WrongValue("expected a value in the first segment", 0, "from")
         for i, (before, after) in enumerate(pairwise(lr)):
             if before.steps is None:
-                raise ValueError(f"{i}.steps: expected a value, only the last segment may leave it out")
+                raise WrongValue("expected a value, only the last segment may leave it out", i, "steps")
             if after.start not in (None, before.to) and not after.jump:
-                raise ValueError(
-                    f"{i + 1}.from: expected {before.to:g}, where the segment before ends (or jump: true), "
-                    f"got {after.start:g}"
-                )
+                wanted = f"{before.to:g}, where the segment before ends (or jump: true)"
+                raise WrongValue(f"expected {wanted}, got {after.start:g}", i + 1, "from")
         return lr
 
 
@@ -143,7 +142,7 @@ class CurriculumConfig(Strict):
             shares = {target: 1.0} if isinstance(target, str) else target
             if abs(math.fsum(shares.values()) - 1) > SUM_TOLERANCE:
                 total = math.fsum(shares.values())
-                raise ValueError(f"{pattern}: expected shares that sum to 1, got {total:.9g}")
+                raise WrongValue(f"expected shares that sum to 1, got {total:.9g}", pattern)
             for entry in shares:
                 split_entry(entry)
         return bind
@@ -154,14 +153,14 @@ class CurriculumConfig(Strict):
         names = [s.name for s in stages]
         for i, stage in enumerate(stages):
             if stage.name in names[:i]:
-                raise ValueError(f"{i}.name: expected a name of its own, got {stage.name!r} again")
+                raise WrongValue(f"expected a name of its own, got {stage.name!r} again", i, "name")
             if (stage.steps is None) == (stage.tokens is None):
-                raise ValueError(f"{i}.steps: expected either steps or tokens")
+                raise WrongValue("expected either steps or tokens", i, "steps")
             if i == 0 and stage.carry:
-                raise ValueError("0.carry: expected [] in the first stage, there is none before it")
+                raise WrongValue("expected [] in the first stage, there is none before it", 0, "carry")
             if i > 0 and stage.carry is not None and "weights" not in stage.carry:
                 got = f"got {[*stage.carry]}"
-                raise ValueError(f"{i}.carry: expected [weights] or [weights, optimizer], {got}")
+                raise WrongValue(f"expected [weights] or [weights, optimizer], {got}", i, "carry")
         return stages
 
 

@@ -21,7 +21,7 @@ from typing import Literal, NamedTuple
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from crystal.config import parse
-from crystal.errors import ConfigError
+from crystal.errors import ConfigError, WrongValue
 from crystal.zoo.build import meta_decoder, multipliers_for, plan_for
 from crystal.zoo.config import ModelConfig, preset
 
@@ -68,10 +68,8 @@ class _Llama(_Json):
     @model_validator(mode="after")
     def _heads(self) -> _Llama:
         if self.head_dim not in (None, self.hidden_size / self.num_attention_heads):
-            raise ValueError(
-                f"head_dim: expected hidden_size / num_attention_heads = "
-                f"{self.hidden_size / self.num_attention_heads:g}, got {self.head_dim}"
-            )
+            wanted = f"hidden_size / num_attention_heads = {self.hidden_size / self.num_attention_heads:g}"
+            raise WrongValue(f"expected {wanted}, got {self.head_dim}", "head_dim")
         return self
 
     def model(self) -> dict:
@@ -120,12 +118,12 @@ class _CrystalCoder(_Json):
     def _whole(self) -> _CrystalCoder:
         width = self.mup_width_scale * self.n_embd
         if round(width) < 1 or abs(width - round(width)) > 1e-6 * width:
-            raise ValueError(f"mup_width_scale: expected base width / n_embd, got {self.mup_width_scale}")
+            raise WrongValue(f"expected base width / n_embd, got {self.mup_width_scale}", "mup_width_scale")
         if self.n_embd % self.n_head:
-            raise ValueError(f"n_head: expected a divisor of n_embd {self.n_embd}, got {self.n_head}")
+            raise WrongValue(f"expected a divisor of n_embd {self.n_embd}, got {self.n_head}", "n_head")
         d_head = self.n_embd // self.n_head
         if self.rotary_dim % 2 or self.rotary_dim > d_head:
-            raise ValueError(f"rotary_dim: expected an even number up to {d_head}, got {self.rotary_dim}")
+            raise WrongValue(f"expected an even number up to {d_head}, got {self.rotary_dim}", "rotary_dim")
         return self
 
     def model(self) -> dict:

@@ -15,6 +15,8 @@ from typing import Any
 
 import pydantic
 
+from crystal.errors import WrongValue
+
 _OWN = ("value_error", "assertion_error")  # a section's own check, which speaks for itself
 _TAG = ("union_tag_invalid", "union_tag_not_found")
 _PATTERNS = {  # the patterns of our configs; another is shown as it is
@@ -48,11 +50,9 @@ def explain(cls: type[pydantic.BaseModel], mapping: Any, problem: pydantic.Valid
         inside = [(p, e) for p, e in places if len(p.loc) > len(place.loc) and p.loc[: len(place.loc)] == place.loc]
         place, error = inside[0] if inside else (place, error)
     loc, message = place.loc, _sentence(place, error)
-    if error["type"] in _OWN:  # it may name the key that it is about: `n_heads: expected a divisor …`
-        key, colon, rest = message.partition(": ")
-        words = tuple(int(word) if word.isdecimal() else word for word in key.split("."))
-        if colon and (isinstance(words[0], int) or words[0] in place.section_keys() or _holds(place.value, words[0])):
-            return (*loc, *words), rest
+    cause = error.get("ctx", {}).get("error")
+    if isinstance(cause, WrongValue):
+        return (*loc, *cause.loc), message
     if error["type"] in _TAG:
         return (*loc, "name"), message
     return loc, message

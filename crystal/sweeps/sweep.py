@@ -19,7 +19,7 @@ from pydantic import Field, model_validator
 
 from crystal.backends.config import OptimizerConfig, load_preset
 from crystal.config import CONFIGS, Config, Strict, find, load_yaml, override, parse
-from crystal.errors import ConfigError
+from crystal.errors import ConfigError, WrongValue
 from crystal.kernels import tuning
 from crystal.mup.tolerances import MAX_REGRET, MAX_SHIFT
 from crystal.mup.transfer import Trial
@@ -44,9 +44,9 @@ class Range(Strict):
         if (self.values is None) == (self.log2 is None):
             raise ValueError("expected either values or log2: [low, high]")
         if self.log2 and self.log2[0] > self.log2[1]:
-            raise ValueError(f"log2: expected [low, high], got {list(self.log2)}")
+            raise WrongValue(f"expected [low, high], got {list(self.log2)}", "log2")
         if self.values is not None and (not self.values or min(self.values) <= 0):
-            raise ValueError("values: expected positive numbers")
+            raise WrongValue("expected positive numbers", "values")
         return self
 
     def grid(self) -> list[float]:
@@ -94,15 +94,17 @@ class SweepConfig(Strict):
     @model_validator(mode="after")
     def _whole(self) -> SweepConfig:
         if "lr" not in self.search:
-            raise ValueError("search: expected lr")
+            raise WrongValue("expected lr", "search")
         for key in ("widths", "depths", "seeds"):
             values = getattr(self, key)
             if len(set(values)) < len(values):
-                raise ValueError(f"{key}: expected each number once, got {list(values)}")
+                raise WrongValue(f"expected each number once, got {list(values)}", key)
         if len({self.parametrization, *self.beside}) <= len(self.beside):
-            raise ValueError(f"beside: expected others than {self.parametrization}, each once, got {list(self.beside)}")
+            raise WrongValue(
+                f"expected others than {self.parametrization}, each once, got {list(self.beside)}", "beside"
+            )
         if self.sampler != "grid" and self.trials is None:
-            raise ValueError(f"trials: expected a number with sampler: {self.sampler}")
+            raise WrongValue(f"expected a number with sampler: {self.sampler}", "trials")
         return self
 
 

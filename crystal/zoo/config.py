@@ -10,7 +10,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from crystal.config import CONFIGS, Config, Strict, layer, load_yaml, merge, nearest, parse
-from crystal.errors import ConfigError
+from crystal.errors import ConfigError, WrongValue
 
 
 class MupConfig(Strict):
@@ -35,7 +35,7 @@ class MupConfig(Strict):
     @model_validator(mode="after")
     def _depth(self) -> MupConfig:
         if self.parametrization == "completep" and self.base_n_layers is None:
-            raise ValueError("base_n_layers: expected the depth of the tuned proxy with parametrization: completep")
+            raise WrongValue("expected the depth of the tuned proxy with parametrization: completep", "base_n_layers")
         return self
 
 
@@ -64,20 +64,21 @@ class ModelConfig(Strict):
     @model_validator(mode="after")
     def _shapes(self) -> ModelConfig:
         if self.d_model % self.n_heads:
-            raise ValueError(f"n_heads: expected a divisor of d_model {self.d_model}, got {self.n_heads}")
+            raise WrongValue(f"expected a divisor of d_model {self.d_model}, got {self.n_heads}", "n_heads")
         if self.n_heads % self.kv_heads:
-            raise ValueError(f"n_kv_heads: expected a divisor of n_heads {self.n_heads}, got {self.n_kv_heads}")
+            raise WrongValue(f"expected a divisor of n_heads {self.n_heads}, got {self.n_kv_heads}", "n_kv_heads")
         rotary = self.d_head * self.rotary_fraction
         if rotary != int(rotary) or int(rotary) % 2:
-            raise ValueError(
-                f"rotary_fraction: expected an even number of rotary dimensions, got {self.rotary_fraction} x d_head "
-                f"{self.d_head} = {rotary:g} with d_model {self.d_model} and n_heads {self.n_heads}"
+            raise WrongValue(
+                f"expected an even number of rotary dimensions, got {self.rotary_fraction} x d_head "
+                f"{self.d_head} = {rotary:g} with d_model {self.d_model} and n_heads {self.n_heads}",
+                "rotary_fraction",
             )
         group = self.n_heads // self.kv_heads * self.d_head  # the smallest width with whole heads
         grouped = self.kv_heads != self.n_heads  # else a base of fewer, smaller heads will do
         if self.mup.parametrization != "sp" and self.mup.base_d_model % (group if grouped else 2):
             unit = f"{group}, d_model / n_kv_heads" if grouped else "2"
-            raise ValueError(f"mup.base_d_model: expected a multiple of {unit}, got {self.mup.base_d_model}")
+            raise WrongValue(f"expected a multiple of {unit}, got {self.mup.base_d_model}", "mup", "base_d_model")
         return self
 
     @cached_property
