@@ -160,3 +160,10 @@ class Durable(Protocol):
 
     def seal(self) -> Path | None:
         """Bring the store to the last step, whole, and name its directory; None where a checkpoint is to be a copy."""
+
+
+def add_sources(batch: MicroBatch, nll_BT: Tensor, nll_S: Tensor, tokens_S: Tensor) -> None:
+    """Add a micro-batch's losses [B, T], and the tokens that count, to the sums of each row's source [S]."""
+    counted_BT = (batch.weights_BT > 0).float()
+    nll_S.index_add_(0, batch.sources_B, (nll_BT * counted_BT).sum(1))
+    tokens_S.index_add_(0, batch.sources_B, counted_BT.sum(1))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import crystal.kernels.native as native
 from crystal.backends.adamw import adamw_, gradient_norm
-from crystal.backends.base import MicroBatch, OneProcess, Schedule, StepResult
+from crystal.backends.base import MicroBatch, OneProcess, Schedule, StepResult, add_sources
 from crystal.backends.cast import round_to_bf16
 from crystal.backends.config import CpuConfig, OptimizerConfig
 from crystal.backends.machine import with_dtype
@@ -98,7 +98,7 @@ class CpuBackend(OneProcess):
             part, nll_BT = self._forward(batch)
             part.backward()
             loss += part.detach()
-            self._add_sources(batch, nll_BT, nll_S, tokens_S)
+            add_sources(batch, nll_BT, nll_S, tokens_S)
         norms = [gradient_norm(self.gradients[name]) for name in self.weights]
         norm = torch.linalg.vector_norm(torch.stack(norms))
         applied = torch.isfinite(norm) & torch.isfinite(loss)
@@ -124,17 +124,11 @@ class CpuBackend(OneProcess):
     def eval_step(self, batch: MicroBatch) -> tuple[Tensor, Tensor]:
         self._cast()
         nll_S, tokens_S = torch.zeros(self.n_sources), torch.zeros(self.n_sources)
-        self._add_sources(batch, self._forward(batch)[1], nll_S, tokens_S)
+        add_sources(batch, self._forward(batch)[1], nll_S, tokens_S)
         return nll_S, tokens_S
 
     def _forward(self, batch: MicroBatch) -> tuple[Tensor, Tensor]:
         return self.compute.loss(batch.ids_BT, batch.labels_BT, batch.weights_BT, batch.documents_BT)
-
-    @staticmethod
-    def _add_sources(batch: MicroBatch, nll_BT: Tensor, nll_S: Tensor, tokens_S: Tensor) -> None:
-        counted_BT = (batch.weights_BT > 0).float()
-        nll_S.index_add_(0, batch.sources_B, (nll_BT * counted_BT).sum(1))
-        tokens_S.index_add_(0, batch.sources_B, counted_BT.sum(1))
 
     @torch.no_grad()
     def _cast(self) -> None:

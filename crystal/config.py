@@ -20,7 +20,7 @@ import yaml
 
 from crystal.errors import ConfigError
 from crystal.files import cache_dir as cache_dir
-from crystal.output.mistakes import explain, found, nearest
+from crystal.output.config_messages import explain, found, nearest
 
 CONFIGS = Path(__file__).resolve().parent / "configs"
 COMMAND_LINE = "command line"  # how the origin of what an override set begins

@@ -25,7 +25,7 @@ from pathlib import Path
 
 import torch
 
-import crystal.kernels.waiting as waiting
+import crystal.kernels.thread_waiting as waiting
 from crystal.kernels.dispatch import KernelModeError
 from crystal.kernels.gcc import cache, put
 

@@ -5,7 +5,7 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # the choices that are made by measuring, pinned: torch's products, bf16 where a run does not say
 os.environ.setdefault("CRYSTAL_TUNING", os.path.join(os.path.dirname(__file__), "tuning.json"))
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as the command sets it: threads that wait sleep
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that wait sleep: the workers share the cores
 
 import sys
 from pathlib import Path

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from crystal.backends.base import MicroBatch, Place, Schedule, StepResult, started_processes
+from crystal.backends.base import MicroBatch, Place, Schedule, StepResult, add_sources, started_processes
 from crystal.backends.config import OptimizerConfig, WeightStreamingConfig
 from crystal.backends.machine import with_dtype
 from crystal.backends.weight_streaming.boundaries import Boundaries, load_boundaries
@@ -107,7 +107,7 @@ class WeightStreamingBackend:
             results = self.executor.train(group, self._weights(), i == 0, i == len(groups) - 1, coming)
             for batch, (part, nll_BT) in zip(group, results, strict=True):
                 loss += part
-                _add_sources(batch, nll_BT, nll_S, tokens_S)
+                add_sources(batch, nll_BT, nll_S, tokens_S)
         norms = self.executor.gradients.norms
         norm = torch.linalg.vector_norm(torch.stack([norms[row.tensor] for row in self.plan.tensors]))
         for total in (loss, nll_S, tokens_S):
@@ -127,7 +127,7 @@ class WeightStreamingBackend:
     def eval_step(self, batch: MicroBatch) -> tuple[Tensor, Tensor]:
         self._seal()
         nll_S, tokens_S = torch.zeros(self.n_sources), torch.zeros(self.n_sources)
-        _add_sources(batch, self.executor.evaluate(batch, self._weights()), nll_S, tokens_S)
+        add_sources(batch, self.executor.evaluate(batch, self._weights()), nll_S, tokens_S)
         return nll_S, tokens_S
 
     def _weights(self) -> Iterator[tuple[Piece, Tensor]]:
@@ -177,8 +177,8 @@ class WeightStreamingBackend:
     def _settle(self) -> None:
         """Make the update that is due, if one is."""
         self._seal()
-        for _ in self._weights() if self.update is not None else ():
-            pass
+        if self.update is not None:
+            deque(self._weights(), maxlen=0)  # the pass over the weights makes the update
 
     def position(self) -> int | None:
         return self.step
@@ -268,9 +268,3 @@ def _store_directory(config: WeightStreamingConfig, directory: Path) -> Path | N
         return None
     base = config.path or directory / "store"
     return base / f"executor-{rank()}" if executors() > 1 else base
-
-
-def _add_sources(batch: MicroBatch, nll_BT: Tensor, nll_S: Tensor, tokens_S: Tensor) -> None:
-    counted_BT = (batch.weights_BT > 0).float()
-    nll_S.index_add_(0, batch.sources_B, (nll_BT * counted_BT).sum(1))
-    tokens_S.index_add_(0, batch.sources_B, counted_BT.sum(1))

@@ -194,8 +194,9 @@ class _Touched:
 
 def _note(boundaries: Boundaries | None, piece: Piece, **kept: list[Tensor]) -> None:
     """Keep a piece's inputs or the gradients of its outputs, where they are kept."""
-    for kind, tensors in kept.items() if boundaries is not None else ():
-        getattr(boundaries, kind)[piece.name] = tensors
+    if boundaries is not None:
+        for kind, tensors in kept.items():
+            getattr(boundaries, kind)[piece.name] = tensors
 
 
 def _rows(batches: Sequence[MicroBatch]) -> tuple[Tensor, list[Tensor]]:

@@ -250,7 +250,8 @@ class Store:
         memory = {p.name: Buffer(p.bytes(PART)) for p in planes}
         for piece in self.layout.pieces:
             flat = torch.zeros(piece.numel)
-            for begin in range(0, piece.numel, PART) if kind == "model" or not fresh else ():
+            held = 0 if fresh and kind != "model" else piece.numel
+            for begin in range(0, held, PART):
                 part = flat[begin : begin + PART]
                 n = part.numel()
                 for plane in planes:

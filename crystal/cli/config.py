@@ -16,7 +16,7 @@ from crystal.cli.options import Json, print_out, print_result
 from crystal.errors import ConfigError
 
 if TYPE_CHECKING:
-    from crystal.workspace.keys import Key
+    from crystal.workspace.config_keys import Key
 
 
 def config(
@@ -44,7 +44,7 @@ def config(
         crystal config runs/demo curriculum.stages --json
     """
     if schema:
-        from crystal.workspace import keys
+        from crystal.workspace import config_keys as keys
 
         document = keys.schema()
         print_out(json.dumps(document) if as_json else json.dumps(document, indent=2))
@@ -55,7 +55,7 @@ def config(
     if len(wanted) > 1:
         raise ConfigError(f"expected one KEY and changes dotted.key=value, got {' and '.join(wanted)}")
     from crystal.run import load_run
-    from crystal.workspace import keys
+    from crystal.workspace import config_keys as keys
 
     recorded = Path(run) / "config.yaml"
     loaded = load_run(recorded if recorded.is_file() else run, [word for word in words or () if "=" in word])

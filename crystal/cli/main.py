@@ -18,11 +18,11 @@ from crystal.cli import completion
 from crystal.cli.audit import audit
 from crystal.cli.bench import bench
 from crystal.cli.cerebras import cerebras
-from crystal.cli.complaints import complain, usage_message
 from crystal.cli.config import config
 from crystal.cli.coord_check import coord_check
 from crystal.cli.data import data
 from crystal.cli.doctor import doctor
+from crystal.cli.error_report import complain, usage_message
 from crystal.cli.exchange import export, import_
 from crystal.cli.generate import generate, logits
 from crystal.cli.help import Commands

@@ -14,7 +14,8 @@ from pathlib import Path
 
 import torch
 
-from crystal.kernels import native, tuning, waiting
+from crystal.kernels import native, tuning
+from crystal.kernels import thread_waiting as waiting
 from crystal.kernels.gcc import compiler
 
 DISK_BYTES, PIECE = 256 << 20, 8 << 20

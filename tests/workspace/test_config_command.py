@@ -10,7 +10,7 @@ from recorded import record_run
 from crystal.cli.config import keys_text
 from crystal.config import CONFIGS, Strict, _Loader, load_yaml
 from crystal.run import RunConfig, load_run
-from crystal.workspace import keys
+from crystal.workspace import config_keys as keys
 
 
 def shown(result):

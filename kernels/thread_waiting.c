@@ -1,4 +1,4 @@
-/* What a waiting thread costs: one look in a loop, and being put to sleep and woken. Compiled by waiting.py. */
+/* What a waiting thread costs: one look in a loop, and being put to sleep and woken. Compiled by thread_waiting.py. */
 
 #include <linux/futex.h>
 #include <pthread.h>

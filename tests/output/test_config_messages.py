@@ -16,7 +16,7 @@ from crystal.curriculum.config import CurriculumConfig, StageConfig
 from crystal.data.corpus.build import Recipe
 from crystal.data.prepare import DataConfig, TrainTokenizer
 from crystal.errors import ConfigError
-from crystal.output.mistakes import _Place, _sentence, explain
+from crystal.output.config_messages import _Place, _sentence, explain
 from crystal.run import RunConfig
 
 WRONG = (

@@ -12,7 +12,7 @@ from pydantic_core import to_jsonable_python
 
 from crystal.config import COMMAND_LINE
 from crystal.errors import ConfigError
-from crystal.output.mistakes import describe, nearest
+from crystal.output.config_messages import describe, nearest
 from crystal.run import RunConfig, RunFile
 
 AUTO = (("model", "vocab_size"), ("train", "micro_batch_size"))  # which a run that is read has a number for
