@@ -1,8 +1,8 @@
 """The backend protocol: who owns a training step.
 
 The loop hands over micro-batches and gets a result; it never calls backward, never touches a device and never
-waits for one. A backend is built from (model config, plan, optimizer, schedule, seed) and from then on holds the
-weights: `cpu` is the reference that the others are held to.
+waits for one. A backend is built from a `Setup` and from then on holds the weights: `cpu` is the reference that
+the others are held to.
 """
 
 from __future__ import annotations
@@ -11,11 +11,17 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from torch import Tensor
 
 from crystal.zoo.decoder import Decoder
+
+if TYPE_CHECKING:
+    from crystal.backends.config import OptimizerConfig
+    from crystal.curriculum.stages import Curriculum
+    from crystal.mup.plan import Plan
+    from crystal.zoo.config import ModelConfig
 
 Schedule = Callable[[int], float]  # optimizer step (global, from 1) → base lr
 
@@ -97,7 +103,32 @@ def started_processes() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-class OneProcess:
+@dataclass(frozen=True)
+class Setup:
+    """What every backend is built from.
+
+    schedule: base learning rate by step, from 1. curriculum: the one that has it, for a backend that compiles its
+    pieces; None where there is none, as in a benchmark. n_sources: of the data, whose losses are told apart.
+    """
+
+    model: ModelConfig
+    plan: Plan
+    optimizer: OptimizerConfig
+    schedule: Schedule
+    seed: int
+    n_sources: int
+    curriculum: Curriculum | None = None
+
+
+class Prepared:
+    """A backend that remembers its setup."""
+
+    def keep(self, setup: Setup) -> None:
+        self.model_config, self.plan, self.optimizer_config = setup.model, setup.plan, setup.optimizer
+        self.schedule, self.seed, self.n_sources = setup.schedule, setup.seed, setup.n_sources
+
+
+class OneProcess(Prepared):
     """What a backend in one process says of processes."""
 
     place = Place()

@@ -14,16 +14,14 @@ from torch import Tensor, nn
 
 import crystal.kernels.native as native
 from crystal.backends.adamw import adamw_, gradient_norm
-from crystal.backends.base import MicroBatch, OneProcess, Schedule, StepResult, add_sources
+from crystal.backends.base import MicroBatch, OneProcess, Setup, StepResult, add_sources
 from crystal.backends.cast import round_to_bf16
-from crystal.backends.config import CpuConfig, OptimizerConfig
+from crystal.backends.config import CpuConfig
 from crystal.backends.machine import with_dtype
 from crystal.errors import CheckpointError
 from crystal.kernels import tuning
 from crystal.memory import keep_heap
-from crystal.mup.plan import Plan
 from crystal.zoo.build import build, initial_weights
-from crystal.zoo.config import ModelConfig
 from crystal.zoo.decoder import Decoder
 
 
@@ -32,22 +30,16 @@ class CpuBackend(OneProcess):
 
     def __init__(
         self,
-        model: ModelConfig,
-        plan: Plan,
-        optimizer: OptimizerConfig,
-        schedule: Schedule,
-        seed: int,
-        n_sources: int,
+        setup: Setup,
         config: CpuConfig,
     ):
         if config.threads:
             torch.set_num_threads(config.threads)
         config = with_dtype(config)
         keep_heap()
-        self.plan, self.optimizer_config, self.schedule, self.seed = plan, optimizer, schedule, seed
-        self.n_sources, self.config = n_sources, config
-        self.model_config = model
-        self.compute = build(model, plan).to_empty(device="cpu")
+        self.keep(setup)
+        self.config = config
+        self.compute = build(setup.model, setup.plan).to_empty(device="cpu")
         self.rounded = config.dtype == "bf16"
         if self.rounded:
             self.compute.to(torch.bfloat16)

@@ -4,46 +4,34 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from crystal.backends.base import Backend, started_processes
-from crystal.backends.config import BackendConfig, OptimizerConfig
-from crystal.curriculum.stages import Curriculum
+from crystal.backends.base import Backend, Setup, started_processes
+from crystal.backends.config import BackendConfig
 from crystal.errors import ConfigError
-from crystal.mup.plan import Plan
-from crystal.zoo.config import ModelConfig
 
 
 def create(
-    model: ModelConfig,
-    plan: Plan,
-    optimizer: OptimizerConfig,
-    curriculum: Curriculum,
-    seed: int,
-    n_sources: int,
-    config: BackendConfig,
-    directory: Path,
-    micro_batch_size: int = 1,
+    setup: Setup, config: BackendConfig, directory: Path, global_batch_size: int, micro_batch_size: int = 1
 ) -> Backend:
-    """Build a backend. curriculum: for its learning rates; directory: the run's, for what a backend keeps on disk;
-    micro_batch_size: rows.
-    Raises ConfigError, before training starts, for what the backend cannot do."""
-    _check_processes(config.name, curriculum.global_batch_size)
-    schedule = curriculum.base_lr
+    """Build a backend. directory: the run's, for what a backend keeps on disk; batch sizes: in rows.
+
+    Raises ConfigError, before training starts, for what the backend cannot do.
+    """
+    _check_processes(config.name, global_batch_size)
     if config.name == "cpu":
         from crystal.backends.cpu import CpuBackend
 
-        return CpuBackend(model, plan, optimizer, schedule, seed, n_sources, config)
+        return CpuBackend(setup, config)
     if config.name == "cuda":
         from crystal.backends.cuda.backend import CudaBackend
 
-        return CudaBackend(model, plan, optimizer, schedule, seed, n_sources, config)
+        return CudaBackend(setup, config)
     if config.name == "cerebras":
         from crystal.backends.cerebras.bridge import CerebrasBackend
 
-        return CerebrasBackend(model, plan, optimizer, curriculum, seed, n_sources, config, directory)
+        return CerebrasBackend(setup, config, directory)
     from crystal.backends.weight_streaming.backend import WeightStreamingBackend
 
-    micro_batches = -(-curriculum.global_batch_size // micro_batch_size)
-    return WeightStreamingBackend(model, plan, optimizer, schedule, seed, n_sources, config, directory, micro_batches)
+    return WeightStreamingBackend(setup, config, directory, -(-global_batch_size // micro_batch_size))
 
 
 def _check_processes(name: str, global_batch_size: int) -> None:

@@ -35,6 +35,7 @@ def ours(directory: Path) -> Callable[[], object]:
     """A weight-streaming step."""
     import torch
 
+    from crystal.backends.base import Setup
     from crystal.backends.config import OptimizerConfig, WeightStreamingConfig
     from crystal.backends.weight_streaming.backend import WeightStreamingBackend
     from crystal.bench.streaming import random_batches, random_weights
@@ -46,7 +47,7 @@ def ours(directory: Path) -> Callable[[], object]:
     optimizer = OptimizerConfig(grad_clip=1.0)
     plan = optimizer.plan_for(model)
     config = WeightStreamingConfig(name="weight_streaming", buffers_gb=0.6)
-    made = WeightStreamingBackend(model, plan, optimizer, lambda step: 1e-4, 1, 1, config, directory)
+    made = WeightStreamingBackend(Setup(model, plan, optimizer, lambda step: 1e-4, 1, 1), config, directory)
     made.load(lambda kind: random_weights(plan), None)
     batches, steps = random_batches(WORDS, TOKENS, 1), iter(range(1, 1 << 20))
     return lambda: made.train_step(next(steps), batches).loss.item()

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 import crystal
-from crystal.backends.base import MicroBatch, OneProcess, StepResult
+from crystal.backends.base import MicroBatch, OneProcess, Setup, StepResult
 from crystal.backends.cerebras import environment, mdl, spool
 from crystal.backends.cerebras.learning_rate import pieces
 from crystal.backends.config import CerebrasConfig, OptimizerConfig
@@ -155,12 +155,7 @@ class CerebrasBackend(OneProcess):
 
     def __init__(
         self,
-        model: ModelConfig,
-        plan: Plan,
-        optimizer: OptimizerConfig,
-        curriculum: Curriculum,
-        seed: int,
-        n_sources: int,
+        setup: Setup,
         config: CerebrasConfig,
         directory: Path,
     ):
@@ -169,9 +164,11 @@ class CerebrasBackend(OneProcess):
                 "backend.cluster: expected a system's mgmt_address with device: csx; with none, "
                 "`crystal cerebras lower` goes as far as it goes without"
             )
-        self.model_config, self.plan, self.optimizer_config = model, plan, optimizer
-        self.curriculum, self.seed, self.n_sources, self.config = curriculum, seed, n_sources, config
-        self.job = make_job(model, plan, optimizer, curriculum, n_sources, config)
+        if setup.curriculum is None:
+            raise ValueError("setup.curriculum: expected the curriculum, whose learning rates are compiled")
+        self.keep(setup)
+        self.curriculum, self.config = setup.curriculum, config
+        self.job = make_job(setup.model, setup.plan, setup.optimizer, setup.curriculum, setup.n_sources, config)
         shared = config.cluster and (config.cluster.spool or directory)
         self.process = Process(config.environment, shared)
         self.spool = self.process.directory

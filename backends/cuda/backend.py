@@ -16,39 +16,32 @@ import torch.distributed as dist
 from torch import Tensor
 
 from crystal.backends.adamw import make_optimizer
-from crystal.backends.base import MicroBatch, Part, Schedule, StepResult
-from crystal.backends.config import CudaConfig, OptimizerConfig
+from crystal.backends.base import MicroBatch, Part, Prepared, Setup, StepResult
+from crystal.backends.config import CudaConfig
 from crystal.backends.cuda.mesh import join, place_in
 from crystal.backends.cuda.parallelize import Held, held_by, parallelise
 from crystal.backends.cuda.pipeline import Pipeline, Straight
 from crystal.backends.cuda.stage import Stage, layers_of
 from crystal.backends.machine import with_dtype
 from crystal.errors import CheckpointError
-from crystal.mup.plan import Plan
 from crystal.zoo.build import build, initial_tensor
-from crystal.zoo.config import ModelConfig
 from crystal.zoo.decoder import Decoder
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-class CudaBackend:
+class CudaBackend(Prepared):
     """See `Backend` for the methods."""
 
     def __init__(
         self,
-        model: ModelConfig,
-        plan: Plan,
-        optimizer: OptimizerConfig,
-        schedule: Schedule,
-        seed: int,
-        n_sources: int,
+        setup: Setup,
         config: CudaConfig,
     ):
-        self.plan, self.optimizer_config, self.schedule, self.seed = plan, optimizer, schedule, seed
+        self.keep(setup)
         self.mesh = join(config)
-        config = with_dtype(config)
-        self.n_sources, self.config, self.model_config = n_sources, config, model
+        self.config = config = with_dtype(config)
+        model = setup.model
         self.place = place_in(self.mesh)
         self.device = torch.device(config.device)
         pipeline = self.mesh["pp"]

@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from crystal.backends.base import MicroBatch, Place, Schedule, StepResult, add_sources, started_processes
-from crystal.backends.config import OptimizerConfig, WeightStreamingConfig
+from crystal.backends.base import MicroBatch, Place, Prepared, Setup, StepResult, add_sources, started_processes
+from crystal.backends.config import WeightStreamingConfig
 from crystal.backends.machine import with_dtype
 from crystal.backends.weight_streaming.boundaries import Boundaries, load_boundaries
 from crystal.backends.weight_streaming.executor import Executor
@@ -38,21 +38,15 @@ from crystal.kernels import tuning
 from crystal.memory import release_heap
 from crystal.mup.plan import Plan
 from crystal.zoo.build import build, initial_tensor
-from crystal.zoo.config import ModelConfig
 from crystal.zoo.decoder import Decoder
 
 
-class WeightStreamingBackend:
+class WeightStreamingBackend(Prepared):
     """See `Backend` and `Durable` for the methods."""
 
     def __init__(
         self,
-        model: ModelConfig,
-        plan: Plan,
-        optimizer: OptimizerConfig,
-        schedule: Schedule,
-        seed: int,
-        n_sources: int,
+        setup: Setup,
         config: WeightStreamingConfig,
         directory: Path,
         micro_batches: int = 1,
@@ -68,19 +62,19 @@ class WeightStreamingBackend:
         config = with_dtype(config)
         join_executors()
         self.place = Place(process=rank(), processes=executors(), part=rank(), parts=executors())
-        self.model_config, self.plan, self.optimizer_config, self.config = model, plan, optimizer, config
-        self.schedule, self.seed, self.n_sources = schedule, seed, n_sources
+        self.keep(setup)
+        self.config = config
         dtype = torch.bfloat16 if config.dtype == "bf16" else torch.float32
         sums = dtype == torch.float32 or micro_batches > 1 or executors() > 1
         self.store = Store(
-            plan, _store_directory(config, directory), config.moments, torch.float32 if sums else torch.bfloat16,
+            self.plan, _store_directory(config, directory), config.moments, torch.float32 if sums else torch.bfloat16,
             owner=str(directory.absolute()) if config.path else "", spilled=config.gradients == "spilled",
         )  # fmt: skip
         self.store.check_room()
-        self.updater = Updater(plan, optimizer)
+        self.updater = Updater(self.plan, self.optimizer_config)
         ring = None if config.buffers_gb is None else int(config.buffers_gb * 1e9)
         self.stream = Stream(self.store, self.updater, dtype, ring)
-        self.executor = Executor(build(model, plan), self.stream, Gradients(self.store, self.stream))
+        self.executor = Executor(build(self.model_config, self.plan), self.stream, Gradients(self.store, self.stream))
         record = self.store.record
         self.step, self.optimizer_step, self.sealed = record.step, record.optimizer_step, True
         self._result = record.result

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from crystal.backends.base import MicroBatch
+from crystal.backends.base import MicroBatch, Setup
 from crystal.backends.config import WeightStreamingConfig, load_preset
 from crystal.backends.weight_streaming.backend import WeightStreamingBackend
 from crystal.backends.weight_streaming.store import Update
@@ -40,7 +40,9 @@ def bench_stream(
     scratch = Path(tempfile.mkdtemp(prefix="crystal-bench-stream-", dir=base))
     try:
         inside = config.model_copy(update={"path": None})
-        made = WeightStreamingBackend(shape, plan, optimizer, lambda step: 1e-4, 1, 1, inside, scratch, micro_batches)
+        made = WeightStreamingBackend(
+            Setup(shape, plan, optimizer, lambda step: 1e-4, 1, 1), inside, scratch, micro_batches
+        )
         note(console, f"{model}: {made.store.layout.store_bytes / 1e9:.1f} GB of weights and moments in {scratch}")
         made.load(lambda kind: random_weights(plan), None)
         batches = random_batches(shape.vocab_size, tokens, micro_batches)

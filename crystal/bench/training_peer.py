@@ -33,7 +33,7 @@ def crystal(shape, how):
     """Our cpu backend."""
     import torch
 
-    from crystal.backends.base import MicroBatch
+    from crystal.backends.base import MicroBatch, Setup
     from crystal.backends.config import CpuConfig, OptimizerConfig
     from crystal.backends.cpu import CpuBackend
     from crystal.bench.training import model_of
@@ -42,7 +42,7 @@ def crystal(shape, how):
     optimizer = OptimizerConfig(betas=BETAS, weight_decay=DECAY, grad_clip=CLIP)
     plan = optimizer.plan_for(config)
     settings = CpuConfig(dtype=how.dtype, threads=how.threads, compile=how.compile)
-    backend = CpuBackend(config, plan, optimizer, lambda step: LR, 1, 1, settings)
+    backend = CpuBackend(Setup(config, plan, optimizer, lambda step: LR, 1, 1), settings)
     backend.initialise()
     count = shape["batch"] * shape["seq_len"]
 

@@ -14,6 +14,7 @@ from functools import cached_property
 
 import torch
 
+from crystal.backends.base import Setup
 from crystal.backends.config import CpuConfig, OptimizerConfig
 from crystal.backends.cpu import CpuBackend
 from crystal.curriculum.resolve import resolve
@@ -82,10 +83,9 @@ def run_trial(point: Point, length: Length, rows: Rows, dtype: str) -> dict:
     model, optimizer = _with(point)
     plan = optimizer.plan_for(model)
     batches, first = rows.batches(point.seed)
-    backend = CpuBackend(
-        model, plan, optimizer, length.schedule(point.values["lr"]), point.seed, len(batches.sources),
-        CpuConfig(dtype=dtype, threads=torch.get_num_threads()),
-    )  # fmt: skip
+    schedule = length.schedule(point.values["lr"])
+    setup = Setup(model, plan, optimizer, schedule, point.seed, len(batches.sources))
+    backend = CpuBackend(setup, CpuConfig(dtype=dtype, threads=torch.get_num_threads()))
     backend.initialise()
     held_out = list(batches.validation(rows.eval_rows))
     before, steps = _loss(backend, held_out), 0

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Protocol
 
 from crystal import checkpoint
-from crystal.backends.base import Durable
+from crystal.backends.base import Durable, Setup
 from crystal.backends.create import create
 from crystal.backends.machine import keep_choices
 from crystal.curriculum.resolve import resolve
@@ -78,10 +78,13 @@ class Trainer:
             self.batches.order(stage)
         self.plan = config.plan()
         self.choices = keep_choices(config.backend, recorded_choices(config.directory))
-        self.backend = create(
-            config.model, self.plan, config.optimizer, self.curriculum, config.train.seed, len(self.batches.sources),
-            config.backend, config.directory, config.train.micro_batch_size,
+        setup = Setup(
+            config.model, self.plan, config.optimizer, self.curriculum.base_lr, config.train.seed,
+            len(self.batches.sources), self.curriculum,
         )  # fmt: skip
+        self.backend = create(
+            setup, config.backend, config.directory, self.curriculum.global_batch_size, config.train.micro_batch_size
+        )
         if problems := plan_differences(self.plan, self.backend.groups()):
             raise RuntimeError(f"the optimizer does not follow the parameter plan: {problems[0]}")
         self.batches.part, self.batches.parts = self.backend.place.part, self.backend.place.parts

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from crystal.backends.base import MicroBatch
+from crystal.backends.base import MicroBatch, Setup
 from crystal.backends.cerebras import environment
 from crystal.backends.cerebras.bridge import CerebrasBackend
 from crystal.backends.config import CerebrasConfig, CpuConfig, OptimizerConfig
@@ -67,9 +67,10 @@ def backends(directory, optimizer=None, config=None, stages=TWO_STAGES, seed=1):
         config, weight_decay=optimizer.weight_decay, decay_vectors=optimizer.decay_norms_and_biases, eps=optimizer.eps
     )
     section = CerebrasConfig(name="cerebras", environment=ENVIRONMENT, threads=1)
+    setup = Setup(config, plan, optimizer, stages.base_lr, seed, 2, stages)
     made = (
-        CpuBackend(config, plan, optimizer, stages.base_lr, seed, 2, CpuConfig(dtype="fp32")),
-        CerebrasBackend(config, plan, optimizer, stages, seed, 2, section, directory),
+        CpuBackend(setup, CpuConfig(dtype="fp32")),
+        CerebrasBackend(setup, section, directory),
     )
     for backend in made:
         backend.initialise()

@@ -18,7 +18,7 @@ from rich.console import Console
 from torch._dynamo.utils import counters
 
 from crystal import checkpoint
-from crystal.backends.base import MicroBatch
+from crystal.backends.base import MicroBatch, Setup
 from crystal.backends.config import CudaConfig, Layout, OptimizerConfig
 from crystal.backends.cuda.backend import CudaBackend
 from crystal.run import load_run
@@ -118,10 +118,10 @@ def train(backend, save, steps=range(1, STEPS + 1), micro_batch_size: int = 2) -
 
 
 def made(model: str, make, optimizer=OPTIMIZER):
-    """A backend by make(model config, plan, optimizer, schedule, seed, n_sources)."""
+    """A backend by make(setup)."""
     config = MODELS[model]
     plan = plan_for(config, weight_decay=optimizer.weight_decay, eps=optimizer.eps)
-    return make(config, plan, optimizer, lambda step: 0.01, 1, 2)
+    return make(Setup(config, plan, optimizer, lambda step: 0.01, 1, 2))
 
 
 def cuda(sizes: dict, **settings):
@@ -129,7 +129,7 @@ def cuda(sizes: dict, **settings):
     config = CudaConfig(
         name="cuda", device="cpu", parallel=Layout(**sizes), **({"dtype": "fp32", "compile": False} | settings)
     )
-    return lambda *given: CudaBackend(*given, config)
+    return lambda setup: CudaBackend(setup, config)
 
 
 def saver(backend, directory: Path):

@@ -6,6 +6,7 @@ holds weight streaming to its last bit.
 
 import functools
 import itertools
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -31,16 +32,14 @@ CONSTANT = curriculum((10, [{"from": 0.01, "to": 0.01, "steps": 10}], []))
 def make(name: str, directory):
     """make for `layouts.made`."""
     if name == "cpu":
-        return lambda *given: CpuBackend(*given, CpuConfig(dtype="fp32"))
+        return lambda setup: CpuBackend(setup, CpuConfig(dtype="fp32"))
     if name == "cuda":
         return cuda({})
     if name == "weight_streaming":
         section = WeightStreamingConfig(name=name, dtype="fp32", full_checkpoints=True)
-        return lambda *given: WeightStreamingBackend(*given, section, directory, 4)
+        return lambda setup: WeightStreamingBackend(setup, section, directory, 4)
     section = CerebrasConfig(name=name, environment=ENVIRONMENT, threads=1)
-    return lambda model, plan, optimizer, _, *given: CerebrasBackend(
-        model, plan, optimizer, CONSTANT, *given, section, directory
-    )
+    return lambda setup: CerebrasBackend(replace(setup, curriculum=CONSTANT), section, directory)
 
 
 @pytest.fixture(scope="module")

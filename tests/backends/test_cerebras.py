@@ -9,6 +9,7 @@ import torch
 from cerebras_jobs import ENVIRONMENT, TWO_STAGES, backends, batch, curriculum, micro_batches, model, needs_cerebras
 from closeness import near, path_length
 
+from crystal.backends.base import Setup
 from crystal.backends.cerebras.bridge import CerebrasBackend
 from crystal.backends.config import CerebrasConfig, ClusterConfig, OptimizerConfig
 from crystal.errors import CheckpointError, ConfigError, RunError
@@ -197,17 +198,17 @@ def test_a_run_moves_from_cpu_to_cerebras_and_back_with_its_losses_unbroken(make
 
 def test_without_an_environment_the_message_says_how_to_make_one(tmp_path):
     plan = plan_for(model())
-    arguments = (model(), plan, OptimizerConfig(), TWO_STAGES, 1, 2)
+    setup = Setup(model(), plan, OptimizerConfig(), TWO_STAGES.base_lr, 1, 2, TWO_STAGES)
     section = CerebrasConfig(name="cerebras", environment=tmp_path / "none")
     with pytest.raises(ConfigError, match="make it: crystal cerebras setup"):
-        CerebrasBackend(*arguments, section, tmp_path)
+        CerebrasBackend(setup, section, tmp_path)
     with pytest.raises(ConfigError, match=r"backend\.cluster: expected a system's mgmt_address"):
-        CerebrasBackend(*arguments, CerebrasConfig(name="cerebras", device="csx"), tmp_path)
+        CerebrasBackend(setup, CerebrasConfig(name="cerebras", device="csx"), tmp_path)
 
 
 @pytest.mark.parametrize(("device", "dtype"), [("cpu", "bf16"), ("csx", "fp32")])
 def test_a_dtype_that_the_device_lacks_is_refused(device, dtype):
-    with pytest.raises(ValueError, match=f"dtype: expected .*got {dtype}"):
+    with pytest.raises(ValueError, match=f"expected .*, got {dtype}"):
         CerebrasConfig(name="cerebras", device=device, dtype=dtype)
 
 
@@ -230,7 +231,8 @@ def test_a_session_on_systems_ends_with_the_stage_or_after_its_steps(tmp_path, m
 
     monkeypatch.setattr("crystal.backends.cerebras.bridge.Process", Pipe)
     section = CerebrasConfig(name="cerebras", device="csx", cluster=ClusterConfig(mgmt_address="a:1", session_steps=4))
-    made = CerebrasBackend(model(), plan_for(model()), OptimizerConfig(), TWO_STAGES, 1, 2, section, tmp_path)
+    setup = Setup(model(), plan_for(model()), OptimizerConfig(), TWO_STAGES.base_lr, 1, 2, TWO_STAGES)
+    made = CerebrasBackend(setup, section, tmp_path)
     for step in range(1, 13):
         made.train_step(step, micro_batches(batch(step)))
     assert [(a["first"], a["steps"]) for a in asked] == [(1, 4), (5, 4), (9, 2), (11, 4)]

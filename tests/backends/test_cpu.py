@@ -10,7 +10,7 @@ import pytest
 import torch
 from closeness import assert_near, near, path_length, tolerance
 
-from crystal.backends.base import MicroBatch
+from crystal.backends.base import MicroBatch, Setup
 from crystal.backends.cast import round_to_bf16
 from crystal.backends.config import CpuConfig, OptimizerConfig
 from crystal.backends.cpu import CpuBackend
@@ -25,7 +25,7 @@ ONE_STEP, THREE_STEPS = path_length(CONFIG, 16), path_length(CONFIG, 16, step=3)
 
 def backend(dtype="fp32", optimizer=OPTIMIZER, schedule=lambda step: 0.01, config=CONFIG):
     plan = plan_for(config, weight_decay=optimizer.weight_decay, eps=optimizer.eps)
-    made = CpuBackend(config, plan, optimizer, schedule, 1, 2, CpuConfig(dtype=dtype))
+    made = CpuBackend(Setup(config, plan, optimizer, schedule, 1, 2), CpuConfig(dtype=dtype))
     made.initialise()
     return made
 
@@ -262,7 +262,7 @@ def _losses(compile):
     config = CONFIG.model_copy(update={"n_layers": 1})
     plan = plan_for(config, weight_decay=0.1, eps=1e-9)
     settings = CpuConfig(dtype="fp32", compile=compile)
-    made = CpuBackend(config, plan, OPTIMIZER, lambda step: 0.01, 1, 2, settings)
+    made = CpuBackend(Setup(config, plan, OPTIMIZER, lambda step: 0.01, 1, 2), settings)
     made.initialise()
     found = [made.train_step(step, [batch(seed=step)]).loss.item() for step in (1, 2, 3)]
     assert made.decoder().state_dict().keys() == made.weights.keys()

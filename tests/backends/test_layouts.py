@@ -55,7 +55,7 @@ def reference(tmp_path_factory):
     @functools.cache
     def of(model: str, dtype: str = "fp32"):
         directory = tmp_path_factory.mktemp(f"{model}-{dtype}")
-        backend = made(model, lambda *given: CpuBackend(*given, CpuConfig(dtype=dtype)))
+        backend = made(model, lambda setup: CpuBackend(setup, CpuConfig(dtype=dtype)))
         backend.initialise()
         save = saver(backend, directory)
         save(0)
@@ -157,7 +157,7 @@ def test_a_part_of_a_tensor_is_read_from_parts(trained):
 
 def test_the_cpu_backend_goes_on_from_parts(trained, reference):
     saved = checkpoint.read(checkpoint.step_directory(trained / name_of("amber-l4", {"pp": 2, "fsdp": 2}), 1))
-    backend = made("amber-l4", lambda *given: CpuBackend(*given, CpuConfig(dtype="fp32")))
+    backend = made("amber-l4", lambda setup: CpuBackend(setup, CpuConfig(dtype="fp32")))
     backend.load(saved.tensors, saved.state["backend"])
     found = train(backend, lambda step: None, range(2, STEPS + 1))
     expected = reference("amber-l4")[1]
@@ -194,7 +194,7 @@ def test_bf16_compute_rounds_and_keeps_fp32_weights(reference):
 def test_cerebras_formula_of_adamw_in_a_layout_of_one(tmp_path):
     optimizer = OPTIMIZER.model_copy(update={"name": "adamw_cerebras"})
     results = []
-    for make in (cuda({}), lambda *given: CpuBackend(*given, CpuConfig(dtype="fp32"))):
+    for make in (cuda({}), lambda setup: CpuBackend(setup, CpuConfig(dtype="fp32"))):
         backend = made("amber-l2", make, optimizer)
         backend.initialise()
         results.append(train(backend, lambda step: None))

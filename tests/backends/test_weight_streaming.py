@@ -6,7 +6,7 @@ import time
 import pytest
 import torch
 
-from crystal.backends.base import MicroBatch
+from crystal.backends.base import MicroBatch, Setup
 from crystal.backends.config import CpuConfig, OptimizerConfig, WeightStreamingConfig
 from crystal.backends.cpu import CpuBackend
 from crystal.backends.weight_streaming import io as transfer
@@ -25,16 +25,16 @@ def common(model, optimizer=None):
     """What every backend is built from."""
     optimizer = optimizer or OptimizerConfig(eps=1e-9)
     plan = plan_for(model, weight_decay=optimizer.weight_decay, eps=optimizer.eps)
-    return model, plan, optimizer, lambda step: 0.01 / step, 1, 2
+    return Setup(model, plan, optimizer, lambda step: 0.01 / step, 1, 2)
 
 
 def streaming(tmp_path, model, dtype="fp32", optimizer=None, micro_batches=1, **settings):
     section = WeightStreamingConfig(name="weight_streaming", dtype=dtype, **settings)
-    return WeightStreamingBackend(*common(model, optimizer), section, tmp_path / "run", micro_batches)
+    return WeightStreamingBackend(common(model, optimizer), section, tmp_path / "run", micro_batches)
 
 
 def pair(tmp_path, model, dtype="fp32", optimizer=None, micro_batches=1, **settings):
-    cpu = CpuBackend(*common(model, optimizer), CpuConfig(dtype=dtype))
+    cpu = CpuBackend(common(model, optimizer), CpuConfig(dtype=dtype))
     made = streaming(tmp_path, model, dtype, optimizer, micro_batches, **settings)
     cpu.initialise()
     made.initialise()

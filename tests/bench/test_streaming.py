@@ -17,10 +17,10 @@ def test_it_is_benched_under_the_plan_of_the_published_run(monkeypatch, tmp_path
     """Amber decays its norms too, which the bench once forgot."""
     config = load_run(model).config
 
-    def backend(model, plan, optimizer, *others):
-        assert model == config.model
-        assert optimizer == config.optimizer
-        assert plan == config.plan()
+    def backend(setup, *others):
+        assert setup.model == config.model
+        assert setup.optimizer == config.optimizer
+        assert setup.plan == config.plan()
         raise _Seen
 
     monkeypatch.setattr(streaming, "WeightStreamingBackend", backend)

@@ -8,7 +8,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
 from torch.utils.checkpoint import checkpoint
 
-from crystal.backends.base import MicroBatch
+from crystal.backends.base import MicroBatch, Setup
 from crystal.backends.config import CpuConfig, OptimizerConfig, WeightStreamingConfig
 from crystal.backends.cpu import CpuBackend
 from crystal.backends.weight_streaming.backend import WeightStreamingBackend
@@ -37,7 +37,7 @@ def test_flops_of_a_token_by_hand():
 def test_state_is_what_the_cpu_backend_holds(dtype, each):
     config = model_config("amber-w64-l2").model_copy(update={"vocab_size": 96})
     plan, cpu = plan_for(config), CpuConfig(dtype=dtype)
-    backend = CpuBackend(config, plan, OptimizerConfig(), lambda step: 0.01, 1, 1, cpu)
+    backend = CpuBackend(Setup(config, plan, OptimizerConfig(), lambda step: 0.01, 1, 1), cpu)
     backend.initialise()
     gradients = []
     update = backend._update
@@ -116,8 +116,8 @@ def test_the_peak_of_four_blocks_and_head_of_the_7b(name):
 def test_streaming_takes_the_disk_and_the_buffers_that_it_is_said_to(tmp_path, moments, dtype, micro_batches):
     config = model_config("crystalcoder-w64-l4").model_copy(update={"vocab_size": 96})
     section = WeightStreamingConfig(name="weight_streaming", moments=moments, dtype=dtype)
-    options = OptimizerConfig(), lambda step: 0.01, 1, 1, section, tmp_path, micro_batches
-    backend = WeightStreamingBackend(config, plan_for(config), *options)
+    setup = Setup(config, plan_for(config), OptimizerConfig(), lambda step: 0.01, 1, 1)
+    backend = WeightStreamingBackend(setup, section, tmp_path, micro_batches)
     backend.stream.open()
     said = streaming_bytes(config, section, micro_batches)
     assert said["store"] == sum(file.stat().st_size for file in tmp_path.rglob("*.bin"))

@@ -15,7 +15,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from crystal.backends.base import MicroBatch
+from crystal.backends.base import MicroBatch, Setup
 from crystal.backends.config import CudaConfig, Layout, OptimizerConfig
 from crystal.backends.cuda.backend import CudaBackend
 from crystal.backends.cuda.mesh import join
@@ -167,8 +167,8 @@ def test_traffic_is_what_the_cuda_backend_sends_in_a_step(name, layout, recomput
     batch = MicroBatch(ids, ids, weights, zeros, torch.zeros_like(ids))
     for place, rank in ends_of(layout):
         with process(layout, rank):
-            options = OptimizerConfig(), lambda step: 0.01, 1, 1, cuda(layout, recompute)
-            backend = CudaBackend(config, plan_for(config), *options)
+            setup = Setup(config, plan_for(config), OptimizerConfig(), lambda step: 0.01, 1, 1)
+            backend = CudaBackend(setup, cuda(layout, recompute))
             for one in backend.held.values():
                 torch.nn.init.normal_(one.weight, std=0.02)
             with Sent() as sent:
