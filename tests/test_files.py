@@ -1,0 +1,76 @@
+"""Durable writes and locks: whole or not at all, and one holder at a time."""
+
+import multiprocessing
+import os
+
+import pytest
+
+from crystal.files import is_locked, locked, replacing, write_whole
+
+
+@pytest.mark.parametrize("durable", [True, False])
+def test_a_file_is_the_new_one_or_the_old_one(tmp_path, durable):
+    file = tmp_path / "x.json"
+    file.write_text("old")
+    with replacing(file, durable) as aside:
+        aside.write_text("new")
+        assert file.read_text() == "old"
+        assert aside.suffix == ".json", "some libraries go by it"
+    assert file.read_text() == "new"
+    with pytest.raises(KeyboardInterrupt):
+        _interrupted(file, lambda aside: aside.write_text("ne"), durable)
+    assert file.read_text() == "new"
+    assert os.listdir(tmp_path) == ["x.json"]
+
+
+def test_a_directory_is_there_with_all_its_files_or_not_at_all(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        _interrupted(tmp_path / "d", lambda aside: (aside / "deep").mkdir(parents=True))
+    assert os.listdir(tmp_path) == []
+    with replacing(tmp_path / "d") as aside:
+        (aside / "deep").mkdir(parents=True)
+        (aside / "deep" / "x").write_text("x")
+    assert (tmp_path / "d" / "deep" / "x").read_text() == "x"
+    assert os.listdir(tmp_path) == ["d"]
+
+
+def test_a_pipe_is_written_to_and_not_renamed_over(tmp_path):
+    """As root, renaming over /dev/null would take it from everybody."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    write_whole(pipe, "hello")
+    assert os.read(reader, 10) == b"hello"
+    os.close(reader)
+    assert pipe.is_fifo()
+
+
+def _interrupted(path, write, durable=True):
+    with replacing(path, durable) as aside:
+        write(aside)
+        raise KeyboardInterrupt
+
+
+def _hold(path, held, over):
+    with locked(path):
+        held.set()
+        over.wait()
+
+
+def test_a_lock_has_one_holder_and_goes_with_it(tmp_path):
+    context = multiprocessing.get_context("spawn")
+    held, over = context.Event(), context.Event()
+    path = tmp_path / "lock"
+    assert not is_locked(path)
+    process = context.Process(target=_hold, args=(path, held, over))
+    process.start()
+    held.wait(60)
+    assert is_locked(path)
+    with pytest.raises(BlockingIOError), locked(path, wait=False):
+        pass
+    process.kill()
+    process.join()
+    assert not is_locked(path)
+    with locked(path, wait=False):
+        assert is_locked(path)
+    assert not is_locked(path)
