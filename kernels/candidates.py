@@ -1,4 +1,4 @@
-"""What `tuning` times: the candidates of each choice, at sizes that stand for their class."""
+"""What `measuring` times: the candidates of each choice, at sizes that stand for their class."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 import mmap
 import os
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 
 import torch
@@ -26,6 +27,7 @@ SMALL = 384  # both sides of a product that tells a processor's rates roughly
 FASTER = 0.9  # bf16 is `auto` where its products take less than this of fp32's time: its rounding costs passes
 SEQUENCE = 256  # tokens of a short one
 READ = 16 << 20  # bytes from disk
+HOPELESS = 2.5  # times the best: not timed again and again
 _PRODUCTS = {"forward": FORWARD, "input_gradient": INPUT_GRADIENT, "weight_gradient": WEIGHT_GRADIENT}
 
 
@@ -40,7 +42,7 @@ def cases() -> Iterator[tuple[str, float, tuning.Candidates]]:
     pace = min(1.0, rate[torch.float32] / PACE)
     for dtype in tuning.NAMES:
         # without bf16 instructions a library's bf16 products take 5 to 20 times as long: not worth timing each
-        hopeless = tuning.HOPELESS * rate[dtype] < rate[torch.float32]
+        hopeless = HOPELESS * rate[dtype] < rate[torch.float32]
         for size, rows in ROWS.items():
             rows, wide = max(FEWEST, int(pace * rows)), round(D_FF * size)
             for operation in _PRODUCTS:
@@ -62,7 +64,15 @@ def _rate(dtype: torch.dtype) -> float:
     """FLOP/s of torch's product of two small matrices."""
     a = torch.ones(SMALL, SMALL, dtype=dtype)
     a @ a
-    return max(2 * SMALL**3 / tuning.seconds_of(lambda: a @ a, 1) for _ in range(3))
+    return max(2 * SMALL**3 / seconds_of(lambda: a @ a, 1) for _ in range(3))
+
+
+def seconds_of(call: Callable[[], object], calls: int) -> float:
+    """Seconds of one call, over several made one after another."""
+    begun = time.perf_counter()
+    for _ in range(calls):
+        call()
+    return (time.perf_counter() - begun) / calls
 
 
 def faster_dtype(found: dict[str, tuning.Case]) -> str:

@@ -19,7 +19,7 @@ import json
 import os
 import platform
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,12 +29,6 @@ import crystal.kernels.thread_waiting as waiting
 from crystal.kernels.dispatch import KernelModeError
 from crystal.kernels.gcc import cache, put
 
-LONGEST = 5.0  # seconds of measuring, at most
-ROUNDS = 3  # timings of each candidate to begin with
-SPREAD = 0.10  # the two best timings of a candidate differ by at most this, or it is timed again
-LEAD = 0.05  # a candidate must beat the one before it by this, so that noise does not decide
-SHORT = 2e-3  # seconds that one timing lasts at least
-HOPELESS = 2.5  # times the best: not timed again and again
 UNSETTLED_FOR = 3600.0  # seconds that a result is used which a busy machine kept from settling
 SIZES = (128, 256, 512, 1024)  # of a product's narrower side: those a choice is made for
 HEADS = (256, 512)  # the same where the wider side is a vocabulary, WIDE times the narrower or more
@@ -121,6 +115,8 @@ def identity(threads: int) -> dict:
 _tunings: dict[int, Tuning] = {}  # by number of threads
 _kept: dict[int, dict[str, str]] = {}  # the choices that a run began with, in force until it ends
 _made: dict[tuple, str] = {}  # looked up before
+# set by the package to measuring.py's, which times the very operators that ask here who is to make them
+measure: Callable[[int], Tuning] | None = None
 
 
 def tuning(threads: int | None = None) -> Tuning:
@@ -239,10 +235,8 @@ def _from_file() -> Tuning | None:
 
 
 def _file(identity: dict) -> Path:
-    from crystal.kernels import candidates
-
-    # measured again when the candidates change
-    depends = json.dumps([identity, Path(candidates.__file__).read_text()], sort_keys=True)
+    candidates = Path(__file__).with_name("candidates.py").read_text()  # measured again when they change
+    depends = json.dumps([identity, candidates], sort_keys=True)
     return cache("tuning") / f"{hashlib.sha256(depends.encode()).hexdigest()[:24]}.json"
 
 
@@ -252,73 +246,3 @@ def _cached(threads: int) -> Tuning | None:
     except (OSError, ValueError):
         return None
     return found if found.settled or time.time() - found.measured < UNSETTLED_FOR else None
-
-
-def measure(threads: int) -> Tuning:
-    """Time every candidate of every case."""
-    from crystal.kernels.candidates import cases, compile_kernels, faster_dtype
-
-    compile_kernels()
-    begun = time.perf_counter()
-    with torch.no_grad():
-        timed = list(_timed(cases(), begun + LONGEST))
-    found = {key: _decided(work, seconds) for key, work, seconds in timed}
-    seconds = time.perf_counter() - begun
-    return Tuning(identity(threads), faster_dtype(found), found, round(seconds, 2), round(time.time()))
-
-
-def _timed(
-    cases: Iterator[tuple[str, float, Candidates]], deadline: float
-) -> Iterator[tuple[str, float, dict[str, list[float]]]]:
-    """(key, work, timings in seconds by candidate), candidates in turns, so that what disturbs one disturbs all.
-
-    A candidate that cannot run on this processor is left out.
-    """
-    for key, work, candidates in cases:
-        calls, seconds = {}, {}
-        for name, call in candidates.items():
-            try:
-                call()  # builds primitives, and touches new memory
-            except RuntimeError:  # oneDNN has no bf16 products for processors without AVX-512
-                continue
-            once = seconds_of(call, 1)
-            calls[name] = max(1, min(64, int(SHORT / once))) if once > 0 else 64
-            seconds[name] = [once]
-        best = min(min(taken) for taken in seconds.values())
-        for name, taken in seconds.items():
-            for _ in range(2):  # it may have been disturbed
-                if min(taken) > HOPELESS * best:
-                    taken.append(seconds_of(candidates[name], 1))
-        running = [name for name, taken in seconds.items() if min(taken) <= HOPELESS * best]
-        rounds = 0
-        while rounds < ROUNDS or (not _decided(work, seconds).settled and rounds < 4 * ROUNDS):
-            if rounds and time.perf_counter() > deadline:
-                break
-            for name in running:
-                seconds[name].append(seconds_of(candidates[name], calls[name]))
-            rounds += 1
-        yield key, work, seconds
-
-
-def seconds_of(call: Callable[[], object], calls: int) -> float:
-    """Seconds of one call, over several made one after another."""
-    begun = time.perf_counter()
-    for _ in range(calls):
-        call()
-    return (time.perf_counter() - begun) / calls
-
-
-def _decided(work: float, seconds: dict[str, list[float]]) -> Case:
-    """The candidate with the best timing; the one named first, unless another leads by LEAD."""
-    best = {name: min(taken) for name, taken in seconds.items()}
-    order = list(best)
-    chosen = order[0]
-    for name in order[1:]:
-        if best[name] < best[chosen] * (1 - LEAD):
-            chosen = name
-    two = sorted(seconds[chosen])[:2]
-    spread = two[-1] / two[0] - 1
-    # settled: timed well, or ahead of all others by more than the timings' spread
-    rest = [best[name] for name in order if name != chosen]
-    settled = spread <= SPREAD or (bool(rest) and min(rest) > best[chosen] * (1 + spread))
-    return Case(chosen, {name: work / value for name, value in best.items()}, round(spread, 3), settled)

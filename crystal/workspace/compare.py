@@ -5,33 +5,13 @@ from __future__ import annotations
 import bisect
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from crystal.errors import ConfigError
-from crystal.workspace.runs import losses, number, parse_record, read_config
+from crystal.workspace.curves import Curves, read_curves
 
 ROWS = 10  # of the table of training losses
-
-
-@dataclass(frozen=True)
-class Curves:
-    """What a run recorded, over the tokens it had seen; lists run in parallel, tokens ascend."""
-
-    label: str
-    directory: Path
-    config: dict | None  # None: it cannot be read
-    tokens: list[int]
-    steps: list[int]
-    loss: list[float]
-    val_tokens: list[int]
-    val_steps: list[int]
-    val_loss: list[dict[str, float]]
-
-    @property
-    def sources(self) -> list[str]:
-        return sorted({source for losses in self.val_loss for source in losses})
 
 
 def compare(runs: Sequence[str], out: Path | None = None, source: str | None = None) -> dict:
@@ -43,7 +23,7 @@ def compare(runs: Sequence[str], out: Path | None = None, source: str | None = N
     if len(runs) < 2:
         raise ConfigError(f"expected two runs or more to compare, got {len(runs)}")
     directories = [_directory(run) for run in runs]
-    found = [_read(path, label) for path, label in zip(directories, _labels(directories), strict=True)]
+    found = [read_curves(path, label) for path, label in zip(directories, _labels(directories), strict=True)]
     known = sorted({name for run in found for name in run.sources})
     if source is not None and source not in known:
         raise ConfigError(f"--source: expected one of {', '.join(known) or '(none was validated)'}, got {source}")
@@ -89,36 +69,6 @@ def _labels(directories: list[Path]) -> list[str]:
             words += 1
         labels.append(str(Path(*real.parts[-words:])))
     return labels
-
-
-def _read(directory: Path, label: str) -> Curves:
-    """A run's records; those of steps that were made again after a kill count as they were made last."""
-    config = read_config(directory)
-    records: dict[int, dict] = {}
-    try:
-        with (directory / "metrics.jsonl").open("rb") as lines:
-            for line in lines:
-                record = parse_record(line)
-                if record and isinstance(record.get("step"), int):
-                    records[record["step"]] = record
-    except OSError:
-        pass
-    curriculum = (config or {}).get("curriculum")
-    curriculum = curriculum if isinstance(curriculum, dict) else {}
-    per_step = (number(curriculum.get("seq_len")) or 1) * (number(curriculum.get("global_batch_size")) or 1)
-    trained, validated = [], []
-    for step, record in sorted(records.items()):
-        tokens = number(record.get("tokens"))
-        tokens = int(step * per_step if tokens is None else tokens)
-        if number(record.get("loss")) is not None:
-            trained.append((tokens, step, record["loss"]))
-        if by_source := losses(record.get("val_loss")):
-            validated.append((tokens, step, by_source))
-    return Curves(
-        label, directory, config,
-        *([list(column) for column in zip(*trained, strict=True)] or [[], [], []]),
-        *([list(column) for column in zip(*validated, strict=True)] or [[], [], []]),
-    )  # fmt: skip
 
 
 def _summary(run: Curves) -> dict:

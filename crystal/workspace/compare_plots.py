@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from crystal.output.pictures import colors, literal, save
-from crystal.workspace.compare import Curves
+from crystal.workspace.curves import Curves
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

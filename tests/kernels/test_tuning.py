@@ -10,7 +10,7 @@ from closeness import product_tolerance, tolerance
 from hypothesis import given
 from hypothesis import strategies as st
 
-from crystal.kernels import candidates, tuning
+from crystal.kernels import candidates, measuring, tuning
 from crystal.kernels.linear import FORWARD, INPUT_GRADIENT, WEIGHT_GRADIENT, linear, names_of
 
 
@@ -56,15 +56,15 @@ def test_every_candidate_makes_the_same_product(dtype, features_in, features_out
 
 
 def test_the_first_candidate_wins_unless_another_leads_clearly():
-    assert tuning._decided(1.0, {"a": [1.0, 1.01], "b": [0.96, 0.97]}).chosen == "a"
-    assert tuning._decided(1.0, {"a": [1.0, 1.01], "b": [0.90, 0.91]}).chosen == "b"
-    assert tuning._decided(2.0, {"a": [1.0, 1.0], "b": [0.5, 0.5]}).rates == {"a": 2.0, "b": 4.0}
+    assert measuring._decided(1.0, {"a": [1.0, 1.01], "b": [0.96, 0.97]}).chosen == "a"
+    assert measuring._decided(1.0, {"a": [1.0, 1.01], "b": [0.90, 0.91]}).chosen == "b"
+    assert measuring._decided(2.0, {"a": [1.0, 1.0], "b": [0.5, 0.5]}).rates == {"a": 2.0, "b": 4.0}
 
 
 def test_timings_that_differ_are_not_settled_unless_the_winner_leads_by_more():
-    assert tuning._decided(1.0, {"a": [1.0, 1.05], "b": [1.2, 1.2]}).settled
-    assert not tuning._decided(1.0, {"a": [1.0, 1.3], "b": [1.2, 1.2]}).settled
-    assert tuning._decided(1.0, {"a": [1.0, 1.3], "b": [1.4, 1.4]}).settled
+    assert measuring._decided(1.0, {"a": [1.0, 1.05], "b": [1.2, 1.2]}).settled
+    assert not measuring._decided(1.0, {"a": [1.0, 1.3], "b": [1.2, 1.2]}).settled
+    assert measuring._decided(1.0, {"a": [1.0, 1.3], "b": [1.4, 1.4]}).settled
 
 
 class Clock:
@@ -72,7 +72,7 @@ class Clock:
 
     def __init__(self, monkeypatch):
         self.now, self.calls = 0.0, 0
-        monkeypatch.setattr(tuning.time, "perf_counter", lambda: self.now)
+        monkeypatch.setattr(measuring.time, "perf_counter", lambda: self.now)
 
     def taking(self, *seconds):
         turns = itertools.cycle(seconds)
@@ -86,17 +86,17 @@ class Clock:
 
 def test_noise_is_measured_again_and_quiet_is_not(monkeypatch):
     clock = Clock(monkeypatch)
-    quiet = list(tuning._timed(iter([("k", 1.0, {"a": clock.taking(0.01), "b": clock.taking(0.011)})]), 1e9))
-    assert [len(s) for s in quiet[0][2].values()] == [1 + tuning.ROUNDS] * 2
+    quiet = list(measuring._timed(iter([("k", 1.0, {"a": clock.taking(0.01), "b": clock.taking(0.011)})]), 1e9))
+    assert [len(s) for s in quiet[0][2].values()] == [1 + measuring.ROUNDS] * 2
     noisy = {"a": clock.taking(0.010, 0.02, 0.05), "b": clock.taking(0.011, 0.03, 0.02, 0.05)}
-    timed = list(tuning._timed(iter([("k", 1.0, noisy)]), 1e9))
-    assert len(timed[0][2]["a"]) > 1 + tuning.ROUNDS
+    timed = list(measuring._timed(iter([("k", 1.0, noisy)]), 1e9))
+    assert len(timed[0][2]["a"]) > 1 + measuring.ROUNDS
 
 
 def test_measuring_ends_in_time_and_a_hopeless_candidate_is_soon_left_out(monkeypatch):
     clock = Clock(monkeypatch)
     cases = [(str(i), 1.0, {"a": clock.taking(0.1, 0.3, 0.2), "b": clock.taking(0.9)}) for i in range(10)]
-    timed = list(tuning._timed(iter(cases), clock.now + 5.0))
+    timed = list(measuring._timed(iter(cases), clock.now + 5.0))
     assert [len(seconds["b"]) for _, _, seconds in timed] == [3] * 10
     assert all(len(seconds["a"]) >= 2 for _, _, seconds in timed)
     assert len(timed[-1][2]["a"]) < len(timed[0][2]["a"])
@@ -105,17 +105,17 @@ def test_measuring_ends_in_time_and_a_hopeless_candidate_is_soon_left_out(monkey
 def test_one_disturbed_timing_does_not_rule_a_candidate_out(monkeypatch):
     clock = Clock(monkeypatch)
     calls = {"a": clock.taking(0.10), "b": clock.taking(0.05, 0.9, *[0.05] * 40)}
-    ((_, _, seconds),) = tuning._timed(iter([("k", 1.0, calls)]), 1e9)
-    assert tuning._decided(1.0, seconds).chosen == "b"
+    ((_, _, seconds),) = measuring._timed(iter([("k", 1.0, calls)]), 1e9)
+    assert measuring._decided(1.0, seconds).chosen == "b"
 
 
 def test_a_candidate_that_this_processor_cannot_run_is_left_out(monkeypatch):
     def refuses():
         raise RuntimeError("could not create a primitive")
 
-    ((_, _, seconds),) = tuning._timed(iter([("k", 1.0, {"a": refuses, "b": Clock(monkeypatch).taking(0.1)})]), 1e9)
+    ((_, _, seconds),) = measuring._timed(iter([("k", 1.0, {"a": refuses, "b": Clock(monkeypatch).taking(0.1)})]), 1e9)
     assert set(seconds) == {"b"}
-    assert tuning._decided(1.0, seconds).chosen == "b"
+    assert measuring._decided(1.0, seconds).chosen == "b"
 
 
 @pytest.fixture(scope="module")
