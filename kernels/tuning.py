@@ -2,7 +2,7 @@
 
 A matrix library that is fast on one maker's processors may run at half of its speed on another's (docs/cpu-speed.md),
 so no choice is written down here. The candidates are timed once per machine and number of threads, in a second or so
-and at most LONGEST seconds, and the result is cached under what it depends on: processor, torch, threads, and the
+and at most five (measuring.py), and the result is cached under what it depends on: processor, torch, threads, and the
 environment variables that limit the libraries. A run records the choices that it began with and keeps them (`use`),
 for another library's sums differ in their last bits.
 
