@@ -94,7 +94,7 @@ def _product(
     )
     of = {"forward": (x_NI, weight_OI), "input_gradient": (dy_NO, weight_OI), "weight_gradient": (dy_NO, x_NI)}
     candidates = _PRODUCTS[operation]
-    names = ["widened"] if hopeless else names_of(candidates, dtype)
+    names = [name for name in names_of(candidates, dtype) if not hopeless or name.startswith("widened")]
     calls = {name: _call(candidates[name], *of[operation]) for name in names}
     key = tuning.product_key(operation, dtype, features_in, features_out)
     return key, 2.0 * rows * features_in * features_out, calls

@@ -4,7 +4,7 @@ torch's own fp32 products are MKL's on x86, its bf16 products oneDNN's. Neither 
 oneDNN's fp32 is 2.4 times as fast as MKL's, on Intel MKL's weight gradient is twice as fast as oneDNN's, and where the
 processor has no bf16 products oneDNN makes them at a fifth of the rate of fp32. `crystal.kernels.tuning` decides, by
 operation, dtype and size; the candidates are here. A "widened" product of bf16 tensors is made in fp32 and rounded:
-the sums of a bf16 product, which are fp32 too, in another order.
+the sums of a bf16 product, which are fp32 too, in another order; by torch's own library, or oneDNN.
 
 Shapes in names: N rows (tokens), I features in, O features out.
 """
@@ -29,6 +29,10 @@ def _widened(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     return F.linear(a.float(), b.float(), None if bias is None else bias.float()).to(a.dtype)
 
 
+def _widened_onednn(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
+    return _onednn(a.float(), b.float(), None if bias is None else bias.float()).to(a.dtype)
+
+
 def _transposed_onednn(dy_NO: Tensor, x_NI: Tensor) -> Tensor:
     """By oneDNN, whose fp32 weight gradient is faster with the wider side first."""
     if dy_NO.shape[1] >= x_NI.shape[1]:
@@ -37,12 +41,13 @@ def _transposed_onednn(dy_NO: Tensor, x_NI: Tensor) -> Tensor:
 
 
 # of torch, oneDNN and fp32: x_NI W_OI^T + b
-FORWARD = {"torch": F.linear, "onednn": _onednn, "widened": _widened}
+FORWARD = {"torch": F.linear, "onednn": _onednn, "widened": _widened, "widened_onednn": _widened_onednn}
 # dy_NO W_OI
 INPUT_GRADIENT = {
     "torch": torch.matmul,
     "onednn": lambda dy, weight_OI: _onednn(dy, weight_OI.T),
     "widened": lambda dy, weight_OI: (dy.float() @ weight_OI.float()).to(dy.dtype),
+    "widened_onednn": lambda dy, weight_OI: _widened_onednn(dy, weight_OI.T),
 }
 # dy_NO^T x_NI, contiguous
 WEIGHT_GRADIENT = {
@@ -50,12 +55,14 @@ WEIGHT_GRADIENT = {
     "transposed": lambda dy_NO, x_NI: (x_NI.T @ dy_NO).T.contiguous(),
     "onednn": _transposed_onednn,
     "widened": lambda dy_NO, x_NI: (dy_NO.float().T @ x_NI.float()).to(dy_NO.dtype),
+    "widened_onednn": lambda dy_NO, x_NI: _transposed_onednn(dy_NO.float(), x_NI.float()).to(dy_NO.dtype),
 }
 
 
 def names_of(candidates: dict, dtype: torch.dtype) -> list[str]:
     """Those of an operation's candidates that this torch can run in a dtype."""
-    can = {"onednn": _ONEDNN, "widened": dtype != torch.float32}
+    wide = dtype != torch.float32
+    can = {"onednn": _ONEDNN, "widened": wide, "widened_onednn": wide and _ONEDNN}
     return [name for name in candidates if can.get(name, True)]
 
 

@@ -38,6 +38,7 @@ def _library(dtype: str, name: str) -> str:
         ("fp32", "onednn"): "oneDNN",
         ("bf16", "onednn"): "oneDNN, by another call",
         ("bf16", "widened"): "fp32 products, rounded",
+        ("bf16", "widened_onednn"): "oneDNN's fp32 products, rounded",
     }
     return others.get((dtype, name), name)
 

@@ -217,7 +217,7 @@ def test_a_linear_layers_gradients_under_every_choice(alone, monkeypatch, dtype)
     """Whoever makes the products, an operator's three gradients agree to the dtype's rounding."""
     x0, w0, b0, dy = (torch.randn(*shape).to(dtype) for shape in ((8, 16, 48), (130, 48), (130,), (8, 16, 130)))
     results = {}
-    for name in ("torch", "transposed", "onednn", "widened"):
+    for name in ("torch", "transposed", "onednn", "widened", "widened_onednn"):
         chosen = {}
         for operation, of in (
             ("forward", FORWARD),
