@@ -25,7 +25,7 @@ import time
 from collections.abc import Callable, Iterator
 from types import FrameType
 
-from crystal.output.ranks import is_first
+from crystal.output.ranks import in_group, is_first
 
 CODE = 130
 PATIENCE = 1.0  # seconds in which a second signal is taken for the same one, sent twice
@@ -93,15 +93,18 @@ def line() -> str:
 def over(code: int) -> None:
     """The command has ended and said all it had to: from now on a signal only ends the process sooner.
 
-    After a signal the process ends here: a thread that is at work is not waited for.
+    After a signal the process ends here: a thread that is at work is not waited for. So does one of a process group,
+    for gloo's threads are now and then still there when the process takes them apart, which aborts it.
     """
     for number in _SIGNALS:
         if number in _before:
             signal.signal(number, lambda *_: os._exit(code))
     if _state.number:
         _kill_workers()
+    if _state.number or in_group():
         atexit._run_exitfuncs()
         sys.stdout.flush()
+        sys.stderr.flush()
         os._exit(code)
 
 

@@ -8,10 +8,15 @@ import sys
 
 def rank() -> int:
     """From 0; in a process group that somebody joined without torchrun's environment, the group's number."""
-    distributed = sys.modules.get("torch.distributed")
-    if distributed is not None and distributed.is_available() and distributed.is_initialized():
-        return distributed.get_rank()
+    if in_group():
+        return sys.modules["torch.distributed"].get_rank()
     return int(os.environ.get("RANK", "0"))
+
+
+def in_group() -> bool:
+    """Whether this process has joined a process group."""
+    distributed = sys.modules.get("torch.distributed")
+    return distributed is not None and distributed.is_available() and distributed.is_initialized()
 
 
 def is_first() -> bool:
