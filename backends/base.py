@@ -196,5 +196,5 @@ class Durable(Protocol):
 def add_sources(batch: MicroBatch, nll_BT: Tensor, nll_S: Tensor, tokens_S: Tensor) -> None:
     """Add a micro-batch's losses [B, T], and the tokens that count, to the sums of each row's source [S]."""
     counted_BT = (batch.weights_BT > 0).float()
-    nll_S.index_add_(0, batch.sources_B, (nll_BT * counted_BT).sum(1))
-    tokens_S.index_add_(0, batch.sources_B, counted_BT.sum(1))
+    nll_S.index_add_(0, batch.sources_B, (nll_BT * counted_BT).sum(1).to(nll_S.dtype))
+    tokens_S.index_add_(0, batch.sources_B, counted_BT.sum(1).to(tokens_S.dtype))

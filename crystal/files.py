@@ -10,6 +10,8 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+RUN_LOCK = ".lock"  # the file that stands for a run directory, held by the process that trains in it
+
 
 def cache_dir() -> Path:
     """Where fetched packages, corpora, tokenizers and stores live: $CRYSTAL_CACHE or ~/.cache/crystal."""
@@ -32,17 +34,18 @@ def sync(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def replacing(path: Path, durable: bool = True) -> Iterator[Path]:
+def replacing(path: Path, durable: bool = True, shared: bool = False) -> Iterator[Path]:
     """A place beside `path` to make a file or a directory at, which becomes `path` when the block ends well.
 
     There is the old one or the new one, never a part, and nothing is left aside however the block ends. The place has
     the path's own suffix, for libraries that go by it. What is no ordinary file (/dev/null, a pipe) is written to
-    itself. durable: forced to the disk before the rename and after it. Raises OSError.
+    itself. durable: forced to the disk before the rename and after it. shared: several processes may be at it; where
+    one alone is, what it left when it was killed is written over by the next. Raises OSError.
     """
     if path.exists() and not (path.is_file() or path.is_dir()):
         yield path
         return
-    aside = path.with_name(f".tmp-{os.getpid()}-{path.name}")
+    aside = path.with_name(f".tmp-{os.getpid()}-{path.name}" if shared else f".tmp-{path.name}")
     _remove(aside)
     try:
         yield aside
@@ -57,8 +60,8 @@ def replacing(path: Path, durable: bool = True) -> Iterator[Path]:
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
-    """Write a file, whole or not at all (`replacing`). Raises OSError."""
-    with replacing(path) as aside:
+    """Write a file, whole or not at all, whoever else writes it (`replacing`). Raises OSError."""
+    with replacing(path, shared=True) as aside:
         aside.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
@@ -77,9 +80,14 @@ def locked(path: Path, wait: bool = True) -> Iterator[None]:
     """
     import filelock
 
-    lock = filelock.FileLock(path, timeout=-1 if wait else 0, thread_local=False)
+    lock = filelock.FileLock(path, thread_local=False)
+
+    def not_waited_for() -> bool:
+        """Somebody has it, and did not just look at it, or take the file away when done with it."""
+        return not wait and is_locked(path)
+
     try:
-        lock.acquire(poll_interval=0.01)
+        lock.acquire(-1 if wait else 1.0, poll_interval=0.01, cancel_check=not_waited_for)
     except filelock.Timeout:
         raise BlockingIOError(f"{path} is held") from None
     try:

@@ -1,7 +1,9 @@
 """Durable writes and locks: whole or not at all, and one holder at a time."""
 
+import fcntl
 import multiprocessing
 import os
+import threading
 
 import pytest
 
@@ -45,6 +47,15 @@ def test_a_pipe_is_written_to_and_not_renamed_over(tmp_path):
     assert pipe.is_fifo()
 
 
+def test_what_a_killed_writer_left_is_written_over(tmp_path):
+    """Of a store that is killed again and again, leftovers would fill the disk."""
+    (tmp_path / ".tmp-x.bin").write_bytes(b"half")
+    with replacing(tmp_path / "x.bin") as aside:
+        assert not aside.exists()
+        aside.write_bytes(b"whole")
+    assert os.listdir(tmp_path) == ["x.bin"]
+
+
 def _interrupted(path, write, durable=True):
     with replacing(path, durable) as aside:
         write(aside)
@@ -74,3 +85,14 @@ def test_a_lock_has_one_holder_and_goes_with_it(tmp_path):
     with locked(path, wait=False):
         assert is_locked(path)
     assert not is_locked(path)
+
+
+def test_who_only_looks_does_not_keep_the_lock_from_anybody(tmp_path):
+    path = tmp_path / "lock"
+    with locked(path):
+        pass
+    with path.open("rb") as looking:
+        fcntl.flock(looking, fcntl.LOCK_SH)
+        threading.Timer(0.1, lambda: fcntl.flock(looking, fcntl.LOCK_UN)).start()
+        with locked(path, wait=False):
+            assert is_locked(path)

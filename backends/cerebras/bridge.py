@@ -75,11 +75,7 @@ def make_job(
 
 
 class CerebrasFailure(RunError):
-    """The other side gave up; `exception` is the class of its exception."""
-
-    def __init__(self, line: str, exception: str):
-        super().__init__(line)
-        self.exception = exception
+    """The other side gave up."""
 
 
 class Process:
@@ -123,7 +119,7 @@ class Process:
             raise self._dead()
         answer = json.loads(line)
         if "error" in answer:
-            raise CerebrasFailure(f"cerebras: {answer['error']}", answer["kind"])
+            raise CerebrasFailure(f"cerebras: {answer['error']}")
         return answer
 
     def ask(self, do: str, **arguments) -> dict:
@@ -138,7 +134,7 @@ class Process:
         self.child.wait()
         lines = self.log.read_text(errors="replace").strip().splitlines() if self.log.exists() else []
         last = lines[-1] if lines else "no message"
-        return CerebrasFailure(f"cerebras: its process ended with {self.child.returncode}: {last}", "ProcessEnded")
+        return CerebrasFailure(f"cerebras: its process ended with {self.child.returncode}: {last}")
 
 
 def _end(child: subprocess.Popen, directory: Path) -> None:
@@ -264,7 +260,8 @@ class CerebrasBackend(OneProcess):
         file = self.spool / "load.mdl"
         about = {"optimizer_step": updates or 0}
         try:
-            mdl.write_state(file, self.job["groups"], self.optimizer_config.betas, about, tensors, updates is not None)
+            betas, with_optimizer = self.optimizer_config.betas, updates is not None
+            mdl.write_state(file, self.job["groups"], betas, about, tensors, with_optimizer, durable=False)
         except ValueError as error:
             raise CheckpointError(f"checkpoint: expected every tensor of the model: {error}") from None
         self.process.ask("load", file=str(file), updates=updates)

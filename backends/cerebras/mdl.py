@@ -136,7 +136,7 @@ def _unpacked(dataset: h5py.Dataset) -> np.ndarray:
     return array
 
 
-def write(file: Path, tree: dict, tensors: Iterable[tuple[str, Tensor]]) -> Path:
+def write(file: Path, tree: dict, tensors: Iterable[tuple[str, Tensor]], durable: bool = True) -> Path:
     """Write a .mdl, whole or not at all.
 
     tree: nested dicts, lists and tuples of numbers and texts, with None where a tensor belongs; tensors: those, by
@@ -146,7 +146,7 @@ def write(file: Path, tree: dict, tensors: Iterable[tuple[str, Tensor]]) -> Path
     leaves = dict(_leaves(tree, ()))
     waiting = {path for path, value in leaves.items() if value is None}
     try:
-        with replacing(file) as aside, h5py.File(aside, "w") as opened:
+        with replacing(file, durable) as aside, h5py.File(aside, "w") as opened:
             for path, tensor in tensors:
                 if path not in waiting:
                     raise ValueError(f"{path}: no such tensor is expected")
@@ -229,11 +229,13 @@ def write_state(
     about: dict,
     tensors: Callable[[str], Iterable[tuple[str, Tensor]]],
     with_optimizer: bool = True,
+    durable: bool = True,
 ) -> Path:
     """A training state as `Session.state_dict` has it.
 
     groups: the plan's, {tensors, lr_multiplier, weight_decay, eps}; about: goes into `crystal`, optimizer_step is
     read; tensors(prefix) gives (name, fp32 tensor) under `model`, `optimizer.exp_avg`, `optimizer.exp_avg_sq`.
+    durable: whether it is to outlive the machine (`replacing`).
     """
     order = [name for group in groups for name in group["tensors"]]
     place = {name: i for i, name in enumerate(order)}
@@ -272,7 +274,7 @@ def write_state(
             for i in range(len(order)):
                 yield f"optimizer.state.{i}.beta{number}_power", power
 
-    return write(file, tree, all_tensors())
+    return write(file, tree, all_tensors(), durable)
 
 
 def beta_power(beta: float, updates: int) -> Tensor:

@@ -192,7 +192,7 @@ def main(commands: TextIO, answers: TextIO) -> None:
 
             traceback.print_exc()
             text = str(error).strip() or type(error).__name__
-            answer({"error": text.splitlines()[0], "kind": type(error).__name__})
+            answer({"error": text.splitlines()[0]})
         else:
             answer({"done": done})
 

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from crystal.backends.adamw import make_optimizer
-from crystal.backends.base import MicroBatch, Part, Prepared, Setup, StepResult
+from crystal.backends.base import MicroBatch, Part, Prepared, Setup, StepResult, add_sources
 from crystal.backends.config import CudaConfig
 from crystal.backends.cuda.mesh import join, place_in
 from crystal.backends.cuda.parallelize import Held, held_by, parallelise
@@ -141,10 +141,8 @@ class CudaBackend(Prepared):
 
     def _by_source(self, batch: MicroBatch, nll_BT: Tensor) -> Tensor:
         """[nats of each source, unmasked tokens of each source]."""
-        counted_BT = batch.weights_BT > 0
         sums = torch.zeros(2, self.n_sources, dtype=torch.float64, device=self.device)
-        sums[0].index_add_(0, batch.sources_B, (nll_BT * counted_BT).sum(1).double())
-        sums[1].index_add_(0, batch.sources_B, counted_BT.sum(1).double())
+        add_sources(batch, nll_BT, *sums)
         return sums.flatten()
 
     def _on_device(self, batch: MicroBatch) -> MicroBatch:

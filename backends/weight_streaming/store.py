@@ -23,7 +23,7 @@ from crystal.backends.weight_streaming.io import Buffer, DiskFile, File, Line, M
 from crystal.backends.weight_streaming.planes import decode_m, decode_v, encode_m, encode_v, join, split
 from crystal.backends.weight_streaming.store_layout import HIGH, LOW, Piece, Plane, layout
 from crystal.errors import CheckpointError, ConfigError, RunError
-from crystal.files import sync, write_whole
+from crystal.files import replacing, sync
 from crystal.mup.plan import Plan
 
 RECORD = "store.json"
@@ -178,7 +178,8 @@ class Store:
             self.files[name].sync()
         if self.directory is None:
             return
-        write_whole(self.directory / RECORD, text)
+        with replacing(self.directory / RECORD) as aside:
+            aside.write_text(text, encoding="utf-8")
 
     # --- transfers, queued
 

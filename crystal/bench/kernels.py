@@ -1,4 +1,4 @@
-"""`crystal bench kernels`: which of its five runs is asked for, what it needs, and its result as JSON and text."""
+"""`crystal bench kernels`: which of its five runs is asked for, what it needs, and its result."""
 
 from __future__ import annotations
 

@@ -9,10 +9,8 @@ from pathlib import Path
 from types import FrameType
 
 from crystal.errors import RunError
-from crystal.files import locked
+from crystal.files import RUN_LOCK, locked
 from crystal.mup.plan import Plan
-
-LOCK = ".lock"  # the file that stands for a run directory
 
 
 @contextlib.contextmanager
@@ -25,8 +23,11 @@ def alone_in(directory: Path) -> Iterator[None]:
     made = [path for path in (directory, *directory.parents) if not path.exists()]
     with contextlib.ExitStack() as held:
         try:
-            directory.mkdir(parents=True, exist_ok=True)
-            held.enter_context(locked(directory / LOCK, wait=False))
+            while True:
+                directory.mkdir(parents=True, exist_ok=True)
+                with contextlib.suppress(FileNotFoundError):  # taken away in between, see below
+                    held.enter_context(locked(directory / RUN_LOCK, wait=False))
+                    break
         except BlockingIOError:
             raise RunError(f"{directory}: another process is training in it") from None
         except OSError as error:
@@ -34,8 +35,8 @@ def alone_in(directory: Path) -> Iterator[None]:
         try:
             yield
         finally:
-            if [path.name for path in directory.iterdir()] == [LOCK]:
-                (directory / LOCK).unlink()
+            if [path.name for path in directory.iterdir()] == [RUN_LOCK]:
+                (directory / RUN_LOCK).unlink()
                 with contextlib.suppress(OSError):  # of a folder above there may be other users by now
                     for path in made:
                         path.rmdir()

@@ -24,8 +24,7 @@ from crystal.config import parse
 from crystal.curriculum.config import CurriculumConfig
 from crystal.curriculum.resolve import resolve
 from crystal.errors import ConfigError, CrystalError
-from crystal.files import is_locked
-from crystal.training.guards import LOCK
+from crystal.files import RUN_LOCK, is_locked
 
 DEPTH = 4  # how far below the directory runs are looked for
 _FILES = ("manifest.json", "metrics.jsonl", "events.jsonl", "checkpoints")  # one of which a run has beside config.yaml
@@ -155,7 +154,7 @@ def _state(directory: Path, since: dict, begun: bool, step: int, steps: int | No
 
 def is_held(directory: Path) -> bool:
     """Whether a process trains in a run directory: it holds the lock that `alone_in` takes."""
-    return is_locked(directory / LOCK)
+    return is_locked(directory / RUN_LOCK)
 
 
 def read_config(directory: Path) -> dict | None:

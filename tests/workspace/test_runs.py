@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 import time
 import tracemalloc
 
@@ -196,3 +198,9 @@ def test_counts_and_times_fit_five_characters():
     for power in range(60):
         assert len(short(1.9**power)) <= 5
         assert len(duration(1.3**power)) <= 6
+
+
+def test_listing_runs_does_not_wait_for_torch():
+    """It reads ends of files: a second and a half of imports would be most of it."""
+    code = "import sys, crystal.workspace.runs; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
