@@ -15,6 +15,7 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
+from crystal.mup.forward_trace import follow, multipliers
 from crystal.mup.observe import Observed, observe
 from crystal.mup.rules import PARAMETRIZATIONS
 from crystal.mup.tolerances import AUDIT_EXPONENT, AUDIT_TWICE
@@ -74,8 +75,12 @@ def _lr(seen: list[Observed], name: str, m: float) -> float | None:
 
 
 def _forward(seen: list[Observed], name: str, m: float) -> float | None:
-    found = [f for o in seen for t in list(o.multipliers.values())[:1] for f in t.outputs.get((name, "matmul"), ())]
-    return _exponent(*found, m) if len(found) == 2 else None
+    found = []
+    for observed in seen:
+        for graph in list(observed.graphs.values())[:1]:
+            factors = multipliers(follow([graph])).outputs.get((name, "matmul"), ())
+            found.append(max(factors, default=None))
+    return _exponent(*found, m) if len(found) == 2 and None not in found else None
 
 
 def _exponent(before: float, after: float, m: float) -> float:

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from crystal.mup.observe import Group, read_groups
+from crystal.mup.optimizers import Group, optimizers_of, read_groups
 
 ROWS = 32  # tokens of a batch that the effect of an update is measured on
 # An element whose gradient is under this many eps is not moved by lr: a key's bias has only rounding noise where

@@ -1,67 +1,81 @@
-"""What a real model at one width is: shapes, roles, initialiser, optimizer groups, forward multipliers.
+"""What a real model at one width is: initialiser, optimizer groups, the operations of its forward pass.
 
-Read off the objects themselves, on the meta device: nothing here believes a config or a plan.
+Read off the objects themselves, on the meta device at any size, and on the CPU where it is small: code may do
+something else on meta (transformers skips its initialiser there) or be impossible (routing by value). Nothing here
+believes a config or a plan.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from crystal.mup.forward_trace import Multipliers, trace_multipliers
-from crystal.mup.init_trace import Draw, build_on_meta
+from crystal.mup.forward_graph import Graph, record
+from crystal.mup.init_trace import Draw, build
+from crystal.mup.optimizers import Group, read_groups
 from crystal.mup.verdict import CheckError
 
+SMALL = 30_000_000  # elements of a model that is also built and run on the CPU
 
-@dataclass(frozen=True)
-class Group:
-    """What one optimizer group does to a tensor; number: its place in param_groups."""
-
-    number: int
-    lr: float
-    weight_decay: float
-    eps: float | None
+Calls = Mapping[str, Callable[[nn.Module], Any]]
+MakesOptimizer = Callable[[nn.Module], Optimizer | Sequence[Optimizer]]
 
 
 @dataclass(frozen=True)
 class Observed:
-    """One model at one width. groups: None when no optimizer was given; multipliers: by call."""
+    """One model at one width. groups: None when no optimizer was given; graphs: by call; impossible: why a call could
+    not be run."""
 
     model: nn.Module
     draws: dict[str, Draw]
     groups: dict[str, Group] | None
-    multipliers: dict[str, Multipliers]
+    graphs: dict[str, Graph]
+    impossible: dict[str, str] = field(default_factory=dict)
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
 
 def observe(
     factory: Callable[[], nn.Module],
-    optimizer: Callable[[nn.Module], Optimizer] | None = None,
-    calls: Mapping[str, Callable[[nn.Module], Any]] | None = None,
+    optimizer: MakesOptimizer | None = None,
+    calls: Calls | None = None,
+    device: str = "meta",
 ) -> Observed:
-    """Build the model on meta and read everything off it. Raises CheckError where it cannot be built so."""
+    """Build the model on a device and read everything off it. Raises CheckError where it cannot be built so."""
+    on = torch.device(device)
     try:
-        model, draws = build_on_meta(factory)
+        model, draws = build(factory, on)
     except (RuntimeError, NotImplementedError) as error:
         line = str(error).splitlines()[0]
-        raise CheckError(f"the factory must build its model under torch.device('meta'): {line}") from error
+        raise CheckError(f"the factory must build its model under torch.device('{device}'): {line}") from error
+    refuse_late(model, "")
+    graphs, impossible = {}, {}
+    before = dict(model.named_parameters())
+    for name, call in (calls or {}).items():
+        try:
+            with on:
+                graphs[name] = record(model, call)
+        except (RuntimeError, NotImplementedError, ValueError, TypeError) as error:
+            impossible[name] = (str(error).splitlines() or [type(error).__name__])[0]
+    late = sorted(set(dict(model.named_parameters())) - set(before))
+    if late:
+        raise CheckError(f"{late[0]}: is made in the forward pass, after the optimizer; make it in the factory")
     groups = None if optimizer is None else read_groups(model, optimizer(model))
-    multipliers = {name: trace_multipliers(model, call) for name, call in (calls or {}).items()}
-    return Observed(model, draws, groups, multipliers)
+    return Observed(model, draws, groups, graphs, impossible)
 
 
-def read_groups(model: nn.Module, optimizer: Optimizer) -> dict[str, Group]:
-    """name → group, from the optimizer's own param_groups; a tensor in none of them is left out."""
-    names = {id(p): name for name, p in model.named_parameters()}
-    found = {}
-    for number, group in enumerate(optimizer.param_groups):
-        lr = group.get("initial_lr", group["lr"])
-        lr = lr.item() if isinstance(lr, torch.Tensor) else lr
-        for p in group["params"]:
-            if id(p) in names:
-                found[names[id(p)]] = Group(number, lr, group.get("weight_decay", 0.0), group.get("eps"))
-    return found
+def refuse_late(model: nn.Module, where: str) -> None:
+    """Raises CheckError for a parameter that has no shape yet (nn.LazyLinear)."""
+    for name, p in model.named_parameters():
+        if nn.parameter.is_lazy(p):
+            raise CheckError(f"{name}: has no shape before the first forward pass; run one in the factory{where}")
+
+
+def is_small(model: nn.Module) -> bool:
+    return sum(p.numel() for p in model.parameters()) <= SMALL

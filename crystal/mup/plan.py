@@ -90,7 +90,11 @@ class Plan:
 Layouts = Mapping[str, tuple[int, int] | None]
 
 # which dimension of a weight is fan_in and which fan_out
-_LAYOUTS = {"Linear": (1, 0), "Embedding": (0, 1), "Conv1D": (0, 1), "Conv2d": (1, 0)}
+_LAYOUTS = {
+    "Linear": (1, 0), "Embedding": (0, 1), "EmbeddingBag": (0, 1), "Conv1D": (0, 1), "Conv1d": (1, 0), "Conv2d": (1, 0),
+    "Conv3d": (1, 0), "ConvTranspose1d": (0, 1), "ConvTranspose2d": (0, 1), "ConvTranspose3d": (0, 1),
+}  # fmt: skip
+_RECURRENT = ("RNNBase", "RNNCellBase")
 
 
 def make_plan(
@@ -150,22 +154,50 @@ def layouts_of(model: nn.Module, known: Layouts | None = None) -> dict[str, tupl
 
     known: layouts of tensors that no module of a known kind holds. Raises PlanError for one that is not in it.
     """
+    found = known_layouts(model, known)
+    holders = {id(p): type(m).__name__ for m in model.modules() for p in m.parameters(recurse=False)}
+    for name, p in model.named_parameters():
+        if name not in found:
+            raise PlanError(
+                f"{name}: expected a known module (Linear, Embedding, …), got {holders[id(p)]}: say which of its "
+                f"dimensions are fan_in and fan_out, as in layouts={{'{name}': (0, 1)}}, or None if it is no matrix"
+            )
+    return found
+
+
+def known_layouts(model: nn.Module, known: Layouts | None = None) -> dict[str, tuple[int, int] | None]:
+    """As `layouts_of`, with tensors left out that no module of a known kind holds."""
     found: dict[str, tuple[int, int] | None] = {}
     names = {id(p): name for name, p in model.named_parameters()}
     for module in model.modules():
-        kind = next((c.__name__ for c in type(module).__mro__ if c.__name__ in _LAYOUTS), None)
         for key, p in module.named_parameters(recurse=False):
             name = names[id(p)]
+            layout = _layout(module, key)
             if known and name in known:
                 found[name] = known[name]
-            elif p.ndim < 2:
-                found[name] = None
-            elif kind and key == "weight":
+            elif layout and p.ndim > 1:
                 # a tied tensor keeps the layout of the embedding, which is registered first
-                found.setdefault(name, _LAYOUTS[kind])
-            else:
-                raise PlanError(f"{name}: expected a known module (Linear, Embedding, …), got {type(module).__name__}")
+                found.setdefault(name, layout)
+            elif p.ndim < 2 or math.prod(p.shape) == max(p.shape):
+                found.setdefault(name, None)
     return found
+
+
+def _layout(module: nn.Module, key: str) -> tuple[int, int] | None:
+    """Of a module's own tensor, by the kind of module."""
+    kind = next((c.__name__ for c in type(module).__mro__ if c.__name__ in _LAYOUTS), None)
+    if kind and key == "weight":
+        return _LAYOUTS[kind]
+    if any(c.__name__ in _RECURRENT for c in type(module).__mro__) and key.startswith("weight_"):
+        return (1, 0)
+    if any(c.__name__ == "MultiheadAttention" for c in type(module).__mro__) and key.endswith("proj_weight"):
+        return (1, 0)
+    return None
+
+
+def grown(before: Sequence[int], after: Sequence[int]) -> list[int]:
+    """The dimensions that differ."""
+    return [d for d, (a, b) in enumerate(zip(before, after, strict=True)) if a != b]
 
 
 def uses_of(model: nn.Module) -> dict[str, set[tuple[int, int]]]:
@@ -173,10 +205,10 @@ def uses_of(model: nn.Module) -> dict[str, set[tuple[int, int]]]:
     names = {id(p): name for name, p in model.named_parameters()}
     found: dict[str, set[tuple[int, int]]] = {}
     for module in model.modules():
-        kind = next((c.__name__ for c in type(module).__mro__ if c.__name__ in _LAYOUTS), None)
         weight = module._parameters.get("weight")
-        if kind and weight is not None and weight.ndim > 1:
-            found.setdefault(names[id(weight)], set()).add(_LAYOUTS[kind])
+        layout = _layout(module, "weight")
+        if layout and weight is not None and weight.ndim > 1:
+            found.setdefault(names[id(weight)], set()).add(layout)
     return found
 
 

@@ -7,6 +7,7 @@ slopes went down to -0.40 (docs/mup.md). A wrong power of width is off by 0.5 or
 
 AUDIT_EXPONENT = 0.02  # d_ff and the like are rounded to whole numbers
 AUDIT_VALUE = 1e-6  # relative, of values against a plan's: both come from the same formulas
+MEASURED_INIT = 0.15  # exponent: an initial size that was drawn, not read, must be known better than this
 AUDIT_TWICE = 0.1  # a branch's exponent beyond this is a multiplier that counts depth, when the reason is looked for
 
 INIT_AND_UPDATE = 0.1  # of tensors: they do not depend on training, and correct models stay within 0.01

@@ -6,6 +6,7 @@ so that both name a broken rule in the same words.
 
 from __future__ import annotations
 
+import fnmatch
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Literal
@@ -40,16 +41,22 @@ class Row:
 
 @dataclass
 class Report:
-    """All rows; `notes` are remarks that decide nothing."""
+    """All rows; `notes` are remarks that decide nothing. accept: names, or patterns of names (*), of rows that may be
+    INCONCLUSIVE."""
 
     rows: list[Row]
     seconds: float
     notes: list[str] = field(default_factory=list)
+    accept: tuple[str, ...] = field(default=(), kw_only=True)
 
     @property
     def verdict(self) -> Verdict:
-        """FAIL if any row fails, else INCONCLUSIVE if any is, else PASS."""
-        return overall(row.verdict for row in self.rows)
+        """FAIL if any row fails, else INCONCLUSIVE if any is that was not accepted, else PASS."""
+        return overall(row.verdict for row in self.rows if not self.accepted(row))
+
+    def accepted(self, row: Row) -> bool:
+        """Is this row INCONCLUSIVE, and was that allowed by name?"""
+        return row.verdict == "INCONCLUSIVE" and any(fnmatch.fnmatchcase(row.name, name) for name in self.accept)
 
     @property
     def failures(self) -> list[Row]:
@@ -90,11 +97,18 @@ def summary(rows: Sequence[Row], limit: int = 8) -> list[str]:
 EFFECTS = ("size", "change", "push")  # what a fault does, rather than where it is
 
 
-def explain(quantity: str, role: Role | None, slope: float, expected: float, group: int | None = None) -> str:
-    """What most likely is wrong, given which exponent was found where another was expected."""
+def explain(
+    quantity: str, role: str | None, slope: float, expected: float, group: int | None = None, rule: str | None = None
+) -> str:
+    """What most likely is wrong, given which exponent was found where another was expected.
+
+    role: a Role, or "inner output" for a map to a fixed size inside the model. rule: of the optimizer, if not adam.
+    """
     off = slope - expected
     where = "" if group is None else f" (optimizer group {group})"
     if quantity in ("lr", "update"):
+        if rule not in (None, "adam"):
+            return f"its LR scales with the wrong power of width for {rule.upper() if rule == 'sgd' else 'Muon'}{where}"
         if role == "hidden" and _near(off, 1):
             return f"its LR is not divided by the width multiplier{where}"
         if role == "hidden" and _near(off, 0.5):
@@ -115,12 +129,14 @@ def explain(quantity: str, role: Role | None, slope: float, expected: float, gro
             return "its init sigma grows as sqrt(width multiplier), as mup.set_base_shapes makes a tied readout's"
         return "its init sigma scales with the wrong power of width"
     if quantity == "forward":
-        if role == "output" and _near(off, 1):
-            return "logits are not divided by the width multiplier"
-        if role == "output" and _near(off, 0.5):
-            return "logits are divided by the square root of the width multiplier, the multiplier itself is wanted"
-        if role == "output" and _near(off, -1):
-            return "logits are divided by the width multiplier twice"
+        if role in ("output", "inner output"):
+            what = "logits are" if role == "output" else "it maps the width to a fixed size, and its output is"
+            if _near(off, 1):
+                return f"{what} not divided by the width multiplier"
+            if _near(off, 0.5):
+                return f"{what} divided by the square root of the width multiplier, the multiplier itself is wanted"
+            if _near(off, -1):
+                return f"{what} divided by the width multiplier twice"
         return "a forward multiplier scales with the wrong power of width"
     if quantity == "attention":
         return "scores are scaled by 1/sqrt(d_head), muP wants 1/d_head" if _near(off, 0.5) else "scores' scale is off"

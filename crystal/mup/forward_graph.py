@@ -1,0 +1,214 @@
+"""Records the operations of one forward pass: which ran, on what, and which numbers the code put in.
+
+The recording is data: what it means for muP is read from it afterwards (forward_trace.py), from the recordings of
+several widths side by side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from crystal.mup.aten_ops import LAYOUT
+
+_UNIFORM = 4096  # largest constant that is looked into: do all its elements have one value?
+
+
+@dataclass(frozen=True)
+class Ref:
+    """A tensor of the recording; views and copies of a tensor have its number and a shape of their own.
+
+    value: of every element of a constant; nan: constant, but meta does not hold it; None: a constant that is not
+    uniform, or no constant. parameter: its name, if it is one.
+    """
+
+    number: int
+    shape: tuple[int, ...]
+    floating: bool
+    value: float | None = None
+    parameter: str | None = None
+
+
+@dataclass(frozen=True)
+class Node:
+    """One operation. args and kwargs: as called, with a Ref for every tensor; outs: its results, in order."""
+
+    op: str
+    args: tuple
+    kwargs: dict
+    outs: tuple[Ref, ...]
+
+    @property
+    def in_place(self) -> bool:
+        return self.op.endswith("_") and not self.op.startswith("__")
+
+
+@dataclass(frozen=True)
+class Graph:
+    """nodes in the order they ran; results: the floating tensors that the call returned; modules: (name of a module,
+    refs of what it returned, by key)."""
+
+    nodes: tuple[Node, ...]
+    results: tuple[Ref, ...]
+    modules: tuple[tuple[str, tuple[tuple[str, Ref], ...]], ...]
+
+
+class _Recorder(TorchDispatchMode):
+    supports_higher_order_operators = True
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.nodes: list[Node] = []
+        self.numbers: dict[int, int] = {}  # id of a tensor → its number
+        self.count = 0
+        self.made: set[int] = set()  # numbers of tensors that some operation made
+        self.alive: list[Tensor] = []  # so that no id comes twice
+        self.names: dict[int, str] = {}  # number → name of the parameter
+        for name, p in model.named_parameters():
+            self.names[self.ref(p).number] = name
+
+    def ref(self, tensor: Tensor) -> Ref:
+        if id(tensor) not in self.numbers:
+            self.numbers[id(tensor)] = self.count
+            self.count += 1
+            self.alive.append(tensor)
+        number = self.numbers[id(tensor)]
+        name = self.names.get(number)
+        value = None if name or number in self.made else _uniform(tensor)
+        floats = tensor.is_floating_point() or tensor.is_complex()
+        return Ref(number, tuple(tensor.shape), floats, value, name)
+
+    def refs(self, value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return self.ref(value)
+        if isinstance(value, list | tuple):
+            return tuple(self.refs(v) for v in value)
+        if isinstance(value, torch.SymInt | torch.SymFloat):
+            return value.node.maybe_as_int() if isinstance(value, torch.SymInt) else float(value)
+        return value
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        name = getattr(function, "_overloadpacket", function).__name__
+        if name == "flex_attention":
+            return self._flex(function, args, kwargs)
+        given, named = self.refs(args), {k: self.refs(v) for k, v in kwargs.items()}
+        out = function(*args, **kwargs)
+        self.put(name, given, named, out)
+        return out
+
+    def put(self, name: str, args: tuple, kwargs: dict, out: Any) -> None:
+        """Add a node; outputs of an operation on constants alone that have one value keep it."""
+        tensors = tensors_of(out)
+        if name in LAYOUT and args and isinstance(args[0], Ref):
+            for t in tensors:
+                if id(t) not in self.numbers:
+                    self.numbers[id(t)] = args[0].number
+                    self.alive.append(t)
+            return
+        fixed = not any(r.number in self.made or r.parameter for r in _refs_in((args, tuple(kwargs.values()))))
+        if not fixed:
+            self.made |= {self.ref(t).number for t in tensors} - self.names.keys()
+        self.nodes.append(Node(name, args, kwargs, tuple(self.ref(t) for t in tensors)))
+
+    def _flex(self, function, args, kwargs):
+        """flex_attention as its parts: scores, the caller's own change of them, their product with the values."""
+        query, key, value, change, _, scale = args[:6]
+        score = query.new_zeros(())
+        self.put("flex_scores", (self.ref(query), self.ref(key), scale), {}, score)
+        self.made.add(self.ref(score).number)
+        with self:
+            spots = [torch.zeros((), dtype=torch.int64, device=query.device) for _ in range(4)]
+            score = change(score, *spots)
+        out = query.new_zeros(*query.shape[:-1], value.shape[-1])
+        self.put("flex_values", (self.ref(score), self.ref(value)), {}, out)
+        return out, query.new_zeros(query.shape[:-1]), query.new_zeros(query.shape[:-1])
+
+
+def record(model: nn.Module, call: Callable[[nn.Module], Any]) -> Graph:
+    """Run call(model) once and record it; parameters are named as in model.named_parameters().
+
+    The device is the model's: on meta nothing is computed.
+    """
+    recorder = _Recorder(model)
+    outputs: list[tuple[str, tuple[tuple[str, Ref], ...]]] = []
+
+    def hook(name: str):
+        def keep(module, inputs, output):
+            found = tuple((key, recorder.ref(t)) for key, t in members(output))
+            outputs.append((name, found))
+
+        return keep
+
+    handles = [module.register_forward_hook(hook(name)) for name, module in model.named_modules()]
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # one fused operation instead of those it is made of
+    try:
+        with torch.no_grad(), recorder:
+            result = call(model)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+        for handle in handles:
+            handle.remove()
+    results = tuple(recorder.ref(t) for t in tensors_of(result) if t.is_floating_point())
+    return Graph(tuple(recorder.nodes), results, tuple(outputs))
+
+
+def members(output: Any, key: str = "") -> list[tuple[str, Tensor]]:
+    """(key, tensor) of every floating tensor in a module's output: a tensor, tuple, dict or dataclass of them.
+
+    The first, and what is called logits, have the key ""; the others are called by place or name.
+    """
+    found = _members(output, key)
+    main = next((k for k, _ in found if k.rpartition(".")[2] == "logits"), found[0][0] if found else "")
+    return [("" if k == main else k, t) for k, t in found]
+
+
+def _members(output: Any, key: str) -> list[tuple[str, Tensor]]:
+    if isinstance(output, Tensor):
+        return [(key, output)] if output.is_floating_point() and output.ndim else []
+    if isinstance(output, dict):
+        parts = output.items()
+    elif isinstance(output, list | tuple):
+        parts = zip(getattr(output, "_fields", range(len(output))), output, strict=True)
+    elif hasattr(output, "__dataclass_fields__"):
+        parts = vars(output).items()
+    else:
+        return []
+    return [pair for k, v in parts for pair in _members(v, f"{key}.{k}".lstrip("."))]
+
+
+def tensors_of(value: Any) -> list[Tensor]:
+    """All tensors in nested lists, tuples, dicts and dataclasses, in order."""
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list | tuple):
+        return [t for v in value for t in tensors_of(v)]
+    return tensors_of(vars(value)) if hasattr(value, "__dataclass_fields__") else []
+
+
+def _refs_in(value: Any) -> list[Ref]:
+    if isinstance(value, Ref):
+        return [value]
+    return [r for v in value for r in _refs_in(v)] if isinstance(value, tuple) else []
+
+
+def _uniform(tensor: Tensor) -> float | None:
+    """The one value of all elements of a constant."""
+    if not tensor.is_floating_point() and not (tensor.ndim == 0 and not tensor.is_meta):
+        return None
+    if tensor.is_meta:
+        return float("nan") if tensor.numel() == 1 else None
+    if not 0 < tensor.numel() <= _UNIFORM or tensor.dtype == torch.bool:
+        return None
+    with torch.utils._python_dispatch._disable_current_modes():
+        flat = tensor.detach().reshape(-1)
+        first = flat[0].item()
+        return float(first) if bool((flat == first).all()) else None
