@@ -154,7 +154,9 @@ def _layouts(evidence: list[Evidence], layouts: Layouts | None) -> dict[str, tup
     pass can tell are left out, and are in it. Raises PlanError for the others."""
     found = known_layouts(evidence[0].base.model, layouts)
     frozen = {name for name, p in evidence[0].base.model.named_parameters() if not p.requires_grad}
-    told = {use.tensor for e in evidence for t in e.traces.values() for end in t.ended for use in uses_in(end.chain)}
+    uses = [use for e in evidence for t in e.traces.values() for end in t.ended for use in uses_in(end.chain)]
+    told = {use.tensor for use in uses}
+    bare = {use.tensor for use in uses if not use.oriented}
     seen = evidence[0].seen
     first, other = evidence[0].base.model, seen[evidence[0].widths[-1]].model
     other_shapes = {name: p.shape for name, p in other.named_parameters()}
@@ -162,7 +164,7 @@ def _layouts(evidence: list[Evidence], layouts: Layouts | None) -> dict[str, tup
         if name in found or name in frozen:
             continue
         square = p.ndim == 2 and p.shape[0] == p.shape[1] and len(grown(p.shape, other_shapes.get(name, p.shape))) == 2
-        if name not in told or square:
+        if name not in told or (square and name in bare):
             layouts_of(first, {**found, **dict.fromkeys(frozen)})  # raises, and names the first such tensor
     return found
 

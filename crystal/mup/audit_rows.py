@@ -14,7 +14,7 @@ from crystal.mup.forward_trace import Ended, Product, Trace, Use, applied, multi
 from crystal.mup.init_trace import Draw
 from crystal.mup.measured_init import Size
 from crystal.mup.observe import Observed
-from crystal.mup.optimizers import Group
+from crystal.mup.optimizers import Group, halved
 from crystal.mup.rules import Role
 from crystal.mup.tolerances import AUDIT_EXPONENT, MEASURED_INIT
 from crystal.mup.verdict import Row, explain
@@ -123,15 +123,28 @@ class _Tensor:
         if asked is None:
             return rows + self._fixed(groups, init_read, measured)
         same = self.constraints.right(self.name)
-        if same is None:  # no use of it is known: init and lr by themselves
-            b, c = self.found.inits or (), self.found.lr
-            same = all(close(x - asked.init, self.m) for x in b) and (c is None or close(c - asked.lr, self.m))
+        if same is None and self.shifted(asked):
+            return [*rows, self._cannot_tell(called)]
         rows += self._init(asked, same, init_read, measured)
         if self.other.groups is not None:
             rows += self._optimized(asked, same, groups, decay_mode)
         if called:
             rows += self._forward(same)
         return rows
+
+    def shifted(self, asked: Asked) -> bool:
+        """Are init and lr off by the same power, so that a multiplier that is not known decides?"""
+        b, c = self.found.inits, self.found.lr
+        if not b or c is None:
+            return False
+        kind = self.pair.optimizer_rules.get(self.name, "adam")
+        shift = (c - asked.lr) * halved(kind)
+        return not close(shift, self.m) and all(close(x - asked.init - shift, self.m, 2) for x in b)
+
+    def _cannot_tell(self, called: bool) -> Row:
+        what = "is not known" if called else "was not looked for (no calls)"
+        message = f"{self.name}: init and LR are off by one power of m, which a multiplier could make up for; it {what}"
+        return self.row("forward", None, None, "INCONCLUSIVE", message)
 
     def main_use(self) -> tuple[Role | None, float, float]:
         """(role, logs of the growth of fan_in and fan_out): by the module that holds it, else by its first use."""
@@ -231,8 +244,10 @@ class _Tensor:
 
     def _eps(self, groups: list[Group]) -> Row:
         """Adam's eps stays, or falls with the gradients, which are as 1/m."""
-        found = math.log(groups[1].eps / groups[0].eps) / self.m
-        if -1 - AUDIT_EXPONENT < found < AUDIT_EXPONENT:
+        change = math.log(groups[1].eps / groups[0].eps)
+        found = change / self.m
+        least, most = sorted((0.0, -max(self.m, self.pair.log_m, key=abs)))  # some divide by the model's own m
+        if least - AUDIT_EXPONENT < change < most + AUDIT_EXPONENT:
             return self.row("eps", found, 0.0, "PASS")
         message = (
             f"{self.name}: eps ∝ m^{found:z.2f} from width {self.widths[0]} to {self.widths[1]}, expected a constant or "
@@ -253,7 +268,7 @@ class _Tensor:
                 asked = self.pair.asked(use)
                 if use.tensor != self.name or asked is None:
                     continue
-                if any(math.isnan(f) for f in factor):
+                if any(map(math.isnan, end.total())):
                     why = f"{self.name}: is multiplied by a tensor whose value is not known on meta"
                     rows.append(self.row("forward", None, None, "INCONCLUSIVE", why))
                     continue

@@ -152,24 +152,26 @@ class Constraints:
 
     def holds(self, end: Ended) -> bool | None:
         """Is a product of several weights right? None: not judged here."""
-        if end.how == "unknown" or any(math.isnan(f) for f in end.total()):
+        if not judgeable(end):
             return None
         if self.attention_power is None and _products_in(end.chain):
             return None
         return close(self.sum(end), self.pair.log_m, len(uses_in(end.chain)) + 1)
 
     def right(self, tensor: str) -> bool | None:
-        """Do all uses of a tensor follow the rule, by whichever of the equivalent forms? None: no use is known."""
+        """Do all uses of a tensor follow the rule, by whichever of the equivalent forms? None: not all are known."""
         verdicts: list[bool] = []
-        joint_only = True
+        open_ = False
         for end in self.ends.get(tensor, ()):
             (use, *_), uses = [u for u in uses_in(end.chain) if u.tensor == tensor], uses_in(end.chain)
             asked = self.pair.asked(use)
-            if asked is None or end.how == "unknown" or any(math.isnan(f) for f in end.total()):
+            if asked is None:
+                continue
+            if not judgeable(end):
+                open_ = True
                 continue
             b, c = self.off(use, asked)
             if len(uses) == 1 and not _products_in(end.chain):
-                joint_only = False
                 if end.how == "norm":  # free in scale: only lr beside init counts
                     verdicts += [close(x - c, self.pair.log_m) for x in b or () if c is not None]
                     verdicts.append(c is not None or bool(b) is False or all(close(x, self.pair.log_m) for x in b))
@@ -180,9 +182,12 @@ class Constraints:
             else:
                 held = self.holds(end)
                 verdicts += [self.consistent(use)] + ([] if held is None else [held])
-        if not verdicts:
-            return None
-        return all(verdicts) if not joint_only or verdicts else None
+        return False if not all(verdicts) else None if open_ or not verdicts else True
+
+
+def judgeable(end: Ended) -> bool:
+    """Is it known where a chain ends, and with which factor?"""
+    return end.how != "unknown" and not any(map(math.isnan, end.total()))
 
 
 def _products_in(chain) -> list[Product]:

@@ -6,6 +6,7 @@ several widths side by side.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from crystal.mup.aten_ops import LAYOUT
 
+# operations that leave one value in all of a tensor, which meta does not hold
+_FILLS: dict[str, Callable[[tuple], float | None]] = {
+    **dict.fromkeys(("zeros", "zeros_like", "new_zeros", "zero_"), lambda args: 0.0),
+    **dict.fromkeys(("ones", "ones_like", "new_ones"), lambda args: 1.0),
+    **dict.fromkeys(("full", "full_like", "fill_", "scalar_tensor", "new_full"),
+                    lambda args: float(args[-1]) if isinstance(args[-1], int | float) else None),
+}  # fmt: skip
 _UNIFORM = 4096  # largest constant that is looked into: do all its elements have one value?
 
 
@@ -23,13 +31,15 @@ _UNIFORM = 4096  # largest constant that is looked into: do all its elements hav
 class Ref:
     """A tensor of the recording; views and copies of a tensor have its number and a shape of their own.
 
-    value: of every element of a constant; nan: constant, but meta does not hold it; None: a constant that is not
-    uniform, or no constant. parameter: its name, if it is one.
+    view: which view it is; strides: of its dimensions. value: of every element of a constant; nan: constant, but meta
+    does not hold it; None: a constant that is not uniform, or no constant. parameter: its name, if it is one.
     """
 
     number: int
     shape: tuple[int, ...]
     floating: bool
+    view: int
+    strides: tuple[int, ...]
     value: float | None = None
     parameter: str | None = None
 
@@ -64,9 +74,11 @@ class _Recorder(TorchDispatchMode):
     def __init__(self, model: nn.Module):
         super().__init__()
         self.nodes: list[Node] = []
-        self.numbers: dict[int, int] = {}  # id of a tensor → its number
+        self.numbers: dict[int, tuple[int, int]] = {}  # id of a tensor → its number, and which view of it that is
+        self.views = 0
         self.count = 0
-        self.made: set[int] = set()  # numbers of tensors that some operation made
+        self.made: set[int] = set()  # numbers of tensors that are functions of parameters
+        self.filled: dict[int, float] = {}  # number of a constant → its one value, where an operation says it
         self.alive: list[Tensor] = []  # so that no id comes twice
         self.names: dict[int, str] = {}  # number → name of the parameter
         for name, p in model.named_parameters():
@@ -74,14 +86,19 @@ class _Recorder(TorchDispatchMode):
 
     def ref(self, tensor: Tensor) -> Ref:
         if id(tensor) not in self.numbers:
-            self.numbers[id(tensor)] = self.count
+            self.numbers[id(tensor)] = (self.count, self._view())
             self.count += 1
             self.alive.append(tensor)
-        number = self.numbers[id(tensor)]
+        number, view = self.numbers[id(tensor)]
         name = self.names.get(number)
-        value = None if name or number in self.made else _uniform(tensor)
+        value = None if name or number in self.made else self.filled.get(number, _uniform(tensor))
         floats = tensor.is_floating_point() or tensor.is_complex()
-        return Ref(number, tuple(tensor.shape), floats, value, name)
+        strides = tensor.stride() if tensor.layout == torch.strided else ()
+        return Ref(number, tuple(tensor.shape), floats, view, strides, value, name)
+
+    def _view(self) -> int:
+        self.views += 1
+        return self.views
 
     def refs(self, value: Any) -> Any:
         if isinstance(value, Tensor):
@@ -108,12 +125,18 @@ class _Recorder(TorchDispatchMode):
         if name in LAYOUT and args and isinstance(args[0], Ref):
             for t in tensors:
                 if id(t) not in self.numbers:
-                    self.numbers[id(t)] = args[0].number
+                    whole = t.numel() == math.prod(args[0].shape)
+                    self.numbers[id(t)] = (args[0].number, args[0].view if whole else self._view())
                     self.alive.append(t)
             return
         fixed = not any(r.number in self.made or r.parameter for r in _refs_in((args, tuple(kwargs.values()))))
         if not fixed:
             self.made |= {self.ref(t).number for t in tensors} - self.names.keys()
+        for t in tensors if fixed else ():
+            number = self.ref(t).number
+            self.filled.pop(number, None)
+            if name in _FILLS and (fill := _FILLS[name](args)) is not None:
+                self.filled[number] = fill
         self.nodes.append(Node(name, args, kwargs, tuple(self.ref(t) for t in tensors)))
 
     def _flex(self, function, args, kwargs):

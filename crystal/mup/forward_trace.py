@@ -34,13 +34,15 @@ LONGEST, MOST = 8, 512  # weights in a chain, and chains in a sum, beyond which 
 class Use:
     """One use of a tensor. kind: lookup | matmul | scale (a factor, by element) | add | weight (not used yet).
 
-    fan_in: length of the sum over its inputs, fan_out: number of its outputs, at each width.
+    fan_in: length of the sum over its inputs, fan_out: number of its outputs, at each width. oriented: does the code
+    say which is which, as an einsum does and a weight that is transposed as in a Linear, and a bare x @ w does not?
     """
 
     tensor: str
     kind: str = "weight"
     fan_in: tuple[int, ...] = ()
     fan_out: tuple[int, ...] = ()
+    oriented: bool = True
 
 
 @dataclass(frozen=True)
@@ -141,6 +143,7 @@ class _Reading:
         self.ones: Vector = (1.0,) * len(graphs)
         self.values: dict[int, _Value] = {}
         self.sizes: dict[int, int] = {}  # elements of a tensor, where a view may be only a part of it
+        self.views: dict[tuple[int, int], _Value] = {}  # of parts that were written in place
         self.ended: dict[Ended, None] = {}
 
     def trace(self) -> Trace:
@@ -149,7 +152,7 @@ class _Reading:
         modules = {}
         for name, outputs in self.graphs[0].modules:
             for key, ref in outputs:
-                if (value := self.values.get(ref.number)) is not None and value.source is None:
+                if (value := self.value(ref)) is not None and value.source is None:
                     modules[name, key] = {chain: _times(*f[0]) for chain, f in value.terms.items()}
         for ref in self.graphs[0].results:
             self.end(self.value(ref), "used", "result")
@@ -162,7 +165,7 @@ class _Reading:
             return None
         if ref.parameter is not None:
             return _Value({(Use(ref.parameter),): ((self.ones, self.ones),)})
-        return self.values.get(ref.number)
+        return self.views.get((ref.number, ref.view), self.values.get(ref.number))
 
     def known(self, value: _Value | None) -> _Value | None:
         """A value that is a function of weights, or None."""
@@ -222,7 +225,11 @@ class _Reading:
             value = self.opaque(value)
         size = math.prod(ref.shape)
         if in_place and size < self.sizes.get(ref.number, 0):  # a part of it was written
+            if value is not None:
+                self.views[ref.number, ref.view] = value
             value = self.union([self.values.get(ref.number), value])
+        else:
+            self.views = {key: old for key, old in self.views.items() if key[0] != ref.number}
         self.sizes[ref.number] = max(size, self.sizes.get(ref.number, 0))
         if value is None:
             self.values.pop(ref.number, None)
@@ -459,7 +466,12 @@ class _Reading:
         a, b = (self.value(nodes[0].args[i]) for i in places)
         shapes = [[n.args[i].shape for i in places] for n in nodes]
         transposed = name == "linear"
-        result = self.contracted(a, b, shapes, transposed)
+        zeros = [isinstance(r, Ref) and r.value == 0 for r in (nodes[0].args[i] for i in places)]
+        if any(zeros) and not any(v is not None and v.weight for v in (a, b)):
+            a = b = None  # such as a state before its first token
+        weight = nodes[0].args[places[1]]
+        oriented = transposed or len(weight.shape) != 2 or weight.strides[0] == 1
+        result = self.contracted(a, b, shapes, transposed, oriented)
         if result is not None:
             result = self.times(result, self.number([n.kwargs.get("alpha", _arg(n, 4, 1)) for n in nodes] if added
                                                     else [1] * len(nodes)))  # fmt: skip
@@ -471,14 +483,14 @@ class _Reading:
             bias = _used(bias, "add")
         return self.union([result, bias])
 
-    def contracted(self, a: _Value | None, b: _Value | None, shapes, transposed: bool) -> _Value | None:
+    def contracted(self, a: _Value | None, b: _Value | None, shapes, transposed: bool, oriented: bool) -> _Value | None:
         """a @ b (a @ b^T where transposed)."""
         a, b = self.plain(a), self.plain(b)
         length = tuple(s[0][-1] for s in shapes)
         out_b = tuple((s[1][0] if transposed else s[1][-1]) if len(s[1]) > 1 else 1 for s in shapes)
         out_a = tuple(s[0][-2] if len(s[0]) > 1 else 1 for s in shapes)
         if b is not None and b.weight:
-            used = _used(b, "matmul", length, out_b)
+            used = _used(b, "matmul", length, out_b, oriented)
             if a is not None and a.weight:  # of two weights: one factor of a weight, or a learned input
                 return self.joined(a, used)
             return self.joined(a or _Value({(): ((self.ones,),)}), used)
@@ -625,10 +637,15 @@ def _is_scores(product: Product) -> bool:
     return max(product.length) > 1 and set(sides) <= {"matmul", "scale", "lookup"}
 
 
-def _used(value: _Value, kind: str, fan_in: tuple[int, ...] = (), fan_out: tuple[int, ...] = ()) -> _Value:
+def _used(
+    value: _Value, kind: str, fan_in: tuple[int, ...] = (), fan_out: tuple[int, ...] = (), oriented: bool = True
+) -> _Value:
     """A weight's chains with that use in place of "weight"."""
-    used = {(replace(c[0], kind=kind, fan_in=fan_in, fan_out=fan_out), *c[1:]): f for c, f in value.terms.items()}
-    return replace(value, terms=used)
+    terms = {}
+    for chain, factors in value.terms.items():
+        use = replace(chain[0], kind=kind, fan_in=fan_in, fan_out=fan_out, oriented=oriented)
+        terms[(use, *chain[1:])] = factors
+    return replace(value, terms=terms)
 
 
 def _products(value: _Value) -> bool:
@@ -682,4 +699,4 @@ def _power(vector: Vector, power: float) -> Vector:
 
 def _rounded(factors: Factors) -> Factors:
     """Factors that differ by rounding are one: sqrt(c) * sqrt(c) is not quite c."""
-    return tuple(tuple(float(f"{abs(f):.12g}") for f in vector) for vector in factors)
+    return tuple(tuple(math.nan if math.isnan(f) else float(f"{abs(f):.12g}") for f in v) for v in factors)

@@ -87,7 +87,6 @@ class Fault:
     eps: float = 0.0
     left_out: tuple[str, ...] = ()
     after: Callable[[nn.Module], None] | None = None
-    loss: Callable[[nn.Module, Any], Tensor] | None = None
     forms: tuple[str, ...] = ()  # first words of the forms it makes sense in; all if empty
 
 
@@ -169,7 +168,6 @@ def families(
     eps: float = 0.0,  # eps is 1e-8 * m ** eps
     lr: float = LR,
     after: Callable[[nn.Module], None] | None = None,
-    layouts: dict | None = None,
 ) -> list[Family]:
     """Return an architecture's families, one a form: `build` makes the module, and roles draw and train it."""
 
@@ -197,10 +195,8 @@ def families(
     found, right = [], Fault("", "")
     for form in forms:
         fitting = [fault for fault in faults if not fault.forms or form.split()[0] in fault.forms]
-        broken = tuple(Broken(f.name, f.tensor, f.by, factory(form, f), optimizer(form, f), f.loss) for f in fitting)
-        found.append(
-            Family(name, form, factory(form, right), optimizer(form, right), loss, batch, broken, layouts=layouts)
-        )
+        broken = tuple(Broken(f.name, f.tensor, f.by, factory(form, f), optimizer(form, f)) for f in fitting)
+        found.append(Family(name, form, factory(form, right), optimizer(form, right), loss, batch, broken))
     return found
 
 
