@@ -284,8 +284,7 @@ class _Tensor:
         alone = len(uses_in(end.chain)) == 1
         free = end.how == "norm" and alone
         fine = same or free or (not alone and self.constraints.holds(end) is True)
-        logits = any(e.logits for e in self.constraints.ends[use.tensor])
-        what = role if role != "output" or logits else "inner output"
+        what = self.constraints.explained_as(use.tensor, role)
         return self._exponent("forward", found, asked.forward, fine, None, what, m)
 
     def _fixed(self, groups: list[Group | None], init_read: bool, measured) -> list[Row]:

@@ -20,7 +20,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from crystal.mup.forward_trace import Ended, Product, Trace, Use, uses_in
+from crystal.mup.forward_trace import Chain, Ended, Product, Trace, Use, uses_in
 from crystal.mup.optimizers import Group, OptimizerRule, halved, lr_power
 from crystal.mup.rules import PARAMETRIZATIONS, Parametrization, Role
 from crystal.mup.tolerances import AUDIT_EXPONENT
@@ -112,6 +112,11 @@ class Constraints:
             if any(isinstance(part, Product) for part in end.chain):
                 self.products.append(end)
 
+    def explained_as(self, tensor: str, role: Role) -> str:
+        """A role as `explain` takes it: of readouts, only those whose output the model puts out have logits."""
+        inner = role == "output" and not any(end.logits for end in self.ends.get(tensor, ()))
+        return "inner output" if inner else role
+
     def off(self, use: Use, asked: Asked) -> tuple[tuple[float, ...] | None, float | None]:
         """(deviations of init, deviation of lr as it counts) of one use."""
         found = self.found.get(use.tensor, Found(None, None))
@@ -144,7 +149,7 @@ class Constraints:
 
     def lengths(self, end: Ended) -> float:
         """log of how the dot products in a chain grow, by the power that is expected of them."""
-        return sum(self.pair.ratio(p.length) for p in _products_in(end.chain)) * -(self.attention_power or 0.0)
+        return sum(self.pair.ratio(p.length) for p in products_within(end.chain)) * -(self.attention_power or 0.0)
 
     def sum(self, end: Ended) -> float:
         """What must be 0 for a product of several weights."""
@@ -154,9 +159,15 @@ class Constraints:
         """Is a product of several weights right? None: not judged here."""
         if not judgeable(end):
             return None
-        if self.attention_power is None and _products_in(end.chain):
+        if self.attention_power is None and products_within(end.chain):
             return None
         return close(self.sum(end), self.pair.log_m, len(uses_in(end.chain)) + 1)
+
+    def meant(self, end: Ended) -> bool:
+        """Of a product that comes out wrong: is it nearer to right with the common factors of init and lr that its
+        weights have? Then these are meant, and a multiplier is wrong."""
+        plain = self.total(end) + self.lengths(end)
+        return abs(self.sum(end)) < abs(plain) - 1e-9
 
     def right(self, tensor: str) -> bool | None:
         """Do all uses of a tensor follow the rule, by whichever of the equivalent forms? None: not all are known."""
@@ -171,7 +182,7 @@ class Constraints:
                 open_ = True
                 continue
             b, c = self.off(use, asked)
-            if len(uses) == 1 and not _products_in(end.chain):
+            if len(uses) == 1 and not products_within(end.chain):
                 if end.how == "norm":  # free in scale: only lr beside init counts
                     verdicts += [close(x - c, self.pair.log_m) for x in b or () if c is not None]
                     verdicts.append(c is not None or bool(b) is False or all(close(x, self.pair.log_m) for x in b))
@@ -190,14 +201,15 @@ def judgeable(end: Ended) -> bool:
     return end.how != "unknown" and not any(map(math.isnan, end.total()))
 
 
-def _products_in(chain) -> list[Product]:
+def products_within(chain: Chain) -> list[Product]:
+    """All products of two functions of weights in a chain, those inside others too."""
     found = []
     for part in chain:
         if isinstance(part, Product):
-            found += [part, *_products_in(part.left), *_products_in(part.right)]
+            found += [part, *products_within(part.left), *products_within(part.right)]
     return found
 
 
 def products_in(end: Ended) -> list[Product]:
-    """All products of two functions of weights in a chain."""
-    return _products_in(end.chain)
+    """All products of two functions of weights in a chain that has ended."""
+    return products_within(end.chain)

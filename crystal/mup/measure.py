@@ -4,7 +4,8 @@ Sizes are those of "Tensor Programs V", appendix D (mean absolute value of each 
 is repeated), and for each weight tensor three numbers that isolate one rule each: its size at initialisation, the
 size of its first update, and what that update does to the tensor's own output. Adam's first update of an element
 is lr * g/(|g| + eps), so its size *is* the tensor's learning rate, whatever the gradient: the one statistic that
-needs neither seeds nor calibration. Later steps blur it, as signs cancel.
+needs neither seeds nor calibration. Later steps blur it, as signs cancel. (SGD's is lr times the gradient's size, and
+muP's rules make it the same power of width.)
 
 Nothing is read back inside the run: hooks keep tensors, and all numbers come to the host at its end.
 """
@@ -12,7 +13,7 @@ Nothing is read back inside the run: hooks keep tensors, and all numbers come to
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -23,12 +24,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from crystal.mup.optimizers import Group, optimizers_of, read_groups
+from crystal.mup.forward_graph import members
+from crystal.mup.observe import refuse_late
+from crystal.mup.optimizers import Group, optimizers_of, read_groups, refuse_zero_lr
+from crystal.mup.verdict import CheckError
 
 ROWS = 32  # tokens of a batch that the effect of an update is measured on
 # An element whose gradient is under this many eps is not moved by lr: a key's bias has only rounding noise where
 # nothing rotates (softmax ignores what is added to all scores of a query), and so have words that nobody predicts.
 NOISE = 100
+ROUNDING = 1e-5  # of the model's largest gradient: what is smaller all over a tensor is rounding noise
 SAMPLE = 1 << 17  # elements of a tensor that its init and first update are read from
 OUTPUT = "output"  # name of what the whole model returns
 
@@ -37,12 +42,12 @@ OUTPUT = "output"  # name of what the whole model returns
 class Task:
     """How one model of a family is made and trained; size: its width, or its depth in a check over depth.
 
-    model: (size, seed) → initialised module; optimizer: module → its optimizer, of Adam's kind;
+    model: (size, seed) → initialised module; optimizer: module → its optimizer, or a list of them;
     loss: (module, batch) → scalar, from the module's own forward; batch: seed → one batch, used at every step.
     """
 
     model: Callable[[int, int], nn.Module]
-    optimizer: Callable[[nn.Module], Optimizer]
+    optimizer: Callable[[nn.Module], Optimizer | Sequence[Optimizer]]
     loss: Callable[[nn.Module, Any], Tensor]
     batch: Callable[[int], Any]
 
@@ -51,39 +56,65 @@ class Task:
 class Measured:
     """values: (name, quantity, step) → number; quantity: init, update, push (of tensors), size, change (of outputs).
 
-    groups: tensor → number of its optimizer group; quiet: tensors whose gradient never rose above NOISE * eps.
+    groups: tensor → its optimizer group; quiet: tensors whose update cannot be read, with the reason: `no gradient`,
+    `noise` (their gradient is rounding noise), `eps` (which is larger than all of it), `near eps`.
     """
 
     size: int
     seed: int
     values: dict[tuple[str, str, int], float]
-    groups: dict[str, int]
-    quiet: frozenset[str]
+    groups: dict[str, Group]
+    quiet: dict[str, str]
 
 
-def measure(task: Task, size: int, seed: int, steps: int, keep: Callable[[nn.Module], None] | None = None) -> Measured:
-    """Train one model for `steps` forward passes with steps - 1 updates between them. keep: is shown the model."""
+def measure(
+    task: Task,
+    size: int,
+    seed: int,
+    steps: int,
+    keep: Callable[[nn.Module, Callable[[nn.Module], Tensor]], None] | None = None,
+) -> Measured:
+    """Train one model for `steps` forward passes with steps - 1 updates between them.
+
+    keep: is shown the model and a call of its forward pass before anything is trained. Raises CheckError for a
+    parameter that is made or replaced in the forward pass, for an lr of 0, and for an optimizer without a rule.
+    """
     model = task.model(size, seed)
-    if keep:
-        keep(model)
-    optimizer = task.optimizer(model)
-    named = {clean(n): p for n, p in model.named_parameters() if p.requires_grad}
-    groups = read_groups(model, optimizer)
-    run = _Run(model, named, {clean(n): g for n, g in groups.items()}, _decays_apart(optimizer))
+    refuse_late(model, " that makes the model")
     batch = task.batch(seed)
+    if keep:
+        keep(model, lambda m: task.loss(m, batch))
+    optimizers = optimizers_of(task.optimizer(model))
+    every = dict(model.named_parameters())
+    named = {clean(n): p for n, p in every.items() if p.requires_grad}
+    groups = {clean(n): g for n, g in read_groups(model, optimizers).items()}
+    refuse_zero_lr(groups, f"at size {size}")
+    run = _Run(model, named, groups)
     for step in range(1, steps + 1):
         with run.watch(step):
             loss = task.loss(model, batch)
+        if step == 1:
+            _refuse_other(every, model)
         if step < steps:
             loss.backward()
             run.before_update(step)
-            optimizer.step()
+            for optimizer in optimizers:
+                optimizer.step()
             run.after_update(step)
             if step + 1 < steps:  # the last forward pass has no backward
                 for p in named.values():
                     if p.grad is not None:
                         p.grad.zero_()  # and keep: fresh memory costs more than zeros
-    return Measured(size, seed, run.values(), {clean(n): g.number for n, g in groups.items()}, frozenset(run.waiting))
+    return Measured(size, seed, run.values(), groups, run.quiet())
+
+
+def _refuse_other(before: dict[str, Tensor], model: nn.Module) -> None:
+    """Raises CheckError for a parameter that the first forward pass made or replaced: no optimizer has it."""
+    sharded = any(hasattr(p, "full_tensor") for p in before.values())  # FSDP swaps shards for whole tensors and back
+    for name, p in model.named_parameters():
+        if name not in before or (before[name] is not p and not sharded):
+            how = "replaced" if name in before else "made"
+            raise CheckError(f"{clean(name)}: is {how} in the forward pass, after the optimizer; do so in the factory")
 
 
 _WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
@@ -96,21 +127,17 @@ def clean(name: str) -> str:
     return ".".join(kept[1:] if kept[:1] == ["module"] else kept)
 
 
-def _decays_apart(optimizer: Optimizer) -> bool:
-    """Is weight decay lr * lambda * w, as in AdamW, rather than a part of the gradient?"""
-    return any(g.get("decoupled_weight_decay", "AdamW" in type(optimizer).__name__) for g in optimizer.param_groups)
-
-
 class _Run:
     """The numbers of one run, kept on the device until `values`."""
 
-    def __init__(self, model: nn.Module, named: dict[str, Tensor], groups: dict[str, Group], decays_apart: bool):
-        self.named, self.groups, self.decays_apart = named, groups, decays_apart
+    def __init__(self, model: nn.Module, named: dict[str, Tensor], groups: dict[str, Group]):
+        self.named, self.groups = named, groups
         self.numbers: list[tuple[tuple[str, str, int], Tensor]] = []
         self.first: dict[str, Tensor] = {}  # outputs of the first step
         self.outputs: dict[str, Tensor] = {}
         self.inputs: dict[str, Tensor] = {}
         self.waiting = dict(named)  # tensors whose first real update has not come yet
+        self.gradients: dict[str, float] = dict.fromkeys(named, 0.0)  # the largest that each has had
         self.before: dict[str, _Before] = {}
         self._add("init", 0, _rms([_sample(p) for p in named.values()]), list(named))
         self.hooks = []
@@ -122,10 +149,12 @@ class _Run:
 
     def _output_hook(self, name: str):
         def hook(module, inputs, output):
-            if isinstance(output, tuple) or hasattr(output, "logits"):
-                output = output[0] if isinstance(output, tuple) else output.logits
-            if isinstance(output, Tensor) and output.is_floating_point() and output.ndim:
-                self.outputs[name] = output.detach()
+            if isinstance(output, Tensor):  # nearly always, and quickly
+                found = [("", output)] if output.is_floating_point() and output.ndim else []
+            else:
+                found = members(output)
+            for key, tensor in found:
+                self.outputs[f"{name}[{key}]" if key else name] = tensor.detach()
 
         return hook
 
@@ -159,11 +188,30 @@ class _Run:
         """Of tensors that have not moved yet, keep what their first update will be read from."""
         live = {n: _sample(p.grad) for n, p in self.waiting.items() if p.grad is not None}
         largest = torch.stack(_norms(list(live.values()), math.inf)).tolist() if live else []
+        for name, size in zip(live, largest, strict=True):
+            self.gradients[name] = max(self.gradients[name], size)
+        rounding = ROUNDING * max(self.gradients.values(), default=0.0)
         for (name, grad), size in zip(live.items(), largest, strict=True):
-            noise = NOISE * (self.groups[name].eps or 0.0) if name in self.groups else 0.0
+            group = self.groups.get(name)
+            # an Adam step does not show how small its gradient was
+            noise = 0.0 if group is None else NOISE * group.eps if group.eps else rounding if group.rule != "adam" else 0.0
             if size > noise:
                 p = self.waiting.pop(name)
                 self.before[name] = _Before(_sample(p).clone(), grad.abs() > noise, self._output(name, p))
+
+    def quiet(self) -> dict[str, str]:
+        """Tensors that are still waiting, and why."""
+        rounding = ROUNDING * max(self.gradients.values(), default=0.0)
+        found = {}
+        for name in self.waiting:
+            size, group = self.gradients[name], self.groups.get(name)
+            if size == 0:
+                found[name] = "no gradient"
+            elif size <= rounding:
+                found[name] = "noise"
+            else:
+                found[name] = "eps" if group is not None and group.eps and size <= group.eps else "near eps"
+        return found
 
     @torch.no_grad()
     def after_update(self, step: int) -> None:
@@ -179,7 +227,7 @@ class _Run:
     def _step(self, name: str, old: _Before) -> Tensor:
         """What the optimizer added, less AdamW's decay, which is no gradient's doing: a gain of 1 shows it."""
         step, group = _sample(self.named[name]) - old.sample, self.groups.get(name)
-        if self.decays_apart and group is not None and group.weight_decay:
+        if group is not None and group.decoupled and group.weight_decay:
             step = step + group.lr * group.weight_decay * old.sample
         return step
 

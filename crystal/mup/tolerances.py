@@ -11,10 +11,17 @@ MEASURED_INIT = 0.15  # exponent: an initial size that was drawn, not read, must
 AUDIT_TWICE = 0.1  # a branch's exponent beyond this is a multiplier that counts depth, when the reason is looked for
 
 INIT_AND_UPDATE = 0.1  # of tensors: they do not depend on training, and correct models stay within 0.01
+SGD_UPDATE = 0.4  # the same for SGD's updates, which are as large as gradients are, and noisy like them
+FEW_ELEMENTS = 0.3  # the same for the init of a tensor of few elements
+FEW = 2048  # elements, below which a tensor's initial size is known to less than 2%
 ACTIVATION = 0.35  # of what training does to activations
 PUSH = 0.4  # of the effect of the first update, which is noisier
 FINITE_WIDTH = -0.35  # how far below 0 counts as 0 for activations after updates
+FADING = -1.0  # the same where a map to a fixed size inside the model starts as width^-1/2, and what follows with it
 OUTPUT_OR_DEPTH = -0.5  # the same for logits, and for all that is measured over depth
+
+HIGH_LR = 0.25  # first updates beyond this share of the init are not small any more; correct models stop being flat
+LOW_LR = 1e-5  # below this share their effects drown in fp32's rounding
 
 SAME_POWER = 0.2  # how close to a known wrong power an exponent lies whose reason is named
 
