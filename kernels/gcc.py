@@ -31,7 +31,7 @@ def put(path: Path, text: str) -> None:
     """Write a file of the cache, whole or not at all. Raises OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{os.getpid()}")
-    aside.write_text(text)
+    aside.write_text(text, encoding="utf-8")
     aside.replace(path)
 
 
@@ -56,7 +56,7 @@ def build(source: str, kind: str, *options: str) -> ctypes.CDLL:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
             text, made = Path(scratch) / "kernel.c", Path(scratch) / "kernel.so"
-            text.write_text(source)
+            text.write_text(source, encoding="utf-8")
             command = [gcc, *flags, str(text), "-o", str(made), "-lmvec", "-lm"]
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             if done.returncode:

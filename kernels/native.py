@@ -43,7 +43,7 @@ def load(
     """A C file of this directory compiled for each dtype, its functions declared; {} where that cannot be done."""
     if not sys.platform.startswith("linux"):
         return {}
-    source = "".join(Path(__file__).with_name(name).read_text() for name in ("real.h", file))
+    source = "".join(Path(__file__).with_name(name).read_text(encoding="utf-8") for name in ("real.h", file))
     try:
         found = {
             dtype: build(source, "native", *options, *kind)

@@ -38,7 +38,7 @@ def file() -> Path:
 
 def measure() -> Waiting:
     """Measure, in some milliseconds. Raises RuntimeError where there is no gcc."""
-    library = build(Path(__file__).with_name("thread_waiting.c").read_text(), "native", "-pthread")
+    library = build(Path(__file__).with_name("thread_waiting.c").read_text(encoding="utf-8"), "native", "-pthread")
     library.look_ns.restype = library.wake_ns.restype = ctypes.c_double
     look = min(library.look_ns(LOOKS) for _ in range(TRIES))
     wake = min(library.wake_ns(ROUNDS) for _ in range(TRIES))

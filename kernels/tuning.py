@@ -235,7 +235,8 @@ def _from_file() -> Tuning | None:
 
 
 def _file(identity: dict) -> Path:
-    candidates = Path(__file__).with_name("candidates.py").read_text()  # measured again when they change
+    candidates = Path(__file__).with_name("candidates.py").read_text(encoding="utf-8")
+    # measured again when they change
     depends = json.dumps([identity, candidates], sort_keys=True)
     return cache("tuning") / f"{hashlib.sha256(depends.encode()).hexdigest()[:24]}.json"
 

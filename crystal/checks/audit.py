@@ -2,19 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from crystal.checks.subject import checked
+from crystal.errors import ConfigError
 from crystal.mup.audit import audit
 from crystal.mup.audit_depth import audit_depth
 from crystal.mup.plan import Plan
-from crystal.mup.verdict import Report
+from crystal.mup.verdict import CheckError, Report
 from crystal.zoo.build import RESIDUAL_OUT, multipliers_for
 
 
-def audit_model(name: str, base: int | None = None, parametrization: str | None = None) -> tuple[Report, Plan]:
-    """The static audit of a model or run, against its own plan; parametrization: what it is expected to be."""
+def audit_model(
+    name: str, base: int | None = None, parametrization: str | None = None, accept: Sequence[str] = ()
+) -> tuple[Report, Plan]:
+    """The static audit of a model or run, against its own plan; parametrization: what it is expected to be.
+
+    Raises ConfigError for a model or base width that does not exist or cannot be audited.
+    """
+    try:
+        return _audited(name, base, parametrization, tuple(accept))
+    except CheckError as error:
+        raise ConfigError(f"{name}: {error}") from None
+
+
+def _audited(name: str, base: int | None, parametrization: str | None, accept: tuple[str, ...]) -> tuple[Report, Plan]:
     subject = checked(name)
     config = subject.config
     smallest = config.n_heads // config.kv_heads * config.d_head
@@ -43,6 +58,7 @@ def audit_model(name: str, base: int | None = None, parametrization: str | None 
         plan=plan if itself else None,
         attention_power=-1.0 if config.mup.attention_scale == "1/d" else -0.5,
         scores_scale=multipliers_for(config, plan).attention if itself else None,
+        accept=accept,
         **observed,
     )
     if (parametrization or declared) == "completep":
@@ -53,7 +69,8 @@ def audit_model(name: str, base: int | None = None, parametrization: str | None 
             residual_out=RESIDUAL_OUT,
             **observed,
         )
-        report = Report(report.rows + over_depth.rows, report.seconds + over_depth.seconds, report.notes)
+        rows, seconds = report.rows + over_depth.rows, report.seconds + over_depth.seconds
+        report = Report(rows, seconds, report.notes, accept=accept)
     return report, plan
 
 

@@ -47,6 +47,7 @@ class Asked:
     dtype: str = "auto"
     data: str | None = None
     wrap: Callable[[nn.Module], nn.Module] | None = None
+    accept: tuple[str, ...] = ()  # names of rows that may be INCONCLUSIVE
     parts: int = 1  # d_ff is rounded down to a multiple of this, so that it can be split
 
 
@@ -82,7 +83,7 @@ def _check(name: str, asked: Asked, along: Along, parametrization: str | None, p
         check = coord_check(
             task_of(subject, asked, at), sizes, seeds=asked.seeds, first_seed=asked.first_seed, steps=asked.steps,
             parametrization=mup.parametrization, along=along, depth_alpha=mup.depth_alpha,
-            label=f"{name}, {mup.parametrization}", progress=progress,
+            label=f"{name}, {mup.parametrization}", progress=progress, accept=asked.accept,
         )  # fmt: skip
     except CheckError as error:
         raise ConfigError(f"{name}: {error}") from None
@@ -168,7 +169,8 @@ def _real_rows(run: str) -> tuple[int, Callable[[int], Tensor]]:
 def as_dict(checks: Sequence[CoordCheck]) -> dict:
     """One JSON object over all checks."""
     rows = [row for check in checks for row in check.rows]
-    joined = Report(rows, sum(c.seconds for c in checks), [n for c in checks for n in c.notes])
+    notes = [note for check in checks for note in check.notes]
+    joined = Report(rows, sum(c.seconds for c in checks), notes, accept=checks[0].accept)
     return joined.as_dict() | {
         "widths": next((list(c.sizes) for c in checks if c.along == "width"), None),
         "depths": next((list(c.sizes) for c in checks if c.along == "depth"), None),

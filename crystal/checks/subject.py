@@ -68,7 +68,8 @@ def checked(name: str, parametrization: str | None = None) -> Checked:
         except ConfigError:
             if not name.endswith((".yaml", ".yml")):
                 known = [*presets(), *families()]
-                raise ConfigError(f"{name}: expected a model or a run file{nearest(name, known)}") from None
+                near = nearest(name, known)
+                raise ConfigError(f"{name}: expected a model or a run file, or MODULE:NAME{near}") from None
             raise
         run = load_run(name).config
         config, optimizer = run.model, run.optimizer

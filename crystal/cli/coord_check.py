@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from crystal.cli.options import Checked, Json, Parametrization, console, print_result
+from crystal.cli.options import Accept, Checked, Json, Parametrization, console, is_own, print_result
 from crystal.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -50,13 +50,14 @@ def coord_check(
     formats: Annotated[
         str | None, typer.Option("--format", metavar="NAME,...", help="of the pictures: png, pdf, svg; default: png")
     ] = None,
+    accept: Accept = None,
     as_json: Json = False,
 ) -> None:
     """Coordinate check with a verdict for every tensor and activation, over widths x seeds x steps.
 
     Examples:
         crystal coord-check crystalcoder --out check
-        crystal coord-check amber --parametrization mup --widths 64,128,256,512
+        crystal coord-check mymodule:factory --widths 64,128,256,512
     """
     from crystal.checks.coord_check import DEPTH, WIDTHS, Asked, as_dict
     from crystal.run import load_run, prepare_run
@@ -77,10 +78,18 @@ def coord_check(
         lr=lr,
         dtype=dtype,
         data=data,
+        accept=tuple(accept or ()),
     )
-    if data is not None:
-        prepare_run(load_run(data), console())  # before the bar: it draws its own
-    checks, files = _run(model, asked, parametrization, under, out, pictures)
+    if is_own(model):
+        zoo_only = {"--depths": depths, "--lr": lr, "--data": data, "--under": under}
+        for flag, value in (zoo_only | {"--dtype": None if dtype == "auto" else dtype}).items():
+            if value is not None:
+                raise ConfigError(f"{flag}: expected a model or run before it; {model} says itself how it trains")
+        checks, files = _run_own(model, asked, parametrization, out, pictures)
+    else:
+        if data is not None:
+            prepare_run(load_run(data), console())  # before the bar: it draws its own
+        checks, files = _run(model, asked, parametrization, under, out, pictures)
     result = as_dict(checks)
     print_result(result, as_json, "\n".join([coord_check_text(checks, out), *(f"written: {file}" for file in files)]))
     if result["verdict"] != "PASS":
@@ -113,6 +122,26 @@ def _run(
         bar.begin(f"writing {out}")
         with finishing():
             return checks, write(checks, beside, out, f"Coordinate check of {model}", pictures)
+
+
+def _run_own(
+    model: str, asked: Asked, parametrization: str | None, out: Path | None, pictures: Sequence[str]
+) -> tuple[list[CoordCheck], list[Path]]:
+    """The same for a user's own models, with nothing beside them in the picture."""
+    from crystal.checks.coord_check import write
+    from crystal.checks.factory import load_factory
+    from crystal.checks.own_models import check_own
+    from crystal.output.interrupts import finishing
+    from crystal.output.progress import Bar
+
+    factory = load_factory(model)
+    with Bar(console(), model, unit="models") as bar:
+        checks = [check_own(factory, asked, parametrization, _shown_on(bar, model, asked, 1))]
+        if out is None:
+            return checks, []
+        bar.begin(f"writing {out}")
+        with finishing():
+            return checks, write(checks, (), out, f"Coordinate check of {model}", pictures)
 
 
 def _formats(given: str | None, out: Path | None) -> tuple[str, ...]:
@@ -176,12 +205,12 @@ def coord_check_text(checks: Sequence[CoordCheck], out: Path | None = None) -> s
             f"{check.verdict}  {check.label}: {check.along}s {', '.join(map(str, check.sizes))}, {seeds} seeds, "
             f"{check.steps} steps, {check.seconds:.1f} s"
         )
-        bad = check.failures or [r for r in check.rows if r.verdict != "PASS"]
+        bad = check.failures or check.unsettled
         lines += [f"  {line}" for line in summary(bad)] if bad else []
         if len(bad) > len(summary(bad)):
             place = out / f"{stem(check)}.html" if out else "--json, or --out DIR for a page"
             lines.append(f"  all {len(bad)} {'failing' if check.failures else 'inconclusive'} rows: {place}")
-        lines += [f"  note: {note}" for note in check.notes]
+        lines += [f"  note: {note}" for note in check.remarks()]
         lines.append(f"  {'quantity':12} {'rows':>5} {'expected':>9} {'slopes':>16}  verdict")
         for (quantity, expected), rows in _by_quantity(check.rows).items():
             slopes = [r.slope for r in rows if r.slope is not None]

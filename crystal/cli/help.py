@@ -7,10 +7,13 @@ as the help text; the examples become the command's epilog.
 from __future__ import annotations
 
 import inspect
+import sys
 from typing import Any
 
 import typer
 from typer.core import TyperCommand, TyperGroup
+
+from crystal.output.printable import writable
 
 _HEADING = "\nExamples:\n"
 
@@ -43,7 +46,14 @@ def shown_name(parameter: Any) -> str:
     return parameter.metavar or parameter.name.upper()
 
 
-class Command(TyperCommand):
+class _Printed:
+    """Help as typer prints it, which takes a terminal without UTF-8 for one with it."""
+
+    def get_help(self, ctx: Any) -> str:
+        return writable(super().get_help(ctx), sys.stdout.encoding)
+
+
+class Command(_Printed, TyperCommand):
     """One command."""
 
     def __init__(self, *args: Any, **settings: Any):
@@ -86,7 +96,7 @@ class Command(TyperCommand):
         _write_examples(self.epilog, formatter)
 
 
-class Group(TyperGroup):
+class Group(_Printed, TyperGroup):
     """A command that is a group of others."""
 
     def __init__(self, *args: Any, **settings: Any):

@@ -35,6 +35,7 @@ from crystal.cli.transfer import transfer
 from crystal.errors import CrystalError
 from crystal.files import cache_dir
 from crystal.output import interrupts
+from crystal.output.printable import SIGNS
 from crystal.output.ranks import is_first
 
 _usage = sys.modules[typer.BadParameter.__module__]  # typer's exceptions, be they of its own click or of click
@@ -49,9 +50,9 @@ def main() -> None:
     """Entry point: a user's mistake is one line on stderr and exit 2; Ctrl-C or SIGTERM is one line and exit 130."""
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", _spin_count())
-    for stream in (sys.stdout, sys.stderr):  # a name that has no bytes in the terminal's encoding is shown escaped
+    for stream in (sys.stdout, sys.stderr):  # what has no bytes in the terminal's encoding is shown in another form
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")
+            stream.reconfigure(errors=SIGNS)
     try:
         # a number where typer stopped early
         code = interrupts.obeyed(lambda: app(prog_name="crystal", standalone_mode=False))

@@ -35,9 +35,21 @@ Parametrization = Annotated[
 Checked = Annotated[
     str,
     typer.Argument(
-        metavar="MODEL|RUN.yaml", help="a preset, rung, family or run file", autocompletion=completion.checked
+        metavar="MODEL|RUN.yaml|MODULE:NAME",
+        help="a preset, rung, family or run file, or a function of yours from a width to a module",
+        autocompletion=completion.checked,
     ),
 ]
+Accept = Annotated[
+    list[str] | None,
+    typer.Option(metavar="NAME", help="a tensor, or pattern of names, that may be INCONCLUSIVE; as often as wanted"),
+]
+
+
+def is_own(model: str) -> bool:
+    """Is this a user's MODULE:NAME or FILE.py:NAME, rather than a model or a run file by name?"""
+    yaml = model.endswith((".yaml", ".yml")) or (Path(model).exists() and not model.endswith(".py"))
+    return not yaml and (":" in model or model.endswith(".py"))
 
 
 def print_result(result: dict, as_json: bool, text: str, raw: bool = False) -> None:

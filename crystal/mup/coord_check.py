@@ -291,7 +291,8 @@ def _quiet_rows(measured: Sequence[Measured], expected: Expected, rows: Sequence
             message = f"{name}: its eps of {eps:g} is larger than all of its gradient, so that lr is not its step"
             found.append(Row(name, "update", None, None, None, "FAIL", expected.source, message))
         else:
-            said = "never got a gradient: is it used?" if "no gradient" in why else "its gradient is too near eps to tell"
+            eps = f"its gradient is too near its eps of {max(g.eps or 0.0 for g in groups):g} to tell whether lr is its step"
+            said = "never got a gradient: is it used?" if "no gradient" in why else eps
             found.append(Row(name, "update", None, None, None, "INCONCLUSIVE", expected.source, f"{name}: {said}"))
     return found
 
@@ -311,7 +312,7 @@ def _by_group(name: str, measured: Sequence[Measured], expected: Expected) -> Ro
 
 def _regime(rows: list[Row], points, expected: Expected) -> list[Row]:
     """Where only effects are off and the lr is far too high or low, that is why: nothing has been judged then."""
-    if not expected.tensors or any(r.verdict == "FAIL" and r.quantity.split()[0] not in EFFECTS for r in rows):
+    if not expected.tensors:
         return rows
     ratios = []
     first = expected.sizes[0]
@@ -322,15 +323,17 @@ def _regime(rows: list[Row], points, expected: Expected) -> list[Row]:
     ratio = statistics.median(ratios) if ratios else 0.1
     if LOW_LR < ratio < HIGH_LR:
         return rows
-    why = (
-        f"updates dominate init (they are {ratio:.2g} of it at size {first}): lower --lr"
-        if ratio >= HIGH_LR
-        else f"updates vanish beside init (they are {ratio:.1g} of it at size {first}): raise --lr"
-    )
+    if ratio >= HIGH_LR:
+        if any(r.verdict == "FAIL" and r.quantity.split()[0] not in EFFECTS for r in rows):
+            return rows
+        why = f"updates dominate init (they are {ratio:.2g} of it at size {first}): lower --lr"
+    else:
+        why = f"updates vanish beside init (they are {ratio:.1g} of it at size {first}): raise --lr"
+    spared = ("init", "multiplier")
     return [
-        replace(row, verdict="INCONCLUSIVE", message=f"{row.message.rpartition(': ')[0]}: {why}")
-        if row.verdict != "PASS"
-        else row
+        row
+        if row.verdict == "PASS" or row.quantity in spared
+        else replace(row, verdict="INCONCLUSIVE", message=f"{row.message.rpartition(': ')[0]}: {why}")
         for row in rows
     ]
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from crystal.mup.coord_check import CoordCheck
 from crystal.mup.coord_panels import COLORS, Panel, caption, exponent, heading, limits, panels, quantities, worst_first
 from crystal.mup.coord_svg import svg
-from crystal.mup.verdict import Row, faults
+from crystal.mup.verdict import Report, Row, faults
 
 _VERDICTS = ("FAIL", "INCONCLUSIVE", "PASS")
 
@@ -23,32 +23,33 @@ def page(checks: Sequence[CoordCheck], title: str, made: Mapping[str, str]) -> s
 <html lang="en"><head><meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="color-scheme" content="light dark">
-<title>{html.escape(title)}: {check.verdict}</title><style>{_STYLE}</style></head>
+<title>{html.escape(title)}: {check.verdict}</title><style>{STYLE}</style></head>
 <body><main>
 <h1>{html.escape(title)}: <span class="{check.verdict}">{check.verdict}</span></h1>
-<p>{html.escape(f"{check.label}: {caption(check)}.")}</p><p>{_count(check.rows)}.</p>
-{_wrong(check)}
+<p>{html.escape(f"{check.label or 'model'}: {caption(check)}.")}</p><p>{count(check.rows)}.</p>
+{wrong(check)}
 <h2>Against {check.along}</h2>
 {_pictures(checks)}
 <h2 id="rows">All rows, worst first</h2>
-{_table(check)}
+{table(check)}
 <h2>What is measured</h2>
 <dl>{_meaning(check)}</dl>
 <h2>How it was made</h2>
 <dl class="made">{"".join(f"<dt>{html.escape(k)}</dt><dd>{html.escape(v)}</dd>" for k, v in made.items())}</dl>
-</main><script>{_SCRIPT}</script></body></html>
+</main><script>{SCRIPT}</script></body></html>
 """
 
 
-def _count(rows: Sequence[Row]) -> str:
+def count(rows: Sequence[Row]) -> str:
+    """`30 rows: 2 FAIL, 28 PASS`."""
     verdicts = [row.verdict for row in rows]
     said = [f"{verdicts.count(v)} {v}" for v in _VERDICTS if v in verdicts]
     return f"{len(rows)} rows: {', '.join(said) or 'none'}"
 
 
-def _wrong(check: CoordCheck) -> str:
+def wrong(check: Report) -> str:
     """Every fault with all tensors that have it, and the notes."""
-    bad = check.failures or [row for row in check.rows if row.verdict != "PASS"]
+    bad = check.failures or check.unsettled
     items = []
     for same in faults(bad) if bad else []:
         others = "".join(f"<li>{html.escape(row.name)}</li>" for row in same[1:])
@@ -56,7 +57,7 @@ def _wrong(check: CoordCheck) -> str:
         items.append(f"<li>{html.escape(same[0].message)}{more}</li>")
     listed = sum(map(len, faults(bad))) if bad else 0
     rest = f"<p>{len(bad) - listed} more fail because of these; the table has all.</p>" if listed < len(bad) else ""
-    notes = "".join(f"<li>note: {html.escape(note)}</li>" for note in check.notes)
+    notes = "".join(f"<li>note: {html.escape(note)}</li>" for note in check.remarks())
     heading = f"<h2>What is {'wrong' if check.failures else 'not settled'}</h2>" if bad else ""
     return heading + (f"<ul>{''.join(items)}{notes}</ul>" if items or notes else "") + rest
 
@@ -92,7 +93,8 @@ def _under(panel: Panel) -> str:
     return html.escape(f"here {panel.count()}{expected}{left_out}")
 
 
-def _table(check: CoordCheck) -> str:
+def table(check: Report) -> str:
+    """All rows, worst first, with buttons that choose a verdict."""
     choices = "".join(
         f'<label><input type="radio" name="only" id="only-{value}"{" checked" * (value == "all")}> {value}</label>'
         for value in ("all", *_VERDICTS)
@@ -163,7 +165,7 @@ _MEANING = (
     ),
 )
 
-_STYLE = """
+STYLE = """
 :root{color-scheme:light dark;--bg:#fff;--fg:#1f2328;--soft:#59636e;--rule:#d5dbe1;--fails:#d55e00;--open:#8c6d1f;
 --fail:#b34700;--unsettled:#7a5c00;--pass:#1a6b3a;--embedding:#0072b2;--attention:#009e73;--mlp:#e69f00;--norms:#cc79a7;
 --output:#000;--other:#56b4e9}
@@ -209,7 +211,7 @@ dt{font-weight:600}dd{margin:0 0 .6rem;max-width:46rem}
 """
 
 # Search by name, and how many rows are shown; choosing a verdict is done by the style sheet.
-_SCRIPT = """
+SCRIPT = """
 const rows = [...document.querySelectorAll("tbody tr")], words = document.getElementById("words");
 function show() {
   const wanted = words.value.toLowerCase().split(/\\s+/);

@@ -236,10 +236,8 @@ def _tensor(
     m = fan_in if own_fan_in or role not in ("hidden", "output") else tuple(p.log_m for p in pairs)
     init, update = (tuple(power * x for x in m) for power in (powers.init, powers.lr))
     if muon:
-        # an orthogonal matrix has elements of 1/sqrt(its larger dimension), and should be sqrt(fan_out/fan_in) large
-        largest = tuple(math.log(max(s) / max(shapes[0])) for s in shapes)
-        forward = powers.forward
-        update = tuple((o - i) / 2 - forward * i - x / 2 for o, i, x in zip(fan_out, fan_in, largest, strict=True))
+        # measured is the spectral norm, which should be sqrt(fan_out/fan_in)
+        update = tuple((o - i) / 2 - powers.forward * i for o, i in zip(fan_out, fan_in, strict=True))
     alone = _alone(name, constraints)
     if alone is None:
         return Tensors(role, init, update, free=bool(uses))

@@ -7,12 +7,15 @@ several widths side by side.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import flex_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from crystal.mup.aten_ops import LAYOUT
@@ -169,17 +172,30 @@ def record(model: nn.Module, call: Callable[[nn.Module], Any]) -> Graph:
         return keep
 
     handles = [module.register_forward_hook(hook(name)) for name, module in model.named_modules()]
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)  # one fused operation instead of those it is made of
     try:
-        with torch.no_grad(), recorder:
+        with torch.no_grad(), _in_parts(), recorder:
             result = call(model)
     finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
         for handle in handles:
             handle.remove()
     results = tuple(recorder.ref(t) for t in tensors_of(result) if t.is_floating_point())
     return Graph(tuple(recorder.nodes), results, tuple(outputs))
+
+
+@contextmanager
+def _in_parts() -> Iterator[None]:
+    """Where torch would fuse or compile attention, have it run the operations that it is made of."""
+    fast, flex = torch.backends.mha.get_fastpath_enabled(), "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG"
+    compiled = getattr(flex_attention, flex, None)
+    torch.backends.mha.set_fastpath_enabled(False)
+    setattr(flex_attention, flex, True)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # flex_attention's advice to compile it
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+        setattr(flex_attention, flex, compiled)
 
 
 def members(output: Any, key: str = "") -> list[tuple[str, Tensor]]:

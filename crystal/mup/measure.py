@@ -5,7 +5,7 @@ is repeated), and for each weight tensor three numbers that isolate one rule eac
 size of its first update, and what that update does to the tensor's own output. Adam's first update of an element
 is lr * g/(|g| + eps), so its size *is* the tensor's learning rate, whatever the gradient: the one statistic that
 needs neither seeds nor calibration. Later steps blur it, as signs cancel. (SGD's is lr times the gradient's size, and
-muP's rules make it the same power of width.)
+muP's rules make it the same power of width; of Muon's, an orthogonal matrix times lr, the spectral norm is taken.)
 
 Nothing is read back inside the run: hooks keep tensors, and all numbers come to the host at its end.
 """
@@ -197,7 +197,10 @@ class _Run:
             noise = 0.0 if group is None else NOISE * group.eps if group.eps else rounding if group.rule != "adam" else 0.0
             if size > noise:
                 p = self.waiting.pop(name)
-                self.before[name] = _Before(_sample(p).clone(), grad.abs() > noise, self._output(name, p))
+                muon = group is not None and group.rule == "muon"
+                old = p.detach().clone() if muon else _sample(p).clone()
+                moving = torch.ones_like(old) if muon else grad.abs() > noise
+                self.before[name] = _Before(old, moving, self._output(name, p))
 
     def quiet(self) -> dict[str, str]:
         """Tensors that are still waiting, and why."""
@@ -218,6 +221,10 @@ class _Run:
         moved = {n: self._step(n, old) * old.moving for n, old in self.before.items()}
         counts = [old.moving.sum() for old in self.before.values()]
         sizes = [norm / n.sqrt() for norm, n in zip(_norms(list(moved.values()), 2), counts, strict=True)]
+        for place, (name, step_taken) in enumerate(moved.items()):
+            group = self.groups.get(name)
+            if group is not None and group.rule == "muon":
+                sizes[place] = torch.linalg.matrix_norm(step_taken.flatten(1), 2)
         self._add("update", step, sizes, list(moved))
         # on the inputs that the gradient came from: the tensor's own effect, without that of the others' updates
         pushed = {n: old.output for n, old in self.before.items() if old.output is not None}
@@ -226,7 +233,8 @@ class _Run:
 
     def _step(self, name: str, old: _Before) -> Tensor:
         """What the optimizer added, less AdamW's decay, which is no gradient's doing: a gain of 1 shows it."""
-        step, group = _sample(self.named[name]) - old.sample, self.groups.get(name)
+        now = self.named[name].detach()
+        step, group = (now if old.sample.shape == now.shape else _sample(now)) - old.sample, self.groups.get(name)
         if group is not None and group.decoupled and group.weight_decay:
             step = step + group.lr * group.weight_decay * old.sample
         return step

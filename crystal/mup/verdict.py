@@ -7,12 +7,15 @@ so that both name a broken rule in the same words.
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from crystal.mup.rules import Role
 from crystal.mup.tolerances import SAME_POWER
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 Verdict = Literal["PASS", "FAIL", "INCONCLUSIVE"]
 
@@ -62,10 +65,58 @@ class Report:
     def failures(self) -> list[Row]:
         return [row for row in self.rows if row.verdict == "FAIL"]
 
+    @property
+    def unsettled(self) -> list[Row]:
+        """Rows that are INCONCLUSIVE and were not accepted."""
+        return [row for row in self.rows if row.verdict == "INCONCLUSIVE" and not self.accepted(row)]
+
+    def remarks(self) -> list[str]:
+        """The notes, what was accepted though INCONCLUSIVE, and names to be accepted that no such row has."""
+        accepted = list(dict.fromkeys(row.name for row in self.rows if self.accepted(row)))
+        said = ", ".join(accepted[:8]) + (f" and {len(accepted) - 8} more" if len(accepted) > 8 else "")
+        unmet = [name for name in self.accept if not any(fnmatch.fnmatchcase(row, name) for row in accepted)]
+        return [
+            *self.notes,
+            *([f"accepted as INCONCLUSIVE: {said}"] if accepted else []),
+            *(f"accept {name}: nothing of that name is INCONCLUSIVE" for name in unmet),
+        ]
+
     def as_dict(self) -> dict:
-        """JSON-ready: verdict, seconds, tensors, notes."""
-        rows = [asdict(row) for row in self.rows]
-        return {"verdict": self.verdict, "seconds": round(self.seconds, 3), "tensors": rows, "notes": self.notes}
+        """JSON-ready: verdict, seconds, tensors, notes, and names of rows that were accepted."""
+        rows, accepted = [asdict(row) for row in self.rows], sorted({r.name for r in self.rows if self.accepted(r)})
+        about = {"verdict": self.verdict, "seconds": round(self.seconds, 3)}
+        return about | {"tensors": rows, "notes": self.notes, "accepted": accepted}
+
+    def __str__(self) -> str:
+        return _presentation(self).text(self)
+
+    def to_html(self) -> str:
+        """An HTML document that needs nothing else: verdict, what is wrong, all rows."""
+        return _presentation(self).html(self)
+
+    def _repr_html_(self) -> str:
+        return _presentation(self).cell(self)
+
+    def plot(self) -> Figure:
+        """A figure of matplotlib: the exponents found and expected, and what fails by name."""
+        return _presentation(self).figure(self)
+
+
+@dataclass(frozen=True)
+class Presentation:
+    """How a kind of report is shown: as text, as an HTML document, in a notebook's cell, as a figure."""
+
+    text: Callable[[Any], str]
+    html: Callable[[Any], str]
+    cell: Callable[[Any], str]
+    figure: Callable[[Any], Figure]
+
+
+PRESENTATIONS: dict[type[Report], Presentation] = {}  # report.py, which knows page and picture, puts them here
+
+
+def _presentation(report: Report) -> Presentation:
+    return next(PRESENTATIONS[kind] for kind in type(report).__mro__ if kind in PRESENTATIONS)
 
 
 def overall(verdicts: Iterable[Verdict]) -> Verdict:
@@ -94,7 +145,7 @@ def summary(rows: Sequence[Row], limit: int = 8) -> list[str]:
     return lines[:limit] + ([f"… and {more} more faults"] if more > 0 else [])
 
 
-EFFECTS = ("size", "change", "push")  # what a fault does, rather than where it is
+EFFECTS = ("size", "change", "push", "multiplier")  # what shows when tensors are right by themselves
 
 
 def explain(

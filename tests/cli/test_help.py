@@ -14,7 +14,7 @@ from crystal.config import find
 
 METAVARS = {
     "RUN.yaml", "SWEEP.yaml", "RUN", "CKPT", "MODEL", "DIR", "FILE", "PATH", "NAME", "ID", "TEXT", "KEY", "N", "STEP",
-    "X", "KEY=VALUE", "NAME=FILE", "dotted.key=value", "N,...", "STEP,...", "NAME,...",
+    "X", "KEY=VALUE", "NAME=FILE", "dotted.key=value", "N,...", "STEP,...", "NAME,...", "MODULE:NAME",
 }  # fmt: skip
 
 
@@ -75,7 +75,7 @@ def test_every_parameter_is_explained_and_has_a_standard_metavar(words):
 
 
 def test_what_examples_name_is_there():
-    """Runs, models and sweeps of examples are packaged ones, and changes fit them; `mine.yaml` is the user's."""
+    """Runs, models and sweeps of examples are packaged, and changes fit them; `mine.yaml` and `mymodule` are not."""
     from crystal.run import load_run
     from crystal.zoo.config import model_config
 
@@ -85,7 +85,7 @@ def test_what_examples_name_is_there():
             command, values = parsed(example)
             for parameter in command.params:
                 value = values.get(parameter.name)
-                if value is None or value == "mine.yaml" or "runs/" in str(value):
+                if value is None or value in ("mine.yaml", "mymodule:factory") or "runs/" in str(value):
                     continue
                 if shown_name(parameter) == "RUN.yaml":
                     load_run(value, values.get("overrides") or ())
@@ -93,7 +93,7 @@ def test_what_examples_name_is_there():
                     find(value, "sweeps")
                 elif shown_name(parameter) == "MODEL":
                     model_config(value)
-                elif shown_name(parameter) == "MODEL|RUN.yaml":
+                elif shown_name(parameter).startswith("MODEL|RUN.yaml"):
                     assert value in completion.checked("")
                 else:
                     continue
