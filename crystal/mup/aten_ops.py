@@ -17,14 +17,15 @@ LAYOUT = _names(
     split split_with_sizes unsafe_split unsafe_split_with_sizes unsafe_chunk chunk unbind tensor_split narrow
     narrow_copy movedim moveaxis swapaxes flatten unflatten diagonal unfold as_strided clone _to_copy to contiguous
     alias detach lift_fresh repeat tile view_as view_as_complex view_as_real _conj resolve_conj resolve_neg
-    split_copy view_copy expand_copy permute_copy t_copy slice_copy select_copy unsqueeze_copy squeeze_copy alias_copy"""
+    split_copy view_copy expand_copy permute_copy t_copy slice_copy select_copy unsqueeze_copy squeeze_copy
+    alias_copy"""
 )
 # the same numbers, some of them, or their sums, in another order
 SAME = _names(
-    """copy repeat_interleave index_select index gather take take_along_dim roll rot90 flip neg tril triu constant_pad_nd
-    pad reflection_pad1d replication_pad1d reflection_pad2d replication_pad2d conj_physical real imag masked_fill
-    masked_select dropout native_dropout set cumsum upsample_nearest1d upsample_nearest2d upsample_bilinear2d
-    pixel_shuffle im2col col2im wait_tensor all_gather_into_tensor"""
+    """copy repeat_interleave index_select index gather take take_along_dim roll rot90 flip neg tril triu
+    constant_pad_nd pad reflection_pad1d replication_pad1d reflection_pad2d replication_pad2d conj_physical real imag
+    masked_fill masked_select dropout native_dropout set cumsum upsample_nearest1d upsample_nearest2d
+    upsample_bilinear2d pixel_shuffle im2col col2im wait_tensor all_gather_into_tensor"""
 )
 
 # sums of like things: each operand keeps its scale

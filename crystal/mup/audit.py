@@ -16,34 +16,21 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import mup
 from torch import nn
 
 from crystal.mup.audit_rows import calls_agree, rows_of_pair
 from crystal.mup.audit_values import against_plan, scores_are
+from crystal.mup.chains import uses_in
 from crystal.mup.constraints import Pair, parametrization_named
-from crystal.mup.forward_trace import Trace, follow, uses_in
+from crystal.mup.forward_trace import Trace, follow
 from crystal.mup.measured_init import measured_inits
-from crystal.mup.observe import Calls, MakesOptimizer, Observed, is_small, observe
+from crystal.mup.observe import Calls, Evidence, MakesOptimizer, Observed, is_small, observe
 from crystal.mup.optimizers import refuse_zero_lr
-from crystal.mup.plan import Layouts, Plan, PlanError, grown, known_layouts, layouts_of, uses_of
+from crystal.mup.plan import Layouts, Plan, PlanError, grown, infshapes_of, known_layouts, layouts_of, uses_of
 from crystal.mup.rules import Parametrization
 from crystal.mup.verdict import CheckError, Report, Row
-
-
-@dataclass(frozen=True)
-class Evidence:
-    """What was read off the family on one kind of device. widths: base first; traces: by call."""
-
-    widths: tuple[int, ...]
-    seen: dict[int, Observed]
-    traces: dict[str, Trace]
-
-    @property
-    def base(self) -> Observed:
-        return self.seen[self.widths[0]]
 
 
 def audit(
@@ -71,9 +58,9 @@ def audit(
     second_width: another width, by default twice the base. weight_decay: "coupled" (one lambda), "independent"
     (lambda * m where lr is / m), None: either, but all tensors alike. layouts: name → (fan_in, fan_out) dimensions of a
     matrix that no known module holds, or None for a tensor that is used by element. plan: exact numbers of the target,
-    for an optimizer of base lr 1. attention_power: of the scores' scale in d_head, where d_head grows; None: not judged.
-    scores_scale: its exact value at the target's width. accept: names (or patterns) of rows that may be INCONCLUSIVE.
-    Raises CheckError where the family cannot be built so, or its optimizer has no rule.
+    for an optimizer of base lr 1. attention_power: of the scores' scale in d_head, where d_head grows; None: not
+    judged. scores_scale: its exact value at the target's width. accept: names (or patterns) of rows that may be
+    INCONCLUSIVE. Raises CheckError where the family cannot be built so, or its optimizer has no rule.
     """
     began = time.perf_counter()
     second = second_width or 2 * base_width
@@ -184,8 +171,6 @@ def _rows(
 
 
 def _shapes(model: nn.Module, base: nn.Module, second: nn.Module) -> dict[str, mup.InfShape]:
-    from crystal.mup.plan import infshapes_of
-
     return infshapes_of(model, base, second)
 
 
@@ -221,7 +206,9 @@ def _ties_agree(model: nn.Module, shapes: dict[str, mup.InfShape], rules: Parame
                 roles.add("hidden" if fan_in and fan_out else "output" if fan_in else "embedding")
         asked = {(rules.powers[r].init, rules.powers[r].lr) for r in roles}
         if len(asked) > 1:
-            each = ", ".join(f"{r}: init m^{rules.powers[r].init:g}, lr m^{rules.powers[r].lr:g}" for r in sorted(roles))
+            each = ", ".join(
+                f"{r}: init m^{rules.powers[r].init:g}, lr m^{rules.powers[r].lr:g}" for r in sorted(roles)
+            )
             message = f"{name}: tied between roles that {rules.source} treats differently ({each})"
             rows.append(Row(name, "role", None, None, None, "FAIL", rules.source, message))
     return rows

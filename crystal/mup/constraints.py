@@ -20,8 +20,9 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from crystal.mup.forward_trace import Chain, Ended, Product, Trace, Use, uses_in
-from crystal.mup.optimizers import Group, OptimizerRule, halved, lr_power
+from crystal.mup.chains import Ended, Product, Use, judgeable, products_in, uses_in
+from crystal.mup.forward_trace import Trace
+from crystal.mup.optimizers import OptimizerRule, halved, lr_power
 from crystal.mup.rules import PARAMETRIZATIONS, Parametrization, Role
 from crystal.mup.tolerances import AUDIT_EXPONENT
 from crystal.mup.verdict import CheckError
@@ -112,6 +113,10 @@ class Constraints:
             if any(isinstance(part, Product) for part in end.chain):
                 self.products.append(end)
 
+    def uses(self, tensor: str) -> list[Use]:
+        """All uses of a tensor."""
+        return [u for end in self.ends.get(tensor, ()) for u in uses_in(end.chain) if u.tensor == tensor]
+
     def explained_as(self, tensor: str, role: Role) -> str:
         """A role as `explain` takes it: of readouts, only those whose output the model puts out have logits."""
         inner = role == "output" and not any(end.logits for end in self.ends.get(tensor, ()))
@@ -149,7 +154,7 @@ class Constraints:
 
     def lengths(self, end: Ended) -> float:
         """log of how the dot products in a chain grow, by the power that is expected of them."""
-        return sum(self.pair.ratio(p.length) for p in products_within(end.chain)) * -(self.attention_power or 0.0)
+        return sum(self.pair.ratio(p.length) for p in products_in(end)) * -(self.attention_power or 0.0)
 
     def sum(self, end: Ended) -> float:
         """What must be 0 for a product of several weights."""
@@ -159,7 +164,7 @@ class Constraints:
         """Is a product of several weights right? None: not judged here."""
         if not judgeable(end):
             return None
-        if self.attention_power is None and products_within(end.chain):
+        if self.attention_power is None and products_in(end):
             return None
         return close(self.sum(end), self.pair.log_m, len(uses_in(end.chain)) + 1)
 
@@ -182,7 +187,7 @@ class Constraints:
                 open_ = True
                 continue
             b, c = self.off(use, asked)
-            if len(uses) == 1 and not products_within(end.chain):
+            if len(uses) == 1 and not products_in(end):
                 if end.how == "norm":  # free in scale: only lr beside init counts
                     verdicts += [close(x - c, self.pair.log_m) for x in b or () if c is not None]
                     verdicts.append(c is not None or bool(b) is False or all(close(x, self.pair.log_m) for x in b))
@@ -194,22 +199,3 @@ class Constraints:
                 held = self.holds(end)
                 verdicts += [self.consistent(use)] + ([] if held is None else [held])
         return False if not all(verdicts) else None if open_ or not verdicts else True
-
-
-def judgeable(end: Ended) -> bool:
-    """Is it known where a chain ends, and with which factor?"""
-    return end.how != "unknown" and not any(map(math.isnan, end.total()))
-
-
-def products_within(chain: Chain) -> list[Product]:
-    """All products of two functions of weights in a chain, those inside others too."""
-    found = []
-    for part in chain:
-        if isinstance(part, Product):
-            found += [part, *products_within(part.left), *products_within(part.right)]
-    return found
-
-
-def products_in(end: Ended) -> list[Product]:
-    """All products of two functions of weights in a chain that has ended."""
-    return products_within(end.chain)

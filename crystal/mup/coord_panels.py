@@ -10,7 +10,8 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from crystal.mup.coord_check import CoordCheck, by_depth
+from crystal.mup.coord_check import CoordCheck
+from crystal.mup.coord_rows import by_depth
 from crystal.mup.measure import OUTPUT
 from crystal.mup.verdict import Row, Verdict
 

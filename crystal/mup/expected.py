@@ -15,9 +15,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from crystal.mup.constraints import Constraints, Found, Pair, judgeable, parametrization_named, products_in, products_within
+from crystal.mup.chains import Chain, Use, applied, judgeable, products_in, products_within, uses_in
+from crystal.mup.constraints import Constraints, Pair, parametrization_named
 from crystal.mup.forward_graph import Graph, record
-from crystal.mup.forward_trace import Chain, Trace, Use, applied, follow, uses_in
+from crystal.mup.forward_trace import Trace, follow
 from crystal.mup.measure import OUTPUT, clean
 from crystal.mup.optimizers import Group
 from crystal.mup.plan import Layouts, grown, infshapes_of, known_layouts, layouts_of
@@ -211,9 +212,7 @@ def _shape_growth(models: Sequence[nn.Module], name: str, place: int) -> tuple[f
     return tuple(math.log(b / a) for a, b in zip(first, other, strict=True))
 
 
-def _tensor(
-    name: str, layout, shapes, own, constraints: Constraints, pairs: Sequence[Pair], muon: bool
-) -> Tensors:
+def _tensor(name: str, layout, shapes, own, constraints: Constraints, pairs: Sequence[Pair], muon: bool) -> Tensors:
     """Table 8 by the tensor's own fan_in, shifted by the multiplier that it really has."""
     uses = [u for end in constraints.ends.get(name, ()) for u in uses_in(end.chain) if u.tensor == name]
     strong = [u for u in uses if u.kind in ("lookup", "matmul")]
@@ -285,10 +284,11 @@ def _outputs(model: nn.Module, trace: Trace, constraints: Constraints, tensors: 
         weight = module._parameters.get("weight")
         tensor = None if weight is None else tensors.get(clean(by_id.get(id(weight), "")))
         shared = tensor is not None and f"{name}.weight" != by_id[id(weight)]
-        if isinstance(module, nn.Linear) and tensor is not None:
-            # a map to a fixed size, be it by an embedding's own weight
-            if tensor.role == "output" or (tensor.role == "embedding" and shared and trace.unlike):
-                found[clean(name)] = None
+        if not isinstance(module, nn.Linear) or tensor is None:
+            continue
+        # a map to a fixed size, be it by an embedding's own weight
+        if tensor.role == "output" or (tensor.role == "embedding" and shared and trace.unlike):
+            found[clean(name)] = None
     for (name, key), chains in trace.modules.items():
         label = (clean(name) or OUTPUT) + (f"[{key}]" if key else "")
         if label.partition("[")[0] == OUTPUT:
@@ -325,69 +325,3 @@ def _fades(trace: Trace, constraints: Constraints) -> bool:
         if any(pair.ratio(p.length) for p in products_in(end)) and len(uses_in(end.chain[-1:])) < len(uses):
             return True
     return False
-
-
-def free_tensors(expected: Expected, off: Mapping[str, tuple[float | None, float | None]]) -> dict[str, float]:
-    """Of tensors that only appear multiplied with other weights: by which power of width init and update are off
-    together, where every product that they are in comes out right.
-
-    off: tensor → (exponent by which its init is off, exponent by which its update is); None: not measured.
-    """
-    constraints = expected.constraints
-    if constraints is None:
-        return {}
-    span = constraints.pair.log_m
-    found = {}
-    for name, (b, c) in off.items():
-        tensor = expected.tensors.get(name)
-        if tensor is None or tensor.role is None:
-            continue
-        inits = () if b is None else (tensor.init[-1] + _snapped(b) * span,)
-        found[name] = Found(inits, None if c is None else tensor.update[-1] + _snapped(c) * span)
-    constraints.found = found
-    shifts = {}
-    for name, (b, c) in off.items():
-        tensor = expected.tensors.get(name)
-        if tensor is None or not tensor.free or c is None or not _snapped(c):
-            continue
-        if (b is None or _snapped(b) == _snapped(c)) and all(
-            constraints.holds(end) is not False or constraints.meant(end) for end in constraints.ends.get(name, ())
-        ):
-            shifts[name] = _snapped(c)
-    return shifts
-
-
-def wrong_multipliers(expected: Expected) -> dict[str, tuple[str, float, float]]:
-    """Tensor → (role as `explain` takes it, exponent of its multiplier, the rule's), where a product of weights comes out wrong though init
-    and update of each are Table 8's. Call after `free_tensors`, which sets what was measured."""
-    constraints = expected.constraints
-    wrong: dict[str, tuple[str, float, float]] = {}
-    if constraints is None:
-        return wrong
-    span = constraints.pair.log_m
-    for ends in constraints.ends.values():
-        for end in ends:
-            uses = uses_in(end.chain)
-            scores = any(constraints.pair.ratio(product.length) for product in products_in(end))  # the audit's affair
-            if len(uses) < 2 - bool(products_in(end)) or scores or constraints.holds(end) is not False:
-                continue
-            if not all(map(constraints.consistent, uses)):
-                continue
-            if any(map(constraints.shift, uses)) and not constraints.meant(end):
-                continue
-            one_by_one = applied(end) if not products_in(end) else [(uses[-1], end.total())]
-            for use, factor in one_by_one:
-                asked = constraints.pair.asked(use)
-                found = constraints.pair.ratio(factor)
-                if asked is None:
-                    continue
-                wanted = asked.forward - constraints.shift(use)
-                if abs(found - wanted) > 0.1 * span:
-                    role = constraints.explained_as(use.tensor, asked.role)
-                    wrong[clean(use.tensor)] = (role, found / span, wanted / span)
-    return wrong
-
-
-def _snapped(power: float) -> float:
-    """A measured exponent as one that code could have meant."""
-    return round(power * 4) / 4

@@ -194,7 +194,9 @@ class _Run:
         for (name, grad), size in zip(live.items(), largest, strict=True):
             group = self.groups.get(name)
             # an Adam step does not show how small its gradient was
-            noise = 0.0 if group is None else NOISE * group.eps if group.eps else rounding if group.rule != "adam" else 0.0
+            noise = (
+                0.0 if group is None else NOISE * group.eps if group.eps else rounding if group.rule != "adam" else 0.0
+            )
             if size > noise:
                 p = self.waiting.pop(name)
                 muon = group is not None and group.rule == "muon"
@@ -233,8 +235,9 @@ class _Run:
 
     def _step(self, name: str, old: _Before) -> Tensor:
         """What the optimizer added, less AdamW's decay, which is no gradient's doing: a gain of 1 shows it."""
-        now = self.named[name].detach()
-        step, group = (now if old.sample.shape == now.shape else _sample(now)) - old.sample, self.groups.get(name)
+        group, now = self.groups.get(name), self.named[name].detach()
+        muon = group is not None and group.rule == "muon"
+        step = (now if muon else _sample(now)) - old.sample
         if group is not None and group.decoupled and group.weight_decay:
             step = step + group.lr * group.weight_decay * old.sample
         return step

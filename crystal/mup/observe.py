@@ -16,6 +16,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from crystal.mup.forward_graph import Graph, record
+from crystal.mup.forward_trace import Trace
 from crystal.mup.init_trace import Draw, build
 from crystal.mup.optimizers import Group, read_groups
 from crystal.mup.verdict import CheckError
@@ -39,6 +40,19 @@ class Observed:
 
     def trainable(self) -> dict[str, nn.Parameter]:
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What was read off the family on one kind of device. widths: base first; traces: by call."""
+
+    widths: tuple[int, ...]
+    seen: dict[int, Observed]
+    traces: dict[str, Trace]
+
+    @property
+    def base(self) -> Observed:
+        return self.seen[self.widths[0]]
 
 
 def observe(

@@ -25,7 +25,19 @@ from crystal.mup.verdict import CheckError
 
 OptimizerRule = Literal["adam", "sgd", "muon"]
 
-_ADAM_LIKE = ("adam", "lion", "rmsprop", "adagrad", "adadelta", "signsgd", "signum", "adan", "ademamix", "sophia", "tiger")
+_ADAM_LIKE = (
+    "adam",
+    "lion",
+    "rmsprop",
+    "adagrad",
+    "adadelta",
+    "signsgd",
+    "signum",
+    "adan",
+    "ademamix",
+    "sophia",
+    "tiger",
+)
 _SGD_LIKE = ("sgd", "nag")
 _REFUSED = {
     "adafactor": "scales each update by its weight's own size (parameter scaling)",
@@ -69,7 +81,9 @@ def rule_of(optimizer: Optimizer, group: dict) -> OptimizerRule:
         return "muon"
     for known, why in _REFUSED.items():
         if known in low and not (known == "adafactor" and _plain_adafactor(optimizer, group)):
-            raise CheckError(f"optimizer {name}: it {why}; expected Adam's kind, SGD or Muon, whose muP rules are known")
+            raise CheckError(
+                f"optimizer {name}: it {why}; expected Adam's kind, SGD or Muon, whose muP rules are known"
+            )
     if low == "adafactor" or any(part in low for part in _ADAM_LIKE):
         return "adam"
     if any(part in low for part in _SGD_LIKE):
@@ -158,6 +172,3 @@ def refuse_zero_lr(groups: Mapping[str, Group], where: str) -> None:
     """Raises CheckError if every group's lr is 0, as at the first step of a warm-up."""
     if groups and all(group.lr == 0 for group in groups.values()):
         raise CheckError(f"the optimizer's lr is 0 {where} (a warm-up that starts at 0?): expected its base lr")
-
-
-

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
-from crystal.mup.rules import Role
 from crystal.mup.tolerances import SAME_POWER
 
 if TYPE_CHECKING:
