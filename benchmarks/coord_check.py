@@ -153,6 +153,17 @@ def ours(widths: list[int], seeds: int, steps: int, out: Path, loss_function):
     return check, data, time.process_time() - begin - data
 
 
+def products(widths: list[int], seeds: int, steps: int) -> float:
+    """CPU-seconds of the matrix products alone in the same fp32 check: what no tool can do without."""
+    from torch.profiler import ProfilerActivity, profile
+
+    task = Task(our_model, our_optimizer, loss, batch)
+    with profile(activities=[ProfilerActivity.CPU]) as seen:
+        coord_check(task, widths, seeds=seeds, steps=steps)
+    names = ("aten::mm", "aten::addmm", "aten::bmm", "scaled_dot_product")
+    return sum(e.self_cpu_time_total for e in seen.key_averages() if any(n in e.key for n in names)) / 1e6
+
+
 def agreement(frame, check) -> list[float]:
     """|difference| of the two tools' exponents of mean |output| at the last step, over modules that both see."""
     import math
@@ -199,6 +210,7 @@ def main() -> None:
             begin = time.process_time()
             default = coord_check(Task(our_model, our_optimizer, loss, batch), (64, 128, 256))
             spent["default"].append((time.process_time() - begin, 0.0))
+        floor = products(widths, given.seeds, given.steps)
     median = {k: statistics.median(map(sum, v)) for k, v in spent.items()}
     result = {
         "machine": f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, 1 thread",
@@ -206,6 +218,7 @@ def main() -> None:
         "work": {"widths": widths, "seeds": given.seeds, "steps": given.steps},
         "cpu_seconds": {k: [[round(x, 2) for x in pair] for pair in v] for k, v in spent.items()},
         "ratio": {k: round(median["theirs"] / median[k], 2) for k in ("fp32", "ours", "default")},
+        "products": {"cpu_seconds": round(floor, 2), "ratio": round(median["theirs"] / floor, 2)},
         "verdicts": {"fp32": exact.verdict, "ours": check.verdict, "default": default.verdict},
         "slopes_differ_by_at_most": {
             "fp32": round(max(agreement(frame, exact)), 3), "ours": round(max(agreement(frame, check)), 3)
@@ -227,6 +240,8 @@ def main() -> None:
         training, plot = (statistics.median(pair[i] for pair in spent[key]) for i in (0, 1))
         last = f"{result['ratio'][key]:>6}x  {result['verdicts'][key]}" if key != "theirs" else "      -  none"
         print(f"{text:42} {median[key]:>6.2f} {training:>9.2f} {plot:>5.2f} {last}")
+    text = "matrix products alone of the fp32 check"
+    print(f"{text:42} {floor:>6.2f} {'':>9} {'':>5} {result['products']['ratio']:>6}x  the floor")
     differ = result["slopes_differ_by_at_most"]
     print(f"slopes differ from mup's by at most {differ['fp32']} (fp32), {differ['ours']} (bf16 products)")
 
