@@ -232,7 +232,7 @@ def _joined(evidence: list[list[Row]]) -> list[Row]:
     judged = [{(r.name, r.quantity) for r in rows if r.verdict != "INCONCLUSIVE"} for rows in evidence]
     open_ = [{(r.name, r.quantity) for r in rows if r.verdict == "INCONCLUSIVE"} for rows in evidence]
     kept = []
-    for i, rows in enumerate(evidence):
+    for i, rows in reversed(list(enumerate(evidence))):  # where both say the same, the widest pair's words stay
         for row in rows:
             key = (row.name, row.quantity)
             elsewhere = any(key in judged[j] and key not in open_[j] for j in range(len(evidence)) if j != i)

@@ -65,9 +65,13 @@ def observe(
     on = torch.device(device)
     try:
         model, draws = build(factory, on)
-    except (RuntimeError, NotImplementedError) as error:
-        line = str(error).splitlines()[0]
+    except Exception as error:
+        if device != "meta" and not isinstance(error, RuntimeError):
+            raise  # a mistake of the factory's own; on meta, many things that are none raise something
+        line = (str(error).splitlines() or [type(error).__name__])[0]
         raise CheckError(f"the factory must build its model under torch.device('{device}'): {line}") from error
+    if not isinstance(model, nn.Module):
+        raise CheckError(f"the factory must return a torch.nn.Module, got {type(model).__name__}")
     refuse_late(model, "")
     graphs, impossible = {}, {}
     before = dict(model.named_parameters())
@@ -75,7 +79,7 @@ def observe(
         try:
             with on:
                 graphs[name] = record(model, call)
-        except (RuntimeError, NotImplementedError, ValueError, TypeError) as error:
+        except Exception as error:
             impossible[name] = (str(error).splitlines() or [type(error).__name__])[0]
     late = sorted(set(dict(model.named_parameters())) - set(before))
     if late:

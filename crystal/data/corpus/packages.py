@@ -250,7 +250,7 @@ def unknown_bytes(files: Iterable[Path], cache: Path) -> int:
 
 def _remembered(file: Path, cache: Path) -> Path:
     stat = file.stat()
-    key = hashlib.sha256(f"{file.resolve()}\0{stat.st_size}\0{stat.st_mtime_ns}".encode()).hexdigest()
+    key = hashlib.sha256(f"{file.resolve()}\0{stat.st_size}\0{stat.st_mtime_ns}".encode(errors="surrogateescape")).hexdigest()
     return cache / "hashes" / key
 
 
