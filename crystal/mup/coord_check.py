@@ -114,6 +114,8 @@ def coord_check(
         for name in sorted(frozenset.intersection(*(frozenset(m.quiet) for m in measured)))
         if measured[0].quiet[name] == "noise"
     ]
+    if expected.unlike:
+        notes.append(f"its forward pass was not followed ({expected.unlike}): multipliers are taken to be Table 8's")
     return CoordCheck(
         rows, time.perf_counter() - began, notes, along, sizes, steps, label, measured, blocks, accept=tuple(accept)
     )

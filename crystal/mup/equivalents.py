@@ -29,8 +29,9 @@ def free_tensors(expected: Expected, off: Mapping[str, tuple[float | None, float
         tensor = expected.tensors.get(name)
         if tensor is None or tensor.role is None:
             continue
-        inits = () if b is None else (tensor.init[-1] + _snapped(b) * span,)
-        found[name] = Found(inits, None if c is None else tensor.update[-1] + _snapped(c) * span)
+        beyond = [None if x is None else (_snapped(x) - tensor.multiplier) * span for x in (b, c)]
+        inits = () if b is None else (tensor.asked[0] + beyond[0],)
+        found[name] = Found(inits, None if c is None else tensor.asked[1] + beyond[1])
     constraints.found = found
     shifts = {}
     for name, (b, c) in off.items():

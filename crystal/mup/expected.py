@@ -59,12 +59,14 @@ Sizes = tuple[float, ...]  # logs of ratios to the first size, one for each size
 class Tensors:
     """One tensor: its role, and logs of what init and first update should be, as ratios to the first size.
 
-    free: does it only appear multiplied with other weights, so that init and update may be off by one common factor?
+    asked: Table 8's init and lr at the last size, for an optimizer of Adam's kind. free: does it only appear multiplied
+    with other weights, so that init and update may be off by one common factor?
     """
 
     role: Role | None
     init: Sizes
     update: Sizes
+    asked: tuple[float, float] = (0.0, 0.0)
     free: bool = False
     multiplier: float = 0.0  # exponent of its multiplier beyond Table 8's
     used_as: Role | None = None  # the role of the use that has it
@@ -214,7 +216,7 @@ def _shape_growth(models: Sequence[nn.Module], name: str, place: int) -> tuple[f
 
 def _tensor(name: str, layout, shapes, own, constraints: Constraints, pairs: Sequence[Pair], muon: bool) -> Tensors:
     """Table 8 by the tensor's own fan_in, shifted by the multiplier that it really has."""
-    uses = [u for end in constraints.ends.get(name, ()) for u in uses_in(end.chain) if u.tensor == name]
+    uses = constraints.uses(name)
     strong = [u for u in uses if u.kind in ("lookup", "matmul")]
     if layout is not None:
         fan_in, fan_out = (tuple(o[d] for o in own) for d in layout)
@@ -234,15 +236,16 @@ def _tensor(name: str, layout, shapes, own, constraints: Constraints, pairs: Seq
     own_fan_in = constraints.pair.rules.own_fan_in
     m = fan_in if own_fan_in or role not in ("hidden", "output") else tuple(p.log_m for p in pairs)
     init, update = (tuple(power * x for x in m) for power in (powers.init, powers.lr))
+    table_8 = (init[-1], update[-1])
     if muon:
         # measured is the spectral norm, which should be sqrt(fan_out/fan_in)
         update = tuple((o - i) / 2 - powers.forward * i for o, i in zip(fan_out, fan_in, strict=True))
     alone = _alone(name, constraints)
     if alone is None:
-        return Tensors(role, init, update, free=bool(uses))
+        return Tensors(role, init, update, table_8, free=bool(uses))
     shift, used_as = _shift(alone, pairs)
     power = shift[-1] / pairs[-1].log_m if pairs[-1].log_m else 0.0
-    return Tensors(role, _minus(init, shift), _minus(update, shift), multiplier=power, used_as=used_as)
+    return Tensors(role, _minus(init, shift), _minus(update, shift), table_8, multiplier=power, used_as=used_as)
 
 
 def _alone(name: str, constraints: Constraints) -> list[tuple[Use, Sizes]] | None:
