@@ -68,7 +68,7 @@ NONLINEAR = _names(
     frac fmod remainder floor_divide nan_to_num max_pool1d max_pool2d max_pool2d_with_indices max_pool3d
     max_pool1d_with_indices max_pool3d_with_indices adaptive_max_pool1d adaptive_max_pool2d polar angle
     nll_loss_forward nll_loss2d_forward nll_loss nll_loss2d binary_cross_entropy binary_cross_entropy_with_logits
-    mse_loss smooth_l1_loss huber_loss l1_loss kl_div _cdist_forward bernoulli multinomial isnan isinf
+    mse_loss smooth_l1_loss huber_loss l1_loss kl_div bernoulli multinomial isnan isinf
     _thnn_fused_lstm_cell _thnn_fused_gru_cell heaviside xlogy softsign relu_ cummax cummin bucketize"""
 )
 SOFTMAX = _names("softmax _softmax _safe_softmax _masked_softmax sparsemax")

@@ -63,26 +63,27 @@ def audit(
     INCONCLUSIVE. Raises CheckError where the family cannot be built so, or its optimizer has no rule.
     """
     began = time.perf_counter()
-    second = second_width or 2 * base_width
-    if len({width, base_width, second}) < 2 or second == base_width:
-        raise CheckError(f"widths: expected a base, a second and a target that differ, got {base_width}, {second}")
+    second = _widths_fit(width, base_width, second_width)
+    if weight_decay not in (None, "coupled", "independent"):
+        raise CheckError(f"weight_decay: expected coupled, independent or None, got {weight_decay!r}")
     rules = parametrization_named(parametrization)
     widths = (base_width, *sorted({second, width} - {base_width}))
     evidence = _evidence(factory, optimizer, calls, widths, second)
     for e in evidence:
         refuse_zero_lr(e.base.groups or {}, f"at width {base_width}")
+    _refuse_unknown(evidence, layouts)
     try:
         known = _layouts(evidence, layouts)
     except PlanError as error:
         name, _, message = str(error).partition(":")
         row = Row(name, "role", None, None, None, "FAIL", rules.source, f"{name}: cannot be classified:{message}")
         return Report([row], time.perf_counter() - began)
-    rows: list[list[Row]] = []
+    rows: list[dict[int, list[Row]]] = []
     for e in evidence:
         init_read = not _reads_other_inits(e, evidence)
         measured = measured_inits(factory, e.widths, e.seen, second) if init_read and not _on_meta(e) else {}
         rows.append(_rows(e, known, rules, weight_decay, attention_power, second, init_read, measured))
-    found = _joined(rows)
+    found = _joined(_without_blind(rows, second))
     found += _missing_halves(optimizer, calls)
     target = evidence[0]
     if width in target.seen:
@@ -94,6 +95,31 @@ def audit(
             found += scores_are(target.traces, place, scores_scale)
     notes = _notes(evidence, width)
     return Report(found, time.perf_counter() - began, notes, accept=tuple(accept))
+
+
+def _widths_fit(width: int, base: int, second: int | None) -> int:
+    """The second width. Raises CheckError for widths that are none, or cannot tell."""
+    for name, value in (("width", width), ("base_width", base), ("second_width", second)):
+        if not (value is None and name == "second_width") and (not isinstance(value, int) or value < 1):
+            raise CheckError(f"{name}: expected a positive whole number, got {value!r}")
+    second = second or 2 * base
+    if len({width, base, second}) < 2 or second == base:
+        raise CheckError(f"widths: expected a base, a second and a target that differ, got {base}, {second}")
+    return second
+
+
+def _refuse_unknown(evidence: list[Evidence], layouts: Layouts | None) -> None:
+    """Raises CheckError for layouts of tensors that are not there, and for models that do not grow."""
+    first = dict(evidence[0].base.model.named_parameters())
+    for name, layout in (layouts or {}).items():
+        if name not in first:
+            raise CheckError(f"layouts: expected names of tensors, got {name}")
+        if layout is not None and not all(d in range(first[name].ndim) for d in layout):
+            raise CheckError(f"layouts: {name}: expected two of its {first[name].ndim} dimensions, got {layout}")
+    shapes = [[tuple(p.shape) for p in o.model.parameters()] for o in evidence[0].seen.values()]
+    if all(s == shapes[0] for s in shapes):
+        widths = ", ".join(map(str, evidence[0].widths))
+        raise CheckError(f"the factory's models have the same tensors at widths {widths}: no dimension grows")
 
 
 def _evidence(factory, optimizer, calls, widths: tuple[int, ...], second: int) -> list[Evidence]:
@@ -159,15 +185,33 @@ def _layouts(evidence: list[Evidence], layouts: Layouts | None) -> dict[str, tup
 def _rows(
     e: Evidence, layouts, rules: Parametrization, decay_mode: str | None, attention_power: float | None,
     second: int, init_read: bool, measured: dict,
-) -> list[Row]:  # fmt: skip
-    rows: list[Row] = []
+) -> dict[int, list[Row]]:  # fmt: skip
+    """Rows by the width that is held against the base."""
+    rows: dict[int, list[Row]] = {}
     for place in range(1, len(e.widths)):
         other = e.seen[e.widths[place]]
-        shapes = _shapes(other.model, e.base.model, e.seen[second].model)
+        try:
+            shapes = _shapes(other.model, e.base.model, e.seen[second].model)
+        except PlanError as error:
+            raise CheckError(f"the factory's models at other widths: {error}") from None
         pair = Pair(0, place, rules, _model_growth(shapes, layouts), _growth(shapes), _optimizer_rules(e))
-        rows += rows_of_pair(e, other, pair, shapes, layouts, decay_mode, attention_power, init_read, measured)
-        rows += _ties_agree(other.model, shapes, rules)
-    return _worst(rows)
+        found = rows_of_pair(e, other, pair, shapes, layouts, decay_mode, attention_power, init_read, measured)
+        rows[e.widths[place]] = found + _ties_agree(other.model, shapes, rules)
+    return rows
+
+
+def _without_blind(evidence: list[dict[int, list[Row]]], second: int) -> list[list[Row]]:
+    """Rows of all widths. What fails on meta only, at widths that the CPU has seen too, was failed for a constant that
+    meta does not hold (a table of multipliers): there the CPU's rows count alone."""
+    if len(evidence) < 2:
+        return [_worst([row for rows in each.values() for row in rows]) for each in evidence]
+    meta, cpu = evidence[0].get(second, []), evidence[1].get(second, [])
+    failed = {r.name for r in cpu if r.verdict == "FAIL"}
+    passed = {(r.name, r.quantity) for r in cpu if r.verdict == "PASS"}
+    only_meta = {r.name for r in meta if r.verdict == "FAIL" and (r.name, r.quantity) not in passed}
+    blind = {r.name for r in meta if r.verdict == "FAIL"} - failed - only_meta
+    kept = [row for rows in evidence[0].values() for row in rows if row.name not in blind]
+    return [_worst(kept), _worst(cpu)]
 
 
 def _shapes(model: nn.Module, base: nn.Module, second: nn.Module) -> dict[str, mup.InfShape]:
@@ -257,6 +301,10 @@ def _notes(evidence: list[Evidence], width: int) -> list[str]:
     if width not in evidence[0].widths:
         small = " and ".join(map(str, evidence[0].widths))
         notes.append(f"the factory cannot build its model on meta: widths {small} were judged, {width} was not")
+    for call, why in evidence[0].seen[evidence[0].widths[-1]].impossible.items():
+        if len(evidence) > 1 and call in evidence[1].traces:
+            small = " and ".join(map(str, evidence[1].widths))
+            notes.append(f"{call}: cannot be run on meta ({why}): its multipliers were judged at widths {small} only")
     frozen = sorted(name for name, p in evidence[0].base.model.named_parameters() if not p.requires_grad)
     notes += [f"{name}: frozen, so no rule holds for it" for name in frozen[:5]]
     if len(frozen) > 5:

@@ -9,7 +9,7 @@ import mup
 
 from crystal.mup.audit_tensor import TensorRows, found_of
 from crystal.mup.chains import Ended, Product, Use, products_in, uses_in
-from crystal.mup.constraints import Constraints, Pair
+from crystal.mup.constraints import Constraints, Pair, close
 from crystal.mup.forward_trace import Trace, multipliers
 from crystal.mup.measured_init import Size
 from crystal.mup.observe import Evidence, Observed
@@ -42,6 +42,7 @@ def rows_of_pair(
         )
         rows += tensor.rows(called, mode, measured.get(name) if second else None, init_read)
     rows += _scores(constraints, pair, widths)
+    rows += _activations(e, pair, widths)
     rows += _not_traced(e)
     return rows
 
@@ -101,6 +102,25 @@ def _score_row(constraints, pair: Pair, widths, end: Ended, product: Product, na
         scale = [f"{end.total()[i]:.4g}" for i in (pair.base, pair.other)]
         message = f"{name}: the scores' scale goes {scale[0]} → {scale[1]} with d_head unchanged"
     return Row(name, "attention", found, (found, found), expected, "FAIL", pair.rules.source, message)
+
+
+def _activations(e: Evidence, pair: Pair, widths: tuple[int, int]) -> list[Row]:
+    """What multiplies an activation whose scale counts is the same at every width."""
+    rows = []
+    for loose in dict.fromkeys(loose for trace in e.traces.values() for loose in trace.loose):
+        name = ", ".join(loose.names) or "input"
+        what = "what comes from it" if loose.names else "data"
+        if loose.how == "unknown":
+            message = f"{name}: {what} goes into {loose.why}, an operation that the trace does not know"
+            rows.append(Row(name, "activation", None, None, None, "INCONCLUSIVE", pair.rules.source, message))
+        elif not any(map(math.isnan, loose.factor)) and not close(pair.ratio(loose.factor), pair.log_m):
+            found = pair.ratio(loose.factor) / (pair.log_m or 1.0)
+            message = (
+                f"{name}: {what}, past what is not linear, is multiplied by m^{found:z.2f} from width {widths[0]} to "
+                f"{widths[1]}: activations keep their size"
+            )
+            rows.append(Row(name, "activation", found, (found, found), 0.0, "FAIL", pair.rules.source, message))
+    return rows
 
 
 def _not_traced(e: Evidence) -> list[Row]:

@@ -76,6 +76,12 @@ class TensorRows:
             self.m = self.pair.log_m
         if role is not None and not self.m:
             return []  # the pair does not show this tensor at two sizes
+        if ".parametrizations." in self.name and self.shape.ninf() > 1:
+            why = f"{self.name}: a parametrization computes the weight from it, with a scale of its own"
+            return [self.row("role", None, None, "INCONCLUSIVE", why)]
+        if self.untold():
+            why = f"{self.name}: which of its dimensions is fan_in is not told by how it is used: layouts= can say it"
+            return [self.row("role", None, None, "INCONCLUSIVE", why)]
         rows = [self.row("role", None, None, "PASS", rule=role or "fixed")]
         groups = [None if o.groups is None else o.groups.get(self.name) for o in (self.base, self.other)]
         if asked is None:
@@ -103,6 +109,11 @@ class TensorRows:
         what = "is not known" if called else "was not looked for (no calls)"
         message = f"{self.name}: init and LR are off by one power of m, which a multiplier could make up for; it {what}"
         return self.row("forward", None, None, "INCONCLUSIVE", message)
+
+    def untold(self) -> bool:
+        """A matrix whose fan_in neither a module nor a use of it tells."""
+        uses = {use.kind for use in self.constraints.uses(self.name)} & {"lookup", "matmul"}
+        return self.layout is None and not uses and sum(d.isinf() for d in self.shape) > 1
 
     def main_use(self) -> tuple[Role | None, float, float]:
         """(role, logs of the growth of fan_in and fan_out): by the module that holds it, else by its first use."""
@@ -186,6 +197,11 @@ class TensorRows:
             return [
                 self.row("lr", None, None, "FAIL", f"{self.name}: is in no optimizer group, so it is never updated")
             ]
+        if groups[1].also is not None:
+            why = (
+                f"{self.name}: is in two optimizer groups ({groups[1].also} and {groups[1].number}), and moved by both"
+            )
+            return [self.row("lr", None, None, "FAIL", why)]
         if 0.0 in (groups[0].lr, groups[1].lr):
             return [self.row("lr", None, None, "FAIL", f"{self.name}: its LR is 0, so it is never updated")]
         rows = [self._exponent("lr", self.found.lr, asked.lr, same, groups[1])]
@@ -199,7 +215,8 @@ class TensorRows:
         if base.weight_decay == other.weight_decay == 0:
             return []
         lr = self.found.lr - math.log(other.scale / base.scale) if same else asked.lr
-        expected = -lr if mode == "independent" else 0.0
+        # where decay is a part of the gradient and steps go with gradients, only lr * lambda means anything
+        expected = -lr if mode == "independent" or base.rule == "sgd" else 0.0
         found = (
             math.log(other.weight_decay / base.weight_decay) if base.weight_decay and other.weight_decay else math.inf
         )
@@ -272,11 +289,23 @@ class TensorRows:
             return rows
         if None in groups:
             return [*rows, *self._optimized(Asked("vector", 0, 0, 0), True, groups, "")]
+        if growth := self._grows():
+            rows.append(growth)
         for quantity, values in (
             ("lr", [g.lr * g.scale for g in groups]), ("weight decay", [g.weight_decay for g in groups])
         ):  # fmt: skip
             rows.append(self._equal(quantity, [f"{v:.4g}" for v in values], math.isclose(*values, rel_tol=1e-6)))
         return rows
+
+    def _grows(self) -> Row | None:
+        """A multiplier of a tensor that does not grow, which grows. (One that falls only takes from it.)"""
+        for end in self.constraints.ends.get(self.name, ()):
+            for use, factor in applied(end):
+                found = self.pair.ratio(factor) / (self.pair.log_m or 1.0)
+                if use.tensor == self.name and found > AUDIT_EXPONENT and len(uses_in(end.chain)) == 1:
+                    message = f"{self.name}: is multiplied by m^{found:z.2f}, but none of its dimensions grows"
+                    return self.row("forward", found, 0.0, "FAIL", message)
+        return None
 
     def _equal(self, quantity: str, said: list[str], equal: bool) -> Row:
         return self.row(

@@ -11,8 +11,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from crystal.mup.chains import Chain, Ended, Factors, Product, Use, Vector, power_of, times, uses_in
+from crystal.mup.chains import Chain, Ended, Factors, Loose, Product, Use, Vector, power_of, times, uses_in
 
+COMPUTED = "a matrix computed from it"
 LONGEST, MOST = 8, 512  # weights in a chain, and chains in a sum, beyond which they are not followed
 
 
@@ -26,6 +27,7 @@ class Value:
     origins: tuple[str, ...] = ()
     softmax: bool = False
     constant: bool = False
+    made: bool = False  # of weights alone, as by a weight norm
     unknown: str = ""
     degree: float = 1.0
     source: Value | None = None
@@ -49,6 +51,7 @@ class Algebra:
     def __init__(self, widths: int):
         self.ones: Vector = (1.0,) * widths
         self.ended: dict[Ended, None] = {}
+        self.loose: dict[Loose, None] = {}
 
     def known(self, value: Value | None) -> Value | None:
         """A value that is a function of weights, or None."""
@@ -61,23 +64,33 @@ class Algebra:
             return
         if value.source is not None:
             self.end(value.source, how, why)
-        # two or more terms in a norm share its scale: it does not care for their common one only
-        how = "used" if how == "norm" and len(value.terms) > 1 else how
+        if how == "norm" and len(value.terms) > 1 and not self._have_one_growth(value):
+            how = "used"  # two or more terms in a norm share its scale: it does not care for their common one only
         for chain, alternatives in value.terms.items():
-            for factors in alternatives if chain else ():
-                self.ended.setdefault(Ended(chain, _rounded(factors), how, why))
+            for factors in alternatives:
+                if chain:
+                    self.ended.setdefault(Ended(chain, _rounded(factors), how, why))
+                elif how != "norm":
+                    self.loose.setdefault(Loose(value.origins, _rounded((times(*factors),))[0], how, why))
+
+    def _have_one_growth(self, value: Value) -> bool:
+        """Do all terms of a sum have met one factor that changes with width? (What none has met is no multiplier.)"""
+        totals = {tuple(f"{f / t[0]:.9g}" for f in t) for fs in value.terms.values() for t in (times(*f) for f in fs)}
+        return len(totals) == 1 and len(set(next(iter(totals)))) > 1
 
     def opaque(self, *values: Value | None, factor: Vector | None = None, softmax: bool = False) -> Value:
         names = dict.fromkeys(name for v in values if v is not None for name in names_of(v))
         unknown = next((v.unknown for v in values if v is not None and v.unknown), "")
-        return Value({(): ((factor or self.ones,),)}, tuple(names)[-3:], softmax, unknown=unknown)
+        made = bool(values) and all(v is not None and (v.weight or v.made) for v in values)
+        return Value({(): ((factor or self.ones,),)}, tuple(names)[-3:], softmax, made=made, unknown=unknown)
 
     def plain(self, value: Value | None) -> Value | None:
         """A value that is no homogeneous function of another any more: its source has been consumed."""
         if value is None or value.source is None:
             return value
         self.end(value.source, "used")
-        return self.opaque(value.source, factor=value.scale())
+        own = power_of(value.source.scale(), -value.degree)  # what the source had met is known by now
+        return self.opaque(value.source, factor=times(value.scale(), own))
 
     # ---- operations
 
@@ -101,7 +114,9 @@ class Algebra:
             return self.joined(x, used(w, "scale"))
         if a.opaque or b.opaque:
             x, gate = (b, a) if a.opaque else (a, b)
-            result = self.scaled(x, gate.scale())
+            gates = [times(*f) for f in gate.terms[()]]
+            scaled = [self.scaled(x, g) for g in gates]
+            result = replace(x, terms={c: tuple(f for s in scaled for f in s.terms[c]) for c in x.terms})
             names = tuple(dict.fromkeys((*a.origins, *b.origins)))[-3:] if x.opaque else x.origins
             return replace(result, origins=names, softmax=False, unknown=a.unknown or b.unknown)
         return self.joined_products(a, b, self.one_each())
@@ -160,7 +175,10 @@ class Algebra:
         source = value if value.source is None else value.source
         degree = (1.0 if value.source is None else value.degree) * power
         factor = times(power_of(value.scale(), power), count)
-        return Value({(): ((factor,),)}, names_of(source)[-3:], unknown=value.unknown, degree=degree, source=source)
+        made = source.weight or source.made
+        return Value(
+            {(): ((factor,),)}, names_of(source)[-3:], made=made, unknown=value.unknown, degree=degree, source=source
+        )
 
     def contracted(self, a: Value | None, b: Value | None, shapes, transposed: bool, oriented: bool) -> Value | None:
         """a @ b (a @ b^T where transposed)."""
@@ -177,6 +195,10 @@ class Algebra:
         a_known, b_known = self.known(a), self.known(b)
         if a_known is None or b_known is None:  # with a constant matrix
             return a_known or b_known
+        for w, x in ((a, b), (b, a)):
+            if w.made and not x.made:  # a matrix that is computed from weights: its scale is not theirs
+                self.end(Value({(Use(name),): ((self.ones, self.ones),) for name in w.origins}), "unknown", COMPUTED)
+                return self.opaque(x)
         for weights, x in ((a, b), (b, a)):
             if weights.softmax:  # a mean of rows of x
                 return replace(self.scaled(x, weights.scale()), softmax=False, unknown=x.unknown or weights.unknown)

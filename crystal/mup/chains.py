@@ -63,6 +63,17 @@ class Ended:
         return times(*self.factors)
 
 
+@dataclass(frozen=True)
+class Loose:
+    """An activation (what comes from `names` through something nonlinear) whose scale counts where it goes, with the
+    factor that it had met. how and why: as of `Ended`."""
+
+    names: tuple[str, ...]
+    factor: Vector
+    how: str
+    why: str = ""
+
+
 def applied(end: Ended) -> list[tuple[Use, Vector]]:
     """Each use in a chain with the factor next to it: after it, and for the first, before it too."""
     found = []

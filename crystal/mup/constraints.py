@@ -97,7 +97,7 @@ class Found:
 
 def close(value: float, log_m: float, parts: int = 1) -> bool:
     """Is this sum of exponents 0, up to the rounding of shapes?"""
-    return abs(value) < AUDIT_EXPONENT * max(parts, 1) * max(abs(log_m), 1e-9)
+    return abs(value) < AUDIT_EXPONENT * min(max(parts, 1), 3) * max(abs(log_m), 1e-9)
 
 
 class Constraints:

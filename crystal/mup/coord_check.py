@@ -81,6 +81,10 @@ def coord_check(
     Raises CheckError for sizes, steps, models or optimizers that cannot be judged.
     """
     parametrization_named(parametrization)
+    if not all(isinstance(size, int) and size > 0 for size in sizes) or not isinstance(steps, int):
+        raise CheckError(f"expected {along}s and steps to be positive whole numbers, got {list(sizes)} and {steps!r}")
+    if along not in ("width", "depth") or (seeds is not None and seeds < 1):
+        raise CheckError(f"expected along to be width or depth and seeds at least 1, got {along!r} and {seeds}")
     sizes = tuple(sorted(set(sizes)))
     if len(sizes) < 3 or steps < 2:
         raise CheckError(f"expected at least 3 {along}s and 2 steps, got {list(sizes)} and {steps}")

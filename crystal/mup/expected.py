@@ -144,6 +144,12 @@ class Expected:
             return False  # as large as a tensor that is the same at every width, and few elements show that badly
         return parts is not None
 
+    def in_scores(self, tensor: str) -> bool:
+        """Is this tensor one of those whose products grow with d_head?"""
+        constraints = self.constraints
+        ends = () if constraints is None else constraints.ends.get(tensor, ())
+        return any(constraints.pair.ratio(product.length) for end in ends for product in products_in(end))
+
     def _fixed(self, tensor: str) -> bool:
         return tensor in self.tensors and self.tensors[tensor].role is None
 

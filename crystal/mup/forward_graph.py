@@ -27,6 +27,7 @@ _FILLS: dict[str, Callable[[tuple], float | None]] = {
     **dict.fromkeys(("full", "full_like", "fill_", "scalar_tensor", "new_full"),
                     lambda args: float(args[-1]) if isinstance(args[-1], int | float) else None),
 }  # fmt: skip
+_LARGEST = 1 << 20  # elements of a constant whose size is looked at
 _UNIFORM = 4096  # largest constant that is looked into: do all its elements have one value?
 
 
@@ -35,7 +36,8 @@ class Ref:
     """A tensor of the recording; views and copies of a tensor have its number and a shape of their own.
 
     view: which view it is; strides: of its dimensions. value: of every element of a constant; nan: constant, but meta
-    does not hold it; None: a constant that is not uniform, or no constant. parameter: its name, if it is one.
+    does not hold it; None: a constant that is not uniform, or no constant. parameter: its name, if it is one that is
+    trained, or a matrix. size: root mean square of a constant of several values; 0 where it is not known.
     """
 
     number: int
@@ -45,6 +47,7 @@ class Ref:
     strides: tuple[int, ...]
     value: float | None = None
     parameter: str | None = None
+    size: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -81,11 +84,13 @@ class _Recorder(TorchDispatchMode):
         self.views = 0
         self.count = 0
         self.made: set[int] = set()  # numbers of tensors that are functions of parameters
+        self.looked: dict[tuple, tuple[float | None, float]] = {}
         self.filled: dict[int, float] = {}  # number of a constant → its one value, where an operation says it
         self.alive: list[Tensor] = []  # so that no id comes twice
         self.names: dict[int, str] = {}  # number → name of the parameter
         for name, p in model.named_parameters():
-            self.names[self.ref(p).number] = name
+            if p.requires_grad or p.ndim > 1:  # a frozen scale is a constant like any other
+                self.names[self.ref(p).number] = name
 
     def ref(self, tensor: Tensor) -> Ref:
         if id(tensor) not in self.numbers:
@@ -94,10 +99,20 @@ class _Recorder(TorchDispatchMode):
             self.alive.append(tensor)
         number, view = self.numbers[id(tensor)]
         name = self.names.get(number)
-        value = None if name or number in self.made else self.filled.get(number, _uniform(tensor))
+        value, size = (None, 0.0) if name or number in self.made else self._constant(number, tensor)
         floats = tensor.is_floating_point() or tensor.is_complex()
         strides = tensor.stride() if tensor.layout == torch.strided else ()
-        return Ref(number, tuple(tensor.shape), floats, view, strides, value, name)
+        return Ref(number, tuple(tensor.shape), floats, view, strides, value, name, size)
+
+    def _constant(self, number: int, tensor: Tensor) -> tuple[float | None, float]:
+        """(the one value of all elements, or their root mean square); looked at once for each time it was written."""
+        if number in self.filled:
+            return self.filled[number], 0.0
+        key = (number, tuple(tensor.shape), tensor._version)
+        if key not in self.looked:
+            value = _uniform(tensor)
+            self.looked[key] = (value, 0.0 if value is not None else _rms(tensor))
+        return self.looked[key]
 
     def _view(self) -> int:
         self.views += 1
@@ -251,3 +266,13 @@ def _uniform(tensor: Tensor) -> float | None:
         flat = tensor.detach().reshape(-1)
         first = flat[0].item()
         return float(first) if bool((flat == first).all()) else None
+
+
+def _rms(tensor: Tensor) -> float:
+    """Root mean square of a constant that is not large; 0 where it is not finite, or on meta."""
+    floats = tensor.is_floating_point() or tensor.is_complex()
+    if tensor.is_meta or not floats or not 0 < tensor.numel() <= _LARGEST:
+        return 0.0
+    with torch.utils._python_dispatch._disable_current_modes():
+        size = tensor.detach().abs().double().square().mean().sqrt().item()
+    return size if math.isfinite(size) else 0.0

@@ -12,7 +12,7 @@ from typing import Any
 
 import crystal.mup.aten_ops as ops
 from crystal.mup.chain_values import MOST, Algebra, Value, products_only, used
-from crystal.mup.chains import Chain, Ended, Factors, Product, Use, Vector, power_of, times
+from crystal.mup.chains import Chain, Ended, Factors, Loose, Product, Use, Vector, power_of, times
 from crystal.mup.forward_graph import Graph, Node, Ref
 
 
@@ -26,8 +26,8 @@ class Reading:
         self.sizes: dict[int, int] = {}  # elements of a tensor, where a view may be only a part of it
         self.views: dict[tuple[int, int], Value] = {}  # of parts that were written in place
 
-    def read(self) -> tuple[tuple[Ended, ...], dict[tuple[str, str], dict[Chain, Vector]]]:
-        """(all chains that ended; name and key of what a module returns → chain → factors by then)."""
+    def read(self) -> tuple[tuple[Ended, ...], tuple[Loose, ...], dict[tuple[str, str], dict[Chain, Vector]]]:
+        """(chains that ended; activations that were scaled; name, key of what a module returns → chain → factors)."""
         for nodes in zip(*(g.nodes for g in self.graphs), strict=True):
             self.step(nodes)
         modules = {}
@@ -36,8 +36,11 @@ class Reading:
                 if (value := self.value(ref)) is not None and value.source is None:
                     modules[name, key] = {chain: times(*f[0]) for chain, f in value.terms.items()}
         for ref in self.graphs[0].results:
-            self.algebra.end(self.value(ref), "used", "result")
-        return tuple(self.algebra.ended), modules
+            value = self.value(ref)
+            one = value is not None and value.opaque and len(value.terms[()]) == 1
+            if not (one and math.prod(ref.shape) == 1):  # Adam's kind does not mind the scale of a loss
+                self.algebra.end(value, "used", "result")
+        return tuple(self.algebra.ended), tuple(self.algebra.loose), modules
 
     # ---- values
 
@@ -53,9 +56,11 @@ class Reading:
         constant = self.value(given[0])
         if constant is not None and constant.constant:
             return constant.scale()
-        found = [g.value if isinstance(g, Ref) else g for g in given]
-        found = [1.0 if f is None or isinstance(f, complex) or f == 0 or math.isinf(f) else float(f) for f in found]
-        return tuple(abs(f) for f in found)
+        if all(isinstance(g, Ref) and g.value is None and g.size for g in given):
+            sizes = [g.size for g in given]  # of several values: a table of rotations keeps its size, a scale does not
+            return tuple(sizes) if max(sizes) > SAME_SIZE * min(sizes) else self.algebra.ones
+        found = [abs(g.value if isinstance(g, Ref) else g) if not _no_number(g) else 1.0 for g in given]
+        return tuple(1.0 if f == 0 or math.isinf(f) else float(f) for f in found)
 
     def step(self, nodes: tuple[Node, ...]) -> None:
         node = nodes[0]
@@ -107,6 +112,8 @@ class Reading:
             return self._scaled(name, nodes)
         if name in ops.MATMULS:
             return self._matmul(name, nodes)
+        if name == "lerp":
+            return self._between(nodes)
         if "scaled_dot_product" in name or name in _ATTENTION:
             return self._attention(nodes)
         if name in ("flex_scores", "flex_values"):
@@ -121,6 +128,10 @@ class Reading:
             return self._power_of(name, nodes)
         if name == "sum" or name in ops.AVERAGES:
             return self._sum(name, nodes)
+        if name in _SHAPED and self._changes(nodes):
+            for ref in refs_of(node):
+                self.algebra.end(self.value(ref), "unknown", f"{name}, which is given other numbers at other widths")
+            return self.algebra.opaque(*(self.value(r) for r in refs_of(node)))
         if name in ops.SAME:
             return self.value(_arg(node, 1)) if name == "copy" else next(filter(None, map(self.value, refs_of(node))))
         if name in ops.SUMS:
@@ -144,6 +155,8 @@ class Reading:
             product = self._multiplied(
                 self.value(node.args[1]), self.value(node.args[2]), name == "addcdiv", nodes, (1, 2)
             )
+            if product is not None:
+                product = self.algebra.scaled(product, self.number([n.kwargs.get("value", 1) for n in nodes]))
             return self.algebra.union([self.value(node.args[0]), product])
         if _same(node.args[0], _arg(node, 1)):
             return self.algebra.homogeneous(self.value(node.args[0]), 2.0 if name == "mul" else 0.0, self.algebra.ones)
@@ -167,11 +180,27 @@ class Reading:
             b_known = self.algebra.homogeneous(b_known, -1.0, self.algebra.ones)
         return self.algebra.product(a_known, b_known)
 
+    def _between(self, nodes: tuple[Node, ...]) -> Value | None:
+        """lerp(a, b, weight): a + weight * (b - a)."""
+        node = nodes[0]
+        a, b = (self.algebra.plain(self.algebra.known(self.value(_arg(node, i)))) for i in (0, 1))
+        weight = self.algebra.known(self.value(_arg(node, 2)))
+        if weight is not None:
+            return self.algebra.union([a, b])
+        part = self.number([_arg(n, 2) for n in nodes])
+        rest = tuple(1.0 - p if p != 1 else 1.0 for p in part)
+        return self.algebra.union([a and self.algebra.scaled(a, rest), b and self.algebra.scaled(b, part)])
+
+    def _changes(self, nodes: tuple[Node, ...]) -> bool:
+        """Is an operation that is no product given other numbers at other widths (softplus' beta, a clamp's bounds)?"""
+        given = [[a for a in (*n.args, *n.kwargs.values()) if isinstance(a, float)] for n in nodes]
+        return any(len(g) == len(given[0]) and not all(map(math.isclose, g, given[0])) for g in given[1:])
+
     def _added(self, name: str, nodes: tuple[Node, ...]) -> Value | None:
         node = nodes[0]
         values = [self.value(r) for r in refs_of(node)]
         alpha = [n.kwargs.get("alpha", 1) for n in nodes]
-        if name in ("add", "sub") and any(a != 1 for a in alpha) and self.algebra.known(self.value(node.args[1])):
+        if name in ("add", "sub", "index_add") and any(a != 1 for a in alpha) and self.algebra.known(values[-1]):
             values = [self.value(node.args[0]), self.algebra.scaled(values[-1], self.number(alpha))]
         return self.algebra.union(values)
 
@@ -294,8 +323,11 @@ class Reading:
                 self.algebra.end(value, "unknown", node.op)
             return replace(self.algebra.opaque(x, w), unknown=node.op)
         shapes = [n.args[1].shape for n in nodes]
-        fan_in = tuple((s[0] if transposed else s[1]) * math.prod(s[2:]) for s in shapes)
-        fan_out = tuple(s[1] if transposed else s[0] for s in shapes)
+        grouped = [_arg(n, 8, 1) if n.op == "convolution" else 1 for n in nodes]
+        fan_in = tuple(
+            (s[0] // g if transposed else s[1]) * math.prod(s[2:]) for s, g in zip(shapes, grouped, strict=True)
+        )
+        fan_out = tuple(s[1] * g if transposed else s[0] for s, g in zip(shapes, grouped, strict=True))
         result = self.algebra.joined(x or Value({(): ((self.algebra.ones,),)}), used(w, "matmul", fan_in, fan_out))
         return [self.algebra.union([result, used(bias, "add") if bias is not None and bias.weight else bias])]
 
@@ -319,6 +351,8 @@ class Reading:
         return [self.algebra.union([result, used(bias, "add") if bias is not None and bias.weight else bias])]
 
 
+_SHAPED = ops.NONLINEAR | ops.SAME | ops.SUMS - {"add", "sub", "rsub", "index_add", "where"}
+SAME_SIZE = 1.2  # by which the size of a constant tensor may differ between widths, as cosines of other angles do
 _POWERS = {"square": 2.0, "sqrt": 0.5, "rsqrt": -0.5, "reciprocal": -1.0, "abs": 1.0}
 _INDEXING = ("index", "index_select", "gather")
 _ATTENTION = ("_varlen_attn", "_flash_attention_forward", "_efficient_attention_forward", "_cudnn_attention_forward")
@@ -335,6 +369,10 @@ def refs_of(node: Node) -> list[Ref]:
 
 def _arg(node: Node, place: int | None, default: Any = None) -> Any:
     return node.args[place] if place is not None and place < len(node.args) else default
+
+
+def _no_number(given: Any) -> bool:
+    return given is None or (isinstance(given, Ref) and given.value is None)
 
 
 def _same(a: Any, b: Any) -> bool:

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from crystal.mup.chains import Chain, Ended, Product, Vector, applied, is_scores
+from crystal.mup.chains import Chain, Ended, Loose, Product, Vector, applied, is_scores
 from crystal.mup.forward_graph import Graph, record
 from crystal.mup.forward_reading import Reading, refs_of
 
@@ -29,19 +29,20 @@ from crystal.mup.forward_reading import Reading, refs_of
 @dataclass(frozen=True)
 class Trace:
     """What a call does with every weight. ended: all chains; modules: name, key → chain → total factors where that
-    module returns; unlike: why widths could not be followed side by side."""
+    module returns; unlike: why widths could not be followed side by side; loose: activations whose scale counts."""
 
     ended: tuple[Ended, ...]
     modules: dict[tuple[str, str], dict[Chain, Vector]] = field(default_factory=dict)
     unlike: str = ""
+    loose: tuple[Loose, ...] = ()
 
 
 def follow(graphs: Sequence[Graph]) -> Trace:
     """Interpret the recordings of one call at several widths, which must run the same operations."""
     if unlike := _difference(graphs):
         return Trace((), {}, unlike)
-    ended, modules = Reading(graphs).read()
-    return Trace(ended, modules)
+    ended, loose, modules = Reading(graphs).read()
+    return Trace(ended, modules, loose=loose)
 
 
 def _difference(graphs: Sequence[Graph]) -> str:

@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from crystal.mup.forward_graph import members
-from crystal.mup.observe import refuse_late
-from crystal.mup.optimizers import Group, optimizers_of, read_groups, refuse_zero_lr
+from crystal.mup.observe import made_by, refuse_late, said
+from crystal.mup.optimizers import Group, optimizers_of, read_groups, refuse_still
 from crystal.mup.verdict import CheckError
 
 ROWS = 32  # tokens of a batch that the effect of an update is measured on
@@ -79,22 +79,29 @@ def measure(
     keep: is shown the model and a call of its forward pass before anything is trained. Raises CheckError for a
     parameter that is made or replaced in the forward pass, for an lr of 0, and for an optimizer without a rule.
     """
-    model = task.model(size, seed)
+    model = _asked(f"model of size {size}", lambda: task.model(size, seed))
+    if not isinstance(model, nn.Module):
+        raise CheckError(f"model: expected a torch.nn.Module at size {size}, got {type(model).__name__}")
     refuse_late(model, " that makes the model")
-    batch = task.batch(seed)
+    if not any(p.requires_grad for p in model.parameters()):
+        raise CheckError(f"model: expected tensors to train at size {size}, there are none")
+    batch = _asked("batch", lambda: task.batch(seed))
     if keep:
         keep(model, lambda m: task.loss(m, batch))
-    optimizers = optimizers_of(task.optimizer(model))
+    optimizers = optimizers_of(made_by(task.optimizer, model))
     every = dict(model.named_parameters())
     named = {clean(n): p for n, p in every.items() if p.requires_grad}
     groups = {clean(n): g for n, g in read_groups(model, optimizers).items()}
-    refuse_zero_lr(groups, f"at size {size}")
+    refuse_still(optimizers, f"at size {size}")
     run = _Run(model, named, groups)
     for step in range(1, steps + 1):
         with run.watch(step):
-            loss = task.loss(model, batch)
+            loss = _asked("loss", lambda: task.loss(model, batch))
         if step == 1:
             _refuse_other(every, model)
+        if not isinstance(loss, Tensor) or loss.numel() != 1 or (step < steps and not loss.requires_grad):
+            what = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+            raise CheckError(f"loss: expected one number with a gradient, got {what} at size {size}")
         if step < steps:
             loss.backward()
             run.before_update(step)
@@ -106,6 +113,16 @@ def measure(
                     if p.grad is not None:
                         p.grad.zero_()  # and keep: fresh memory costs more than zeros
     return Measured(size, seed, run.values(), groups, run.quiet())
+
+
+def _asked(what: str, call: Callable[[], Any]) -> Any:
+    """What the caller's function gives; what it raises becomes a CheckError that says which it was."""
+    try:
+        return call()
+    except CheckError:
+        raise
+    except Exception as error:
+        raise CheckError(f"{what}: raised {said(error)}") from error
 
 
 def _refuse_other(before: dict[str, Tensor], model: nn.Module) -> None:
@@ -186,7 +203,7 @@ class _Run:
     @torch.no_grad()
     def before_update(self, step: int) -> None:
         """Of tensors that have not moved yet, keep what their first update will be read from."""
-        live = {n: _sample(p.grad) for n, p in self.waiting.items() if p.grad is not None}
+        live = {n: _sample(p.grad) for n, p in self.waiting.items() if p.grad is not None and p.numel()}
         largest = torch.stack(_norms(list(live.values()), math.inf)).tolist() if live else []
         for name, size in zip(live, largest, strict=True):
             self.gradients[name] = max(self.gradients[name], size)
@@ -197,7 +214,7 @@ class _Run:
             noise = (
                 0.0 if group is None else NOISE * group.eps if group.eps else rounding if group.rule != "adam" else 0.0
             )
-            if size > noise:
+            if size > noise and (group is None or group.shows_lr):
                 p = self.waiting.pop(name)
                 muon = group is not None and group.rule == "muon"
                 old = p.detach().clone() if muon else _sample(p).clone()
@@ -207,9 +224,11 @@ class _Run:
     def quiet(self) -> dict[str, str]:
         """Tensors that are still waiting, and why."""
         rounding = ROUNDING * max(self.gradients.values(), default=0.0)
-        found = {}
+        found = {name: "late" for name, group in self.groups.items() if not group.shows_lr and name in self.named}
         for name in self.waiting:
             size, group = self.gradients[name], self.groups.get(name)
+            if name in found:
+                continue
             if size == 0:
                 found[name] = "no gradient"
             elif size <= rounding:

@@ -63,29 +63,55 @@ def observe(
 ) -> Observed:
     """Build the model on a device and read everything off it. Raises CheckError where it cannot be built so."""
     on = torch.device(device)
+
+    def made() -> nn.Module:
+        model = factory()
+        if not isinstance(model, nn.Module):
+            raise CheckError(f"the factory must return a torch.nn.Module, got {type(model).__name__}")
+        return model
+
     try:
-        model, draws = build(factory, on)
+        model, draws = build(made, on)
+    except CheckError:
+        raise
     except Exception as error:
-        if device != "meta" and not isinstance(error, RuntimeError):
-            raise  # a mistake of the factory's own; on meta, many things that are none raise something
-        line = (str(error).splitlines() or [type(error).__name__])[0]
-        raise CheckError(f"the factory must build its model under torch.device('{device}'): {line}") from error
-    if not isinstance(model, nn.Module):
-        raise CheckError(f"the factory must return a torch.nn.Module, got {type(model).__name__}")
+        where = f"under torch.device('{device}')"
+        raise CheckError(f"the factory must build its model {where}: {said(error)}") from error
     refuse_late(model, "")
     graphs, impossible = {}, {}
     before = dict(model.named_parameters())
     for name, call in (calls or {}).items():
         try:
-            with on:
+            with on, torch.random.fork_rng(devices=[]):
                 graphs[name] = record(model, call)
         except Exception as error:
-            impossible[name] = (str(error).splitlines() or [type(error).__name__])[0]
+            impossible[name] = said(error)
     late = sorted(set(dict(model.named_parameters())) - set(before))
     if late:
         raise CheckError(f"{late[0]}: is made in the forward pass, after the optimizer; make it in the factory")
-    groups = None if optimizer is None else read_groups(model, optimizer(model))
+    groups = None if optimizer is None else read_groups(model, made_by(optimizer, model))
     return Observed(model, draws, groups, graphs, impossible)
+
+
+def said(error: Exception) -> str:
+    """The first line of what was raised, with its kind unless torch raised it."""
+    line = (str(error).splitlines() or [""])[0]
+    kind = type(error).__name__
+    return line if line and kind in ("RuntimeError", "NotImplementedError", "CheckError") else f"{kind}: {line}"
+
+
+def made_by(optimizer: MakesOptimizer, model: nn.Module) -> Optimizer | Sequence[Optimizer]:
+    """The caller's optimizer of a model. Raises CheckError for what raises, and for what is no optimizer."""
+    try:
+        made = optimizer(model)
+    except CheckError:
+        raise
+    except Exception as error:
+        raise CheckError(f"optimizer: raised {said(error)}") from error
+    each = made if isinstance(made, list | tuple) else [made]
+    if not each or not all(hasattr(one, "param_groups") for one in each):
+        raise CheckError(f"optimizer: expected a torch.optim.Optimizer or a list of them, got {type(made).__name__}")
+    return made
 
 
 def refuse_late(model: nn.Module, where: str) -> None:

@@ -38,6 +38,7 @@ _ADAM_LIKE = (
     "sophia",
     "tiger",
 )
+_LATE = ("RAdam",)  # begins as SGD with momentum, until it has seen enough gradients
 _SGD_LIKE = ("sgd", "nag")
 _REFUSED = {
     "adafactor": "scales each update by its weight's own size (parameter scaling)",
@@ -54,7 +55,8 @@ _REFUSED = {
 class Group:
     """What one optimizer group does to a tensor; number: its place in param_groups.
 
-    rule: which table its lr belongs to; scale: by how much the optimizer multiplies lr for this tensor's shape.
+    rule: which table its lr belongs to; scale: by how much the optimizer multiplies lr for this tensor's shape;
+    shows_lr: is the first step already one of lr (RAdam's are not); also: another group that holds the tensor too.
     """
 
     number: int
@@ -64,6 +66,8 @@ class Group:
     rule: OptimizerRule = "adam"
     scale: float = 1.0
     decoupled: bool = False
+    shows_lr: bool = True
+    also: int | None = None
 
 
 def optimizers_of(made: Optimizer | Sequence[Optimizer]) -> list[Optimizer]:
@@ -126,14 +130,26 @@ def read_groups(model: nn.Module, made: Optimizer | Sequence[Optimizer]) -> dict
                     scale = _shape_scale(group, p) if rule == "muon" else 1.0
                     decay, eps = float(group.get("weight_decay", 0.0)), group.get("eps")
                     eps = eps if isinstance(eps, float | int) and rule == "adam" else None
-                    found[names[id(p)]] = Group(number, lr, decay, eps, rule, scale, _decoupled(optimizer, group, rule))
+                    name, before = names[id(p)], found.get(names[id(p)])
+                    found[name] = Group(
+                        number, lr, decay, eps, rule, scale, _decoupled(optimizer, group, rule),
+                        type(optimizer).__name__ not in _LATE, None if before is None else before.number,
+                    )  # fmt: skip
             number += 1
     return found
 
 
 def _lr(group: dict) -> float:
-    lr = group.get("initial_lr", group["lr"])
-    return float(lr.item() if isinstance(lr, Tensor) else lr)
+    """As it is now: a schedule may have a factor for each group; the base's only where a warm-up is at 0."""
+    lr = float(group["lr"])
+    return lr if lr else float(group.get("initial_lr", 0.0))
+
+
+def refuse_still(made: Optimizer | Sequence[Optimizer], where: str) -> None:
+    """Raises CheckError where no step that is taken now would move anything."""
+    groups = [group for optimizer in optimizers_of(made) for group in optimizer.param_groups]
+    if groups and all(float(group["lr"]) == 0 for group in groups):
+        raise CheckError(f"the optimizer's lr is 0 {where} (a warm-up that starts at 0?): expected its base lr")
 
 
 def _decoupled(optimizer: Optimizer, group: dict, rule: OptimizerRule) -> bool:

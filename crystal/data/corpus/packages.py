@@ -250,7 +250,8 @@ def unknown_bytes(files: Iterable[Path], cache: Path) -> int:
 
 def _remembered(file: Path, cache: Path) -> Path:
     stat = file.stat()
-    key = hashlib.sha256(f"{file.resolve()}\0{stat.st_size}\0{stat.st_mtime_ns}".encode(errors="surrogateescape")).hexdigest()
+    said = f"{file.resolve()}\0{stat.st_size}\0{stat.st_mtime_ns}"
+    key = hashlib.sha256(said.encode(errors="surrogateescape")).hexdigest()  # a name may be no text
     return cache / "hashes" / key
 
 
