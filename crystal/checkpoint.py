@@ -22,7 +22,6 @@ import os
 import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -71,17 +70,18 @@ class Checkpoint:
             for key in record["tensors"]:
                 if key.startswith(prefix + ".") and (wanted is None or key.removeprefix(prefix + ".") in wanted):
                     holders.setdefault(key, []).append(file)
-        with ExitStack() as until_read:
-            opened: dict[str, safe_open] = {}
-            for key, files in holders.items():
-                name = key.removeprefix(prefix + ".")
-                yield name, self._read(key, files, None if wanted is None else wanted[name], opened, until_read)
+        opened: dict[str, safe_open] = {}
+        for key, files in holders.items():
+            for file in opened.keys() - files:  # a mapped file counts as memory as far as it was read
+                del opened[file]
+            name = key.removeprefix(prefix + ".")
+            yield name, self._read(key, files, None if wanted is None else wanted[name], opened)
 
-    def _read(self, key: str, files: list[str], region: tuple[slice, ...] | None, opened: dict, until: ExitStack):
+    def _read(self, key: str, files: list[str], region: tuple[slice, ...] | None, opened: dict):
         """A tensor, or a region of it, from the shards that hold its parts."""
         parts = [self.shards[file].get("parts", {}).get(key) for file in files]
         if region is None and parts == [None]:
-            return self._open(files[0], opened, until).get_tensor(key)
+            return self._open(files[0], opened).get_tensor(key)
         if region is None:
             region = tuple(slice(0, size) for size in parts[0]["shape"])
         whole = torch.empty([s.stop - s.start for s in region])
@@ -90,7 +90,7 @@ class Checkpoint:
             offset = part["offset"] if part else [0] * len(region)
             if part and not _overlap(region, offset, part["size"]):
                 continue
-            stored = self._open(file, opened, until).get_slice(key)
+            stored = self._open(file, opened).get_slice(key)
             overlap = _overlap(region, offset, stored.get_shape())
             values = stored[tuple(slice(s.start - o, s.stop - o) for s, o in zip(overlap, offset, strict=True))]
             whole[tuple(slice(s.start - r.start, s.stop - r.start) for s, r in zip(overlap, region, strict=True))] = (
@@ -101,7 +101,7 @@ class Checkpoint:
             raise CheckpointError(f"{self.directory}: {key}: expected {whole.numel()} numbers, its parts have {found}")
         return whole
 
-    def _open(self, file: str, opened: dict, until: ExitStack):
+    def _open(self, file: str, opened: dict):
         """A shard, once, after its content was compared with its sha256."""
         path, record = self.directory / file, self.shards[file]
         if file not in self._checked:
@@ -109,7 +109,7 @@ class Checkpoint:
                 raise CheckpointError(f"{path}: expected sha256 {record['sha256'][:16]}…, the file has changed")
             self._checked.add(file)
         if file not in opened:
-            opened[file] = until.enter_context(safe_open(path, framework="pt"))
+            opened[file] = safe_open(path, framework="pt")
         return opened[file]
 
 

@@ -20,6 +20,25 @@ def peak_rss_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+def available_bytes() -> int | None:
+    """What this process can still have: the machine's free memory, or less where its control group allows less.
+
+    None where neither is to be found out.
+    """
+    free = None
+    with contextlib.suppress(OSError, ValueError):
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable"):
+                free = int(line.split()[1]) * 1024
+    with contextlib.suppress(OSError, ValueError):  # "max" is no number: no limit
+        group = Path("/sys/fs/cgroup")
+        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        used = int((group / "memory.current").read_text()) - int(stat["inactive_file"])  # those pages can go
+        left = int((group / "memory.max").read_text()) - used
+        free = left if free is None else min(free, left)
+    return free
+
+
 def release_heap() -> None:
     """Have glibc hand back what is free now, between tensors in use too."""
     with contextlib.suppress(OSError, AttributeError):

@@ -52,7 +52,8 @@ def import_(
         from crystal.interop.huggingface import import_published
 
         result = import_published(source, to)
-    print_result(result, as_json, f"{result['parameters']:,} parameters from {source} to {to}")
+    text = f"{result['parameters']:,} parameters from {source} to {to}"
+    print_result(result, as_json, "\n".join([text, *result.get("notes", [])]))
 
 
 def export(
@@ -64,33 +65,86 @@ def export(
             autocompletion=completion.runs,
         ),
     ],
-    out: Annotated[Path, typer.Option(metavar="DIR|FILE", help="directory to write; for mdl a file")],
+    out: Annotated[Path, typer.Option(metavar="DIR|FILE", help="directory to write; for gguf and mdl a file")],
     to: Annotated[
-        Literal["hf", "safetensors", "mdl", "cerebras-yaml"],
+        Literal["hf", "native", "gguf", "safetensors", "mdl", "cerebras-yaml"],
         typer.Option(
-            help="hf: published names; safetensors: ours; mdl: Cerebras' checkpoint; cerebras-yaml: Model Zoo files"
+            help="hf: published names; native: plain StableLM or LLaMA, for any transformers; gguf: for llama.cpp; "
+            "safetensors: ours; mdl: Cerebras' checkpoint; cerebras-yaml: Model Zoo files"
         ),
     ] = "hf",
+    dtype: Annotated[
+        Literal["fp32", "bf16", "fp16", "q8_0"], typer.Option(help="of the weights; q8_0: gguf only")
+    ] = "fp32",
+    stage: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="of a run directory: the end of this stage, from 1")
+    ] = None,
+    check: Annotated[
+        bool, typer.Option("--check", help="ask transformers and llama.cpp, and compare their answers with ours")
+    ] = False,
     as_json: Json = False,
 ) -> None:
-    """Write a checkpoint in the published form, as it is or as Cerebras' .mdl; or a run as Model Zoo files.
+    """Write a checkpoint for other people's software, or a run as Model Zoo files.
 
     Examples:
-        crystal export runs/demo --out demo-hf
+        crystal export runs/demo --to gguf --dtype q8_0 --out demo.gguf --check
         crystal export demo --to cerebras-yaml --out model-zoo
     """
+    if to in ("mdl", "cerebras-yaml"):
+        for given, flag in ((dtype != "fp32", "--dtype"), (check, "--check")):
+            if given:
+                raise ConfigError(f"{flag}: expected with hf, native, gguf or safetensors, not with {to}")
     if to == "cerebras-yaml":
+        if stage is not None:
+            raise ConfigError("--stage: expected with a run directory, not with cerebras-yaml")
         from crystal.interop.cerebras_params_write import export_parameters
 
         result = export_parameters(str(source), out)
         text = "\n".join([f"{file}: written from {source}" for file in result["files"]] + result["left_out"])
         print_result(result, as_json, text)
         return
+    if stage is not None:
+        from crystal.checkpoint import locate
+
+        source = locate(source, stage)
     if to == "mdl":
         from crystal.interop.cerebras_mdl import export_mdl
 
-        print_result(export_mdl(source, out), as_json, f"{out}: written from {source}")
+        made = {"form": "mdl", "files": [out.name], "agreement": {}}
+        print_result(export_mdl(source, out) | made, as_json, f"{out}: written from {source}")
         return
+    if check:
+        from crystal.interop.agreement import ready
+
+        ready(source)
+    result = _exported(source, out, to, dtype) | {"agreement": {}}
+    text = "\n".join([f"{out}: written from {source}", *result.get("notes", [])])
+    agreed = None
+    if check:
+        from crystal.interop.agreement import check as ask
+
+        agreed = ask(source, out, to, dtype)
+        result |= agreed.json()
+        text += f"\n{agreed.table()}"
+    print_result(result, as_json, text)
+    if agreed is not None and agreed.verdict != "PASS":
+        raise typer.Exit(1)
+
+
+def _exported(source: Path, out: Path, to: str, dtype: str) -> dict:
+    """{out, to, form, files, …} of one export, JSON-ready."""
+    if to == "native":
+        from crystal.interop.native import export_native
+
+        return {"to": to} | export_native(source, out, dtype)
+    if to == "gguf":
+        from crystal.interop.gguf_file import export_gguf
+
+        return {"to": to} | export_gguf(source, out, dtype)
     from crystal.interop.huggingface import export_published
 
-    print_result({"out": str(export_published(source, out, to)), "to": to}, as_json, f"{out}: written from {source}")
+    names = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+    if dtype not in names:
+        raise ConfigError(f"--dtype: expected {', '.join(names)} for {to}, got {dtype}")
+    export_published(source, out, to, names[dtype])
+    return {"out": str(out), "to": to, "form": to, "files": sorted(file.name for file in out.iterdir())}

@@ -45,13 +45,13 @@ def fim_row(
 
     row: [S+1] token ids, inputs row[:-1] and labels row[1:]. rate, spm_rate: probabilities in [0, 1].
     Returns (row' [S+1] of the same dtype, mask [S] bool): mask[i] says whether label row'[i+1] is scored.
-    Raises ValueError when the vocabulary has no FIM tokens and rate > 0.
+    Raises ValueError when rate > 0 and `no_fim` has a reason.
     """
     inputs = len(row) - 1
     if rate == 0:
         return row.copy(), np.ones(inputs, dtype=bool)
-    if tokenizer.fim_prefix is None:
-        raise ValueError("FIM needs a vocabulary with CrystalCoder's added tokens")
+    if (reason := no_fim(tokenizer)) is not None:
+        raise ValueError(f"FIM needs {reason}")
     tokens: list[int] = []
     transformed = False
     segments = split_segments(row[:-1], tokenizer.eos_id)
@@ -66,6 +66,16 @@ def fim_row(
     out = np.full(len(row), tokenizer.fim_pad, dtype=row.dtype)
     out[: scored + 1] = tokens[: scored + 1]
     return out, np.arange(inputs) < scored
+
+
+def no_fim(tokenizer: Tokenizer) -> str | None:
+    """What FIM needs that a vocabulary has not, as the end of a sentence; None: nothing."""
+    if tokenizer.fim_prefix is None:
+        return "a vocabulary with CrystalCoder's added tokens"
+    if tokenizer.changes_text is not None:  # cut in three, a document would lose more than it does whole
+        text, back = tokenizer.changes_text
+        return f"a vocabulary that gives texts back; in this one {text!r} comes back as {back!r}"
+    return None
 
 
 def split_segments(ids: np.ndarray, eos_id: int) -> list[list[int]]:
@@ -83,7 +93,7 @@ def _permuted(segment: list[int], tokenizer: Tokenizer, spm_rate: float, rng: np
         return None
     first, last = _whole_characters(pieces)
     text = b"".join(pieces[first:last]).decode("utf-8", "replace")
-    if first == 0:
+    if first == 0 and tokenizer.dummy_prefix:
         text = text.removeprefix(" ")  # the dummy space, which encoding puts back
     if not text:
         return None

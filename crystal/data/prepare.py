@@ -35,7 +35,7 @@ from crystal.data.corpus import user_files
 from crystal.data.tokenizer import Tokenizer, VocabularyError, padded, train_tokenizer
 from crystal.errors import ConfigError, CrystalError, DataError
 from crystal.files import locked, sha256_of, sync
-from crystal.output.progress import Bar
+from crystal.output.progress import Bar, note
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -112,8 +112,10 @@ def prepare(
             raise ConfigError(f"{where}: data.corpus: '{data.corpus}' has no source '{name}'{nearest(name, known)}")
     corpus_fingerprint = corpus.fingerprint(recipe, console)
     tokenizer = _tokenizer(data.tokenizer, recipe, corpus_fingerprint, names, where, console)
+    for line in tokenizer.notes if console is not None else ():
+        note(console, f"{tokenizer.path}: {line}")
     parts = [_FORMAT, corpus_fingerprint, tokenizer.sha256, tokenizer.added_tokens, seq_len, names]
-    fingerprint = _digest([*parts, data.model_dump(exclude={"corpus", "tokenizer", "dir"})])
+    fingerprint = _digest([*parts, *tokenizer.notes, data.model_dump(exclude={"corpus", "tokenizer", "dir"})])
     directory = (data.dir or cache_dir() / "stores") / f"{recipe.name}-{seq_len}-{fingerprint[:16]}"
     with _only_one(directory, console):
         if not _opens(directory, tokenizer):

@@ -3,7 +3,9 @@ tokens.
 
 Three sources of a vocabulary: one trained here (`train_tokenizer`), LLaMA's published `tokenizer.model`, or
 CrystalCoder's published `tokenizer.json`. All are byte-pair encodings with byte fallback, unk 0, BOS 1, EOS
-2, and a space put before every text (LLaMA's dummy prefix), which decoding takes off again.
+2. Most put a space before every text (LLaMA's dummy prefix), which decoding takes off again; where a vocabulary has
+none, a leading space is the text's own and stays. A json whose Metaspace gives `x` and ` x` the same ids (transformers
+5 writes such) is read as SentencePiece reads the model that it came from: ` x` is two spaces and x.
 
 Encoding is left to the engine (sentencepiece, or `tokenizers` for the json). Decoding is done here from one
 table of bytes per id, because the engines disagree on bytes that are not UTF-8, which rows cut inside a
@@ -23,15 +25,15 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 import re
 import subprocess
 import sys
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
+from crystal.data.tokenizer_engines import Vocabulary, read_json, read_sentencepiece
 from crystal.errors import ConfigError, DataError
 from crystal.files import write_whole
 from crystal.output.interrupts import child
@@ -44,8 +46,6 @@ commit_after reponame im_start im_end sys_start sys_end
 ADDED_TOKENS = tuple(f"<|{name}|>" for name in _NAMES.split())
 """CrystalCoder's added tokens; the first has id n_base (32000 for LLaMA's vocabulary)."""
 
-_SPACE = "\u2581"  # SentencePiece's visible space
-_BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
 _TRAIN_THREADS = 2  # written into the trained model, so a constant: same texts, same file anywhere
 _TRAINER = Path(__file__).with_name("train_vocabulary.py")
 _META_AND_BYTES = 3 + 256  # pieces of a vocabulary that are neither characters nor merges
@@ -65,14 +65,17 @@ class Tokenizer:
 
     Ids: 0 unk, `bos_id`, `eos_id`, then pieces up to `n_base`, then the added tokens, then unused ids up to
     `vocab_size`, a multiple of 32. `pad_id` is EOS, as published. `fim_*` are None without added tokens.
-    `token_bytes[id]` are the bytes a base id stands for (empty for control ids).
+    `token_bytes[id]` are the bytes a base id stands for (empty for control ids). `dummy_prefix`: whether encoding puts
+    a space first. `changes_text`: (text, what comes back) where the vocabulary alters texts, else None.
+    `listed`: {id: name} of the tokens that the file itself lists behind its base ids. `notes`: lines for people.
     `path` and `sha256` are those of the vocabulary file.
     """
 
-    def __init__(self, path: Path, content: bytes, engine: Any, pieces: Sequence[str], added_tokens: bool) -> None:
+    def __init__(self, path: Path, content: bytes, vocabulary: Vocabulary, added_tokens: bool) -> None:
         self.path = path
         self.sha256 = hashlib.sha256(content).hexdigest()
         self.added_tokens = added_tokens
+        pieces = vocabulary.pieces
         self.n_base = len(pieces)
         names = ADDED_TOKENS if added_tokens else ()
         self.added = {name: self.n_base + i for i, name in enumerate(names)}
@@ -83,9 +86,10 @@ class Tokenizer:
         self.fim_middle = self.added.get("<|fim_middle|>")
         self.fim_suffix = self.added.get("<|fim_suffix|>")
         self.fim_pad = self.added.get("<|fim_pad|>")
-        control = {pieces.index("<unk>"), self.bos_id, self.eos_id}
-        self.token_bytes = [b"" if i in control else _bytes_of(piece) for i, piece in enumerate(pieces)]
-        self._engine = engine
+        self.token_bytes = vocabulary.token_bytes
+        self.dummy_prefix, self.changes_text = vocabulary.dummy_prefix, vocabulary.changes_text
+        self.listed, self.notes = vocabulary.listed, vocabulary.notes
+        self._engine = vocabulary.engine
         self._names = {i: name for name, i in self.added.items()}
 
     @classmethod
@@ -101,13 +105,18 @@ class Tokenizer:
         except OSError as error:
             raise DataError(f"{path}: tokenizer cannot be read: {error.strerror}") from None
         try:
-            read = _read_json if path.suffix == ".json" else _read_sentencepiece
-            engine, pieces = read(content)
-        except (ValueError, KeyError, TypeError, RuntimeError) as error:
+            vocabulary = (read_json if path.suffix == ".json" else read_sentencepiece)(content)
+            if foreign := foreign_token(vocabulary.listed, len(vocabulary.pieces)):
+                raise ValueError(f"added token {foreign}, not one of CrystalCoder's")
+            inside = [piece for piece in vocabulary.pieces if piece in ADDED_TOKENS] if added_tokens else []
+            if inside:
+                raise ValueError(f"{inside[0]} among the base pieces, where texts turn into it")
+        except Exception as error:  # the engines raise bare Exception, too
+            reason = str(error).strip().splitlines() or [type(error).__name__]
             raise DataError(
-                f"{path}: expected a sentencepiece model or a tokenizer.json of the LLaMA kind, got: {error}"
+                f"{path}: expected a sentencepiece model or a tokenizer.json of the LLaMA kind, got: {reason[0]}"
             ) from None
-        return cls(path, content, engine, pieces, added_tokens)
+        return cls(path, content, vocabulary, added_tokens)
 
     def encode(self, text: str) -> list[int]:
         """Base ids of `text`; no BOS or EOS is added. A lone surrogate, which has no UTF-8, becomes `?`."""
@@ -118,21 +127,36 @@ class Tokenizer:
         return self._engine.encode_many([_utf8(text) for text in texts])
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of `ids`: added tokens by name, BOS, EOS and unused ids as nothing, bad bytes as U+FFFD.
+        """Text of `ids`: added tokens by name, control, unknown and unused ids as nothing, bad bytes as U+FFFD.
 
-        The dummy space is dropped at the start and after each control or added token, where encoding put it.
+        The dummy space is dropped at the start and after BOS, EOS and added tokens, where encoding put it; an unknown
+        id takes nothing with it.
         """
         out: list[str] = []
         run: list[bytes] = []
+        first = self.dummy_prefix
         for i in (*map(int, ids), self.eos_id):
-            piece = self.token_bytes[i] if i < self.n_base else b""
+            piece = self.token_bytes[i] if 0 <= i < self.n_base else b""
             if piece:
                 run.append(piece)
                 continue
-            out.append(b"".join(run).decode("utf-8", "replace").removeprefix(" "))
+            text = b"".join(run).decode("utf-8", "replace")
+            out.append(text.removeprefix(" ") if first else text)
+            opens = i in (self.bos_id, self.eos_id) or i in self._names
+            first = self.dummy_prefix and (opens or (first and not run))
             out.append(self._names.get(i, ""))
             run.clear()
         return "".join(out)
+
+
+def foreign_token(listed: dict[int, str], n_base: int) -> str | None:
+    """The first of the tokens {id: name} behind n_base that is not CrystalCoder's there, as "name at id N"."""
+    for i, name in sorted(listed.items()):
+        known = ADDED_TOKENS[i - n_base] if 0 <= i - n_base < len(ADDED_TOKENS) else None
+        # CrystalCoder's data scripts write <name> where its released tokenizer writes <|name|>
+        if known is None or name.strip("<|>") != known.strip("<|>"):
+            return f"{name} at id {i}"
+    return None
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, out_path: str | Path, bar: Bar | None = None) -> Tokenizer:
@@ -225,63 +249,3 @@ def _utf8(text: str) -> str:
     except UnicodeEncodeError:
         return text.encode("utf-8", "replace").decode("utf-8")
     return text
-
-
-def _bytes_of(piece: str) -> bytes:
-    byte = _BYTE_PIECE.fullmatch(piece)
-    return bytes([int(byte[1], 16)]) if byte else piece.replace(_SPACE, " ").encode("utf-8")
-
-
-class _SentencePiece:
-    def __init__(self, content: bytes) -> None:
-        import sentencepiece
-
-        self.processor = sentencepiece.SentencePieceProcessor(model_proto=content)
-
-    def encode(self, text: str) -> list[int]:
-        return self.processor.encode(text)
-
-    def encode_many(self, texts: list[str]) -> list[list[int]]:
-        return self.processor.encode(texts, num_threads=min(os.cpu_count() or 1, 16))
-
-
-class _Json:
-    def __init__(self, content: str) -> None:
-        import tokenizers
-
-        self.tokenizer = tokenizers.Tokenizer.from_str(content)
-
-    def encode(self, text: str) -> list[int]:
-        return self.tokenizer.encode(text, add_special_tokens=False).ids
-
-    def encode_many(self, texts: list[str]) -> list[list[int]]:
-        return [e.ids for e in self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
-
-
-def _read_sentencepiece(content: bytes) -> tuple[_SentencePiece, list[str]]:
-    engine = _SentencePiece(content)
-    pieces = engine.processor.id_to_piece(list(range(engine.processor.get_piece_size())))
-    _check(pieces)
-    return engine, pieces
-
-
-def _read_json(content: bytes) -> tuple[_Json, list[str]]:
-    spec = json.loads(content)
-    vocab = spec["model"]["vocab"]
-    pieces = sorted(vocab, key=vocab.__getitem__)
-    if [vocab[piece] for piece in pieces] != list(range(len(pieces))):
-        raise ValueError("ids with gaps")
-    _check(pieces)
-    for token in spec["added_tokens"]:
-        position = token["id"] - len(pieces)
-        # CrystalCoder's data scripts write <name> where its released tokenizer writes <|name|>
-        known = ADDED_TOKENS[position] if 0 <= position < len(ADDED_TOKENS) else None
-        if position >= 0 and (known is None or token["content"].strip("<|>") != known.strip("<|>")):
-            raise ValueError(f"added token {token['content']} at id {token['id']}, not one of CrystalCoder's")
-    return _Json(json.dumps(spec | {"added_tokens": [], "post_processor": None})), pieces
-
-
-def _check(pieces: list[str]) -> None:
-    missing = [p for p in ("<unk>", "<s>", "</s>", "<0x00>", "<0xFF>") if p not in set(pieces)]
-    if missing:
-        raise ValueError(f"a vocabulary without {' '.join(missing)}")

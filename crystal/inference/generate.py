@@ -1,28 +1,30 @@
-"""Text generation with a key-value cache, greedy or sampled.
+"""Text generation with a key-value cache, greedy or sampled, of one prompt or of several at a time.
 
 The cache changes what is computed, not the result: logits of a prefix plus one token are those of the full
 forward pass, because muP's multipliers sit in the model and rotary angles depend on absolute positions only.
-Sampling is done on the CPU in fp32 with its own generator, so that a seed means the same on every device.
+Prompts of different lengths are filled up on the left. What fills them is seen by nobody, and attention depends on
+differences of positions alone, so each row gives what it would give on its own, up to rounding.
+Sampling is done on the CPU in fp32, each row with its own generator, so that a seed means the same on every device
+and in every batch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
 from crystal.checkpoint import locate, read
 from crystal.errors import ConfigError
-from crystal.output.progress import Bar
+from crystal.inference.load import end_tokens, fitting_dtype, load_decoder, load_tokenizer
+from crystal.output.progress import Bar, note
 from crystal.zoo.decoder import Decoder
 
 if TYPE_CHECKING:
     from rich.console import Console
-
-from crystal.inference.load import load_decoder, load_tokenizer
 
 
 class LayerCache:
@@ -44,12 +46,16 @@ class LayerCache:
 
 
 class KVCache:
-    """What the decoder has seen of B sequences of equal length, allocated once for `capacity` tokens each."""
+    """What the decoder has seen of B sequences of equal length, allocated once for `capacity` tokens each.
 
-    def __init__(self, model: Decoder, capacity: int, batch: int = 1):
+    padding: how many positions at the left of each row are no tokens of it.
+    """
+
+    def __init__(self, model: Decoder, capacity: int, batch: int = 1, padding: Sequence[int] | None = None):
         config, weight = model.config, model.embed.weight
         shape = (batch, config.kv_heads, capacity, config.d_head)
         self.layers = [LayerCache(shape, weight.dtype, weight.device) for _ in range(config.n_layers)]
+        self.padding_B = torch.tensor(padding, device=weight.device) if padding is not None and any(padding) else None
 
     @property
     def length(self) -> int:
@@ -57,15 +63,19 @@ class KVCache:
         return self.layers[0].length
 
     def mask(self, tokens: int, device: torch.device) -> Tensor | None:
-        """Keys that the next `tokens` queries may see, bool [1, T, S].
+        """Keys that the next `tokens` queries may see, bool [1 or B, T, S].
 
         Needed because is_causal aligns a T x S mask at the top left, where the first query sees the first key
-        only. None while empty: then it is the ordinary square mask.
+        only. None while empty and unpadded: then it is the ordinary square mask.
         """
-        if not self.length:
+        if not self.length and self.padding_B is None:
             return None
-        mask_TS = torch.ones(tokens, self.length + tokens, dtype=torch.bool, device=device)
-        return mask_TS.tril(self.length)[None]
+        mask_TS = torch.ones(tokens, self.length + tokens, dtype=torch.bool, device=device).tril(self.length)
+        if self.padding_B is None:
+            return mask_TS[None]
+        real_BS = torch.arange(self.length + tokens, device=device) >= self.padding_B[:, None]
+        itself_TS = mask_TS.triu(self.length)  # a padded query sees itself: a softmax over nothing would be nan
+        return mask_TS & real_BS[:, None] | itself_TS
 
 
 def generate(
@@ -76,55 +86,114 @@ def generate(
     top_k: int | None = None,
     top_p: float | None = None,
     seed: int = 0,
-    eos_id: int | None = None,
+    eos_id: int | Sequence[int] | None = None,
 ) -> Iterator[int]:
     """At most max_new_tokens token ids that continue `ids`, one at a time; ends with eos_id if that comes.
 
     temperature 0 takes the likeliest token; otherwise one is drawn from softmax(logits / temperature), cut to
     the top_k likeliest and to the fewest likeliest whose probabilities reach top_p. The same seed gives
-    the same tokens. Raises ConfigError at once for settings out of range or a prompt that leaves no room.
+    the same tokens. eos_id: one end token, several, or none. Raises ConfigError at once for settings out of range or
+    a prompt that leaves no room.
     """
-    ids = list(ids)
-    limit = model.config.max_seq_len
-    if not ids:
-        raise ConfigError("prompt: expected at least one token")
-    if not all(0 <= i < model.config.vocab_size for i in ids):
-        raise ConfigError(f"prompt: expected token ids from 0 to {model.config.vocab_size - 1}")
-    if max_new_tokens < 1:
-        raise ConfigError(f"max_new_tokens: expected at least 1, got {max_new_tokens}")
-    if len(ids) + max_new_tokens > limit:
-        raise ConfigError(
-            f"prompt: expected at most {max(limit - max_new_tokens, 0)} tokens (max_seq_len {limit} less "
-            f"max_new_tokens {max_new_tokens}), got {len(ids)}"
-        )
+    steps = generate_steps(model, [ids], max_new_tokens, temperature, top_k, top_p, [seed], eos_id)
+    return (token for (token,) in steps)
+
+
+def generate_batch(
+    model: Decoder,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int = 0,
+    eos_id: int | Sequence[int] | None = None,
+) -> list[list[int]]:
+    """What follows each of several prompts [B][T_b], computed together: lists of at most max_new_tokens ids, which end
+    with an end token where one came.
+
+    Row b draws as `generate` does with seed + b. Raises ConfigError as `generate`, naming the prompt by its number.
+    """
+    seeds = range(seed, seed + len(prompts))
+    rows: list[list[int]] = [[] for _ in prompts]
+    for tokens in generate_steps(model, prompts, max_new_tokens, temperature, top_k, top_p, seeds, eos_id):
+        for row, token in zip(rows, tokens, strict=True):
+            if token is not None:
+                row.append(token)
+    return rows
+
+
+def generate_steps(
+    model: Decoder,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+    seeds: Sequence[int],
+    eos_id: int | Sequence[int] | None,
+) -> Iterator[list[int | None]]:
+    """The next token of every prompt, a step at a time; None for those that have ended. seeds: one a prompt."""
+    prompts = [list(ids) for ids in prompts]
+    for number, ids in enumerate(prompts):
+        _check_prompt(model, ids, max_new_tokens, "prompt" if len(prompts) == 1 else f"prompt {number + 1}")
     if not 0 <= temperature < float("inf"):
         raise ConfigError(f"temperature: expected 0 or more, got {temperature}")
     if top_k is not None and top_k < 1:
         raise ConfigError(f"top_k: expected at least 1, got {top_k}")
     if top_p is not None and not 0 < top_p <= 1:
         raise ConfigError(f"top_p: expected more than 0 and at most 1, got {top_p}")
-    generator = torch.Generator().manual_seed(seed)
-    return _stream(model, ids, max_new_tokens, temperature, top_k, top_p, generator, eos_id)
+    ends = set() if eos_id is None else {eos_id} if isinstance(eos_id, int) else set(eos_id)
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    return _steps(model, prompts, max_new_tokens, temperature, top_k, top_p, generators, ends)
 
 
-def _stream(model, ids, max_new_tokens, temperature, top_k, top_p, generator, eos_id) -> Iterator[int]:
-    cache = KVCache(model, len(ids) + max_new_tokens)
-    unread = ids
+def _check_prompt(model: Decoder, ids: list[int], max_new_tokens: int, name: str) -> None:
+    limit = model.config.max_seq_len
+    if not ids:
+        raise ConfigError(f"{name}: expected at least one token")
+    if not all(0 <= i < model.config.vocab_size for i in ids):
+        raise ConfigError(f"{name}: expected token ids from 0 to {model.config.vocab_size - 1}")
+    if max_new_tokens < 1:
+        raise ConfigError(f"max_new_tokens: expected at least 1, got {max_new_tokens}")
+    if len(ids) + max_new_tokens > limit:
+        raise ConfigError(
+            f"{name}: expected at most {max(limit - max_new_tokens, 0)} tokens (max_seq_len {limit} less "
+            f"max_new_tokens {max_new_tokens}), got {len(ids)}"
+        )
+
+
+def _steps(model, prompts, max_new_tokens, temperature, top_k, top_p, generators, ends) -> Iterator[list[int | None]]:
+    if not prompts:
+        return
+    longest = max(map(len, prompts))
+    padding = [longest - len(ids) for ids in prompts]
+    cache = KVCache(model, longest + max_new_tokens, len(prompts), padding)
+    unread = torch.tensor([[0] * pad + ids for pad, ids in zip(padding, prompts, strict=True)])
+    live = [True] * len(prompts)
     for _ in range(max_new_tokens):
         with torch.inference_mode():
-            logits_V = next_logits(model, unread, cache)
-        token = pick(logits_V, temperature, top_k, top_p, generator)
-        yield token
-        if token == eos_id:
+            logits_BV = last_logits(model, unread, cache)
+        tokens = [
+            pick(logits_V, temperature, top_k, top_p, generator) if on else None
+            for logits_V, generator, on in zip(logits_BV, generators, live, strict=True)
+        ]
+        yield tokens
+        live = [token is not None and token not in ends for token in tokens]
+        if not any(live):
             return
-        unread = [token]
+        unread = torch.tensor([[token or 0] for token in tokens])
+
+
+def last_logits(model: Decoder, ids_BT: Tensor, cache: KVCache) -> Tensor:
+    """fp32 logits [B, V] on the CPU of the token after each row, which is read on top of the cache."""
+    last_BD = model.hidden(ids_BT.to(model.embed.weight.device), cache=cache)[:, -1]  # the only one worth a head
+    return (last_BD @ model.head_weight.T * model.multipliers.logits).float().cpu()
 
 
 def next_logits(model: Decoder, ids: Sequence[int], cache: KVCache) -> Tensor:
     """fp32 logits [V] on the CPU of the token after `ids`, which are read on top of the cache."""
-    ids_BT = torch.tensor([list(ids)], device=model.embed.weight.device)
-    last_BD = model.hidden(ids_BT, cache=cache)[:, -1]  # only the last position is worth a head
-    return (last_BD @ model.head_weight.T * model.multipliers.logits)[0].float().cpu()
+    return last_logits(model, torch.tensor([list(ids)]), cache)[0]
 
 
 def pick(
@@ -144,9 +213,14 @@ def pick(
     return int(top.indices[torch.multinomial(p_V * keep_V, 1, generator=generator)])
 
 
-def generate_text(
+def generate_text(checkpoint: Path, prompt: str, stage: int | None = None, **settings) -> dict:
+    """Continue a text from a checkpoint or run directory: `generate_texts` of one prompt, its only dict."""
+    return generate_texts(checkpoint, [prompt], stage, **settings)[0]
+
+
+def generate_texts(
     checkpoint: Path,
-    prompt: str,
+    prompts: Sequence[str],
     stage: int | None = None,
     max_new_tokens: int = 64,
     temperature: float = 0.0,
@@ -154,23 +228,44 @@ def generate_text(
     top_p: float | None = None,
     seed: int = 0,
     console: Console | None = None,
-) -> dict:
-    """Continue a text from a checkpoint or run directory: {text, tokens, prompt_tokens, ended}, JSON-ready.
+    batch_size: int = 8,
+    dtype: Literal["auto", "fp32", "bf16"] = "auto",
+) -> list[dict]:
+    """Continue texts from a checkpoint or run directory: for each {text, tokens, prompt_tokens, ended}, JSON-ready.
 
-    text: what follows the prompt, without it; tokens: the new ids; ended: `eos` or `length`. console: progress.
+    text: what follows the prompt, without it; tokens: the new ids; ended: `eos` (any of the model's end tokens) or
+    `length`. Prompt i draws with seed + i. console: progress. batch_size: prompts computed together, those of about
+    the same length. dtype: auto is fp32 where the weights fit into memory, else bf16.
     Raises ConfigError as `generate` and `load_decoder` do, and for a checkpoint without a tokenizer.
     """
+    if batch_size < 1:
+        raise ConfigError(f"batch_size: expected at least 1, got {batch_size}")
     opened = read(locate(Path(checkpoint), stage))
     tokenizer = load_tokenizer(opened)
-    model, _ = load_decoder(opened)
-    start = [tokenizer.bos_id] if opened.state.get("bos", True) else []
-    ids = start + tokenizer.encode(prompt)
-    new = []
-    with Bar(console, "generating", max_new_tokens, unit="tokens") as bar:
-        for token in generate(model, ids, max_new_tokens, temperature, top_k, top_p, seed, tokenizer.eos_id):
-            new.append(token)
-            bar.advance()
+    chosen = fitting_dtype(opened, dtype)
+    if dtype == "auto" and chosen == torch.bfloat16 and console is not None:
+        note(console, "its weights do not fit into memory in fp32: generating in bf16")
+    model, _ = load_decoder(opened, chosen)
+    start = [tokenizer.bos_id] if opened.state.get("bos", True) and hasattr(tokenizer, "bos_id") else []
+    ids = [start + tokenizer.encode(prompt) for prompt in prompts]
+    for number, row in enumerate(ids):
+        _check_prompt(model, row, max_new_tokens, "prompt" if len(ids) == 1 else f"prompt {number + 1}")
+    ends = end_tokens(opened, tokenizer)
+    new: list[list[int]] = [[] for _ in ids]
+    order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
+    with Bar(console, "generating", max_new_tokens * len(ids), unit="tokens") as bar:
+        for first in range(0, len(order), batch_size):
+            batch = order[first : first + batch_size]
+            rows, seeds = [ids[i] for i in batch], [seed + i for i in batch]
+            for tokens in generate_steps(model, rows, max_new_tokens, temperature, top_k, top_p, seeds, ends):
+                came = [(i, token) for i, token in zip(batch, tokens, strict=True) if token is not None]
+                for i, token in came:
+                    new[i].append(token)
+                bar.advance(len(came))
+    return [_described(tokenizer, before, after, ends) for before, after in zip(ids, new, strict=True)]
+
+
+def _described(tokenizer, ids: list[int], new: list[int], ends: Sequence[int]) -> dict:
     # decoded together: at the start of a text the tokenizer drops the space that belongs to a first word
     text = tokenizer.decode(ids + new)[len(tokenizer.decode(ids)) :]
-    ended = "eos" if new[-1] == tokenizer.eos_id else "length"
-    return {"text": text, "tokens": new, "prompt_tokens": len(ids), "ended": ended}
+    return {"text": text, "tokens": new, "prompt_tokens": len(ids), "ended": "eos" if new[-1] in ends else "length"}

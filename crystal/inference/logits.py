@@ -8,9 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from crystal.checkpoint import locate, read
 from crystal.errors import ConfigError, DataError, RunError
 from crystal.files import replacing
-from crystal.inference.load import load_decoder
+from crystal.inference.by_block import logits_by_block
+from crystal.inference.load import fits_in_fp32, load_decoder, model_config_of
 from crystal.zoo.config import ModelConfig
 from crystal.zoo.decoder import Decoder
 
@@ -26,22 +28,31 @@ def _row(model: Decoder, ids_T: Tensor) -> Tensor:
 
 
 @torch.inference_mode()
-def logits_file(checkpoint: Path, ids: Path, out: Path) -> tuple[int, int, int]:
+def logits_file(checkpoint: Path, ids: Path, out: Path, by_block: bool | None = None) -> tuple[int, int, int]:
     """Logits of the ids in a .npy file [T] or [B, T] into the .npy file `out`, fp32 [B, T, V]; that shape.
 
-    checkpoint: a checkpoint or run directory. Written row by row aside, then renamed: memory for one row, and
-    never half a file. Raises ConfigError naming the file for ids that are not the model's, a checkpoint that
+    checkpoint: a checkpoint or run directory. by_block: with one block's weights in memory at a time, the same
+    numbers; None: where the model's do not fit into memory. Written row by row aside, then renamed: memory for one
+    row, and never half a file. Raises ConfigError naming the file for ids that are not the model's, a checkpoint that
     cannot be read or an output that cannot be written.
     """
-    model, _ = load_decoder(checkpoint)
-    ids_BT = read_ids(Path(ids), model.config)
+    opened = read(locate(Path(checkpoint)))
+    config = model_config_of(opened)
+    ids_BT = read_ids(Path(ids), config)
     out = Path(out)
-    shape = (*ids_BT.shape, model.config.vocab_size)
+    shape = (*ids_BT.shape, config.vocab_size)
+    if by_block is None:
+        by_block = not fits_in_fp32(config)
+    if by_block:
+        rows = logits_by_block(opened, ids_BT)
+    else:
+        model, _ = load_decoder(opened)
+        rows = (_row(model, torch.from_numpy(ids_T))[0] for ids_T in ids_BT)
     try:
         with replacing(out, durable=False) as aside:
             file = np.lib.format.open_memmap(aside, mode="w+", dtype=np.float32, shape=shape)
-            for b, ids_T in enumerate(ids_BT):
-                file[b] = _row(model, torch.from_numpy(ids_T))[0].numpy()
+            for b, logits_TV in enumerate(rows):
+                file[b] = logits_TV.numpy()
             file.flush()
     except OSError as error:
         raise RunError(f"{out}: cannot be written: {error.strerror or error}") from None

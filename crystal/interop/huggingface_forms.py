@@ -7,9 +7,9 @@ and v are one tensor, `c_fc2` is the gate and `c_fc` the up projection, and conf
 multipliers as `mup_*` (facts: llm360.md 1.1, 1.2, 1.5, 1.6). Nothing is folded into the weights: a reader
 that forgets the multipliers loads a different model without any error, so here they are required keys.
 
-Keys that would change the forward pass and that the decoder does not have (rope scaling, attention biases in
-the LLaMA form, other activations) are declared with the one value that is allowed. Keys of dropout, caches
-and token ids do not change it and are ignored.
+Keys that would change the forward pass and that the decoder does not have (attention biases in the LLaMA form,
+other activations) are declared with the one value that is allowed; rotation is `huggingface_rotary`'s subject. Keys
+of dropout and caches do not change it and are ignored; token ids are `token_ids`'.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from crystal.config import parse
 from crystal.errors import ConfigError, WrongValue
+from crystal.interop.huggingface_rotary import check_fixed_base, rotary_base
 from crystal.zoo.build import meta_decoder, multipliers_for, plan_for
 from crystal.zoo.config import ModelConfig, preset
 
@@ -31,16 +32,7 @@ Form = Literal["llama", "crystalcoder"]
 class _Json(BaseModel):
     """A config.json: other keys are ignored, types are not coerced."""
 
-    model_config = ConfigDict(extra="ignore", frozen=True, strict=True)
-
-
-class _Rope(_Json):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
-    rope_type: Literal["default"] | None = None
-    type: Literal["default"] | None = None  # what old files call rope_type
-    rope_theta: float | None = Field(None, gt=0)
-    partial_rotary_factor: Literal[1, 1.0] | None = None
+    model_config = ConfigDict(extra="ignore", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class _Llama(_Json):
@@ -57,9 +49,6 @@ class _Llama(_Json):
     rms_norm_eps: float = Field(1e-6, gt=0)
     initializer_range: float = Field(0.02, gt=0)
     tie_word_embeddings: bool = False
-    rope_theta: float | None = Field(None, gt=0)
-    rope_parameters: _Rope | None = None  # transformers 5
-    rope_scaling: _Rope | None = None  # transformers 4
     hidden_act: Literal["silu", "swish"] = "silu"
     attention_bias: Literal[False] = False
     mlp_bias: Literal[False] = False
@@ -75,7 +64,6 @@ class _Llama(_Json):
     def model(self) -> dict:
         """The mapping of a ModelConfig."""
         grouped = self.num_key_value_heads if self.num_key_value_heads != self.num_attention_heads else None
-        thetas = (self.rope_parameters and self.rope_parameters.rope_theta, self.rope_theta, 10000.0)
         return {
             "d_model": self.hidden_size,
             "n_layers": self.num_hidden_layers,
@@ -86,7 +74,6 @@ class _Llama(_Json):
             "max_seq_len": self.max_position_embeddings,
             "norm": "rmsnorm",
             "norm_eps": self.rms_norm_eps,
-            "rotary_base": next(theta for theta in thetas if theta),
             "tie_embeddings": self.tie_word_embeddings,
             "mup": {"parametrization": "sp", "init_std": self.initializer_range},
         }
@@ -112,6 +99,9 @@ class _CrystalCoder(_Json):
     mup_scale_qk_dot_by_d: bool
     scale_attn_weights: Literal[True] = True
     scale_attn_by_inverse_layer_idx: Literal[False] = False
+    logit_scale: float | None = None  # ours: what the two factors of logits come to
+    initializer_range: float | None = Field(None, gt=0)
+    initializer_cut: float | None = Field(None, gt=0)  # ours: only with it does initializer_range mean muP's sigma
     quantization_config: None = None
 
     @model_validator(mode="after")
@@ -124,16 +114,22 @@ class _CrystalCoder(_Json):
         d_head = self.n_embd // self.n_head
         if self.rotary_dim % 2 or self.rotary_dim > d_head:
             raise WrongValue(f"expected an even number up to {d_head}, got {self.rotary_dim}", "rotary_dim")
+        scale = self.mup_output_alpha * self.mup_width_scale
+        if self.logit_scale is not None and abs(self.logit_scale - scale) > 1e-6 * scale:
+            wanted = f"mup_output_alpha x mup_width_scale = {scale:g}"
+            raise WrongValue(f"expected {wanted}, got {self.logit_scale}", "logit_scale")
         return self
 
     def model(self) -> dict:
-        """The mapping of a ModelConfig; what config.json has not (init) is as in the published run."""
+        """The mapping of a ModelConfig; init is as in the published run where config.json does not say it our way."""
         mup = preset("crystalcoder-7b").mapping["model"]["mup"] | {
             "base_d_model": round(self.mup_width_scale * self.n_embd),
             "embedding_multiplier": self.mup_embeddings_scale,
             "output_alpha": self.mup_output_alpha,
             "attention_scale": "1/d" if self.mup_scale_qk_dot_by_d else "1/sqrt_d",
         }
+        if self.initializer_cut is not None and self.initializer_range is not None:
+            mup |= {"init_std": self.initializer_range, "init_truncate": self.initializer_cut}
         return {
             "d_model": self.n_embd,
             "n_layers": self.n_layer,
@@ -156,8 +152,12 @@ def config_from_json(mapping: dict, where: str) -> tuple[ModelConfig, Form]:
     model_type = mapping.get("model_type")
     if model_type not in ("llama", "crystalcoder"):
         raise ConfigError(f"{where}: model_type: expected llama or crystalcoder, got {model_type!r}")
-    published = parse(_Llama if model_type == "llama" else _CrystalCoder, mapping, where)
-    config = parse(ModelConfig, published.model(), where)
+    if model_type == "llama":
+        values = parse(_Llama, mapping, where).model() | {"rotary_base": rotary_base(mapping, where)}
+    else:
+        values = parse(_CrystalCoder, mapping, where).model()
+        check_fixed_base(mapping, where)
+    config = parse(ModelConfig, values, where)
     try:
         plan_for(config)  # a base width without whole heads is a mistake of this file, not of a later command
     except ConfigError as error:
@@ -193,8 +193,11 @@ def form_of(config: ModelConfig) -> Form:
     return form
 
 
-def config_to_json(config: ModelConfig) -> dict:
-    """The config.json of a model, in the form that fits it. Raises ConfigError when none does."""
+def config_to_json(config: ModelConfig, token_ids: dict | None = None) -> dict:
+    """The config.json of a model, in the form that fits it. Raises ConfigError when none does.
+
+    token_ids: its `bos_token_id`, `eos_token_id` and others (`crystal.interop.token_ids.exported`); none are invented.
+    """
     if form_of(config) == "llama":
         return {
             "architectures": ["LlamaForCausalLM"],
@@ -213,8 +216,7 @@ def config_to_json(config: ModelConfig) -> dict:
             "attention_bias": False,
             "mlp_bias": False,
             "tie_word_embeddings": config.tie_embeddings,
-            "bos_token_id": 1,
-            "eos_token_id": 2,
+            **(token_ids or {}),
             "torch_dtype": "float32",
         }
     return {
@@ -239,8 +241,7 @@ def config_to_json(config: ModelConfig) -> dict:
         "embd_pdrop": 0.0,
         "attn_pdrop": 0.0,
         "tie_word_embeddings": True,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
+        **(token_ids or {}),
         "torch_dtype": "float32",
     }
 
@@ -307,6 +308,7 @@ TIED = {"model.embed_tokens.weight": "lm_head.weight", "transformer.wte.weight":
 """Embedding → the copy of it that files of tied models may also hold."""
 
 BUFFERS = re.compile(
-    r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq|transformer\.h\.\d+\.attn\.(bias|masked_bias)"
+    r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.(inv_freq|cos_cached|sin_cached)"
+    r"|transformer\.h\.\d+\.attn\.(bias|masked_bias)"
 )
 """Tables and masks that old versions of transformers saved: not weights, dropped."""

@@ -1,8 +1,10 @@
 """Weights as published on Hugging Face, read and written one tensor at a time.
 
-A directory holds `config.json` and either safetensors or torch's `.bin` shards, single or with an index.
+A directory holds `config.json` and either safetensors or torch's `.bin` shards, single or with an index. Which of
+several sets counts is as transformers has it: a single file before an index, safetensors before `.bin`.
 Names and shapes of all shards are checked before the first tensor is handed out; then one shard is open at a
-time, memory-mapped, so a 7B model passes through a few tensors' memory. bf16 and fp16 widen to fp32 exactly.
+time, memory-mapped, and mapped anew every gigabyte, so a 7B model passes through a few tensors' memory. bf16 and
+fp16 widen to fp32 exactly. Numbers that are not finite are refused by name as their tensor is read.
 
 What the files call their tensors and what config.json means is `crystal.interop.huggingface_forms`.
 """
@@ -34,22 +36,22 @@ from crystal.zoo.config import ModelConfig
 
 _EXACT = ("float32", "bfloat16", "float16", "F32", "BF16", "F16")  # dtypes that fp32 holds exactly
 _SETS = ("model.safetensors", "pytorch_model.bin")
+_REMAP_BYTES = 1 << 30  # what is read of a mapped file counts as this process's memory until it is mapped anew
 
 
 def read_published(directory: Path) -> tuple[ModelConfig, Iterator[tuple[str, Tensor]]]:
     """The model in a Hugging Face directory: its config, and (our name, fp32 CPU tensor) one at a time.
 
     Every tensor of the decoder comes exactly once, in the files' order, in memory of its own. The copy of a
-    tied embedding is compared with it, buffers are dropped.
+    tied embedding is compared with it, or stands for it where a file has only the copy; buffers are dropped.
     Raises CheckpointError naming the file and the key or tensor: at once for anything the config or the shards'
-    headers tell, while iterating for a duplicate head that differs.
+    headers tell, while iterating for a duplicate head that differs and for numbers that are not finite.
     """
     directory = Path(directory)
-    mapping = _json(directory / "config.json")
+    mapping = read_json(directory / "config.json")
     config, form = config_from_json(mapping, str(directory / "config.json"))
-    shards, listing = _shards(directory)
-    expected = {tensor.name: tensor for tensor in published_tensors(config, form)}
-    _check(shards, listing, expected, config)
+    shards, listing = _shards(directory, mapping)
+    expected = _check(shards, listing, {tensor.name: tensor for tensor in published_tensors(config, form)}, config)
     return config, _tensors(shards, expected)
 
 
@@ -76,7 +78,8 @@ def to_published(config: ModelConfig, tensors: Iterable[tuple[str, Tensor]]) -> 
         raise CheckpointError(f"{next(iter(home))}: expected every tensor of the model, this one did not come")
 
 
-def _json(path: Path) -> dict:
+def read_json(path: Path) -> dict:
+    """A file's JSON mapping. Raises CheckpointError naming it when there is none."""
     try:
         mapping = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -88,27 +91,36 @@ def _json(path: Path) -> dict:
     return mapping
 
 
-def _shards(directory: Path) -> tuple[list[Path], Path]:
+def _shards(directory: Path, mapping: dict) -> tuple[list[Path], Path]:
     """The files that hold the weights, and the one to name when a tensor is in none of them."""
-    for whole in _SETS:
-        index = directory / f"{whole}.index.json"
-        if index.is_file():
-            files = _json(index).get("weight_map")
-            names = list(files.values()) if isinstance(files, dict) else []
-            if not names or not all(isinstance(name, str) and name == Path(name).name for name in names):
-                raise CheckpointError(f"{index}: weight_map: expected tensors and the files that hold them")
-            return [directory / name for name in sorted(set(names))], index
-        if (directory / whole).is_file():
-            return [directory / whole], directory / whole
-    raise CheckpointError(f"{directory}: expected {' or '.join(_SETS)}, or an index of their shards")
+    if (directory / "adapter_config.json").is_file():
+        raise CheckpointError(
+            f"{directory / 'adapter_config.json'}: expected a whole model, this is an adapter for one; merge it first"
+        )
+    sets = [name for whole in _SETS for name in (whole, f"{whole}.index.json")]
+    if (named := mapping.get("transformers_weights")) is not None:  # transformers 5: then it is this file and no other
+        if not isinstance(named, str) or named != Path(named).name or ".safetensors" not in named:
+            where = directory / "config.json"
+            raise CheckpointError(f"{where}: transformers_weights: expected a safetensors file or index, got {named!r}")
+        sets = [named]
+    found = next((directory / name for name in sets if (directory / name).is_file()), None)
+    if found is None:
+        raise CheckpointError(f"{directory}: expected {' or '.join(sets[::2])}, or an index of their shards")
+    if found.suffix != ".json":
+        return [found], found
+    files = read_json(found).get("weight_map")
+    names = list(files.values()) if isinstance(files, dict) else []
+    if not names or not all(isinstance(name, str) and name == Path(name).name for name in names):
+        raise CheckpointError(f"{found}: weight_map: expected tensors and the files that hold them")
+    return [directory / name for name in sorted(set(names))], found
 
 
 class _Torch:
     """A `.bin` file with what `_Safetensors` has. `weights_only`: no code in the file is run."""
 
     def __init__(self, path: Path):
-        zipped = zipfile.is_zipfile(path)  # files from before torch 1.6 are not, and are read whole
-        self.tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+        self.mapped = zipfile.is_zipfile(path)  # files from before torch 1.6 are not, and are read whole
+        self.tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=self.mapped)
         if not isinstance(self.tensors, Mapping):
             raise ValueError(f"expected a mapping of names to tensors, got {type(self.tensors).__name__}")
         wrong = [name for name, tensor in self.tensors.items() if not isinstance(tensor, Tensor)]
@@ -127,6 +139,8 @@ class _Torch:
 
 class _Safetensors:
     """A safetensors file, mapped."""
+
+    mapped = True
 
     def __init__(self, path: Path):
         self.file = safe_open(path, framework="pt")
@@ -152,8 +166,13 @@ def _open(path: Path) -> _Torch | _Safetensors:
         raise CheckpointError(f"{path}: cannot be read as weights: {reason[0]}") from None
 
 
-def _check(shards: list[Path], listing: Path, expected: dict[str, Published], config: ModelConfig) -> None:
-    """Every expected tensor in exactly one shard, in its shape and a dtype that fp32 holds; no others."""
+def _check(
+    shards: list[Path], listing: Path, expected: dict[str, Published], config: ModelConfig
+) -> dict[str, Published]:
+    """Every expected tensor in exactly one shard, in its shape and a dtype that fp32 holds; no others.
+
+    Returns `expected` as the files have it: with the head's name for the embedding where only that is there.
+    """
     home: dict[str, Path] = {}
     for path in shards:
         shard = _open(path)
@@ -173,20 +192,29 @@ def _check(shards: list[Path], listing: Path, expected: dict[str, Published], co
             if dtype not in _EXACT:
                 raise CheckpointError(f"{path}: {name}: expected fp32, bf16 or fp16, got {dtype}")
     for name in expected:
-        if name not in home:
-            raise CheckpointError(f"{listing}: {name}: expected, but no such tensor in the weights")
+        if name in home:
+            continue
+        if config.tie_embeddings and TIED.get(name) in home:
+            copy = TIED[name]
+            return _check(shards, listing, {copy if n == name else n: t for n, t in expected.items()}, config)
+        raise CheckpointError(f"{listing}: {name}: expected, but no such tensor in the weights")
+    return expected
 
 
 def _tensors(shards: list[Path], expected: dict[str, Published]) -> Iterator[tuple[str, Tensor]]:
     digests: dict[str, tuple[str, Path]] = {}  # of the embedding and its copy, maybe in different shards
     for path in shards:
-        shard = _open(path)
+        shard, seen = _open(path), 0
         for name in shard.names():
             target = expected.get(name)
             duplicate = target is None and name in TIED.values()
             if target is None and not duplicate:
                 continue
+            if seen > _REMAP_BYTES and shard.mapped:
+                shard, seen = _open(path), 0
             tensor = shard.get(name)
+            seen += tensor.nbytes
+            _finite(tensor, path, name)
             if duplicate or name in TIED:
                 digest = hashlib.sha256(tensor.float().contiguous().numpy()).hexdigest()
                 digests["copy" if duplicate else "embedding"] = digest, path
@@ -195,8 +223,17 @@ def _tensors(shards: list[Path], expected: dict[str, Published]) -> Iterator[tup
                 for our, part in zip(target.ours, parts, strict=True):
                     # a copy, so that nothing keeps the file or a fused neighbour in memory
                     yield our, part.to(torch.float32, copy=True).contiguous()
+                del parts, part
+            del tensor
     if "copy" in digests and digests["copy"][0] != digests["embedding"][0]:
         raise CheckpointError(
             f"{digests['copy'][1]}: lm_head.weight: expected a copy of the embedding, as config.json's "
             "tie_word_embeddings says, but they differ"
         )
+
+
+def _finite(tensor: Tensor, path: Path, name: str) -> None:
+    wrong = tensor.numel() - int(torch.isfinite(tensor).sum())
+    if wrong:
+        numbers = "a number that is" if wrong == 1 else f"{wrong:,} numbers that are"
+        raise CheckpointError(f"{path}: {name}: expected finite numbers, it has {numbers} infinite or not a number")

@@ -137,7 +137,7 @@ def _evidence(factory, optimizer, calls, widths: tuple[int, ...], second: int) -
         seen = {w: observe(lambda w=w: factory(w), optimizer, calls, "cpu") for w in small}
     except CheckError as failed:
         if not found:
-            raise (error or failed) from failed
+            raise failed from failed.__cause__  # not for being on meta
         return found
     if not any(p.is_meta for p in seen[small[0]].model.parameters()):
         found.append(Evidence(small, seen, _traces(seen, small)))

@@ -205,7 +205,8 @@ def _in_parts() -> Iterator[None]:
     torch.backends.mha.set_fastpath_enabled(False)
     setattr(flex_attention, flex, True)
     try:
-        with warnings.catch_warnings():
+        # (mkldnn has an LSTM in one operation)
+        with warnings.catch_warnings(), torch.backends.mkldnn.flags(enabled=False, deterministic=None):
             warnings.simplefilter("ignore")  # flex_attention's advice to compile it
             yield
     finally:

@@ -36,7 +36,7 @@ class Reading:
                 if (value := self.value(ref)) is not None and value.source is None:
                     modules[name, key] = {chain: times(*f[0]) for chain, f in value.terms.items()}
         for ref in self.graphs[0].results:
-            value = self.value(ref)
+            value = self.algebra.plain(self.value(ref))
             one = value is not None and value.opaque and len(value.terms[()]) == 1
             if not (one and math.prod(ref.shape) == 1):  # Adam's kind does not mind the scale of a loss
                 self.algebra.end(value, "used", "result")

@@ -94,10 +94,9 @@ def observe(
 
 
 def said(error: Exception) -> str:
-    """The first line of what was raised, with its kind unless torch raised it."""
+    """The first line of what was raised, and its kind."""
     line = (str(error).splitlines() or [""])[0]
-    kind = type(error).__name__
-    return line if line and kind in ("RuntimeError", "NotImplementedError", "CheckError") else f"{kind}: {line}"
+    return f"{type(error).__name__}: {line}".rstrip(": ")
 
 
 def made_by(optimizer: MakesOptimizer, model: nn.Module) -> Optimizer | Sequence[Optimizer]:

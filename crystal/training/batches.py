@@ -17,9 +17,10 @@ import torch
 from crystal.backends.base import MicroBatch
 from crystal.curriculum.config import split_entry
 from crystal.curriculum.stages import Curriculum, Stage
-from crystal.data.fim import fim_row
+from crystal.data.fim import fim_row, no_fim
 from crystal.data.order import StageOrder
 from crystal.data.store import TokenStore
+from crystal.errors import ConfigError
 
 
 class Batches:
@@ -30,6 +31,9 @@ class Batches:
         self.micro_batch_size = micro_batch_size
         self.part, self.parts = 0, 1  # which part of each step's rows this process takes, of how many
         self.tokenizer = store.tokenizer()
+        fim = any(rate for stage in curriculum.stages for rate in stage.fim_rates.values())
+        if fim and (reason := no_fim(self.tokenizer)):
+            raise ConfigError(f"{self.tokenizer.path}: FIM needs {reason}")
         self.sources = sorted({split_entry(entry)[0] for stage in curriculum.stages for entry in stage.bound})
         self._orders: dict[int, StageOrder] = {}
 

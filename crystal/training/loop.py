@@ -288,6 +288,7 @@ class Trainer:
             "optimizer": self.config.optimizer.model_dump(mode="json"),
             "backend": self.backend.scalars(),
             "tokenizer": self.tokenizer_file.name,
+            "added_tokens": self.store.manifest["tokenizer"]["added_tokens"],
             "bos": self.config.data.bos,
         }
 

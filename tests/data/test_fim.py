@@ -229,6 +229,20 @@ def test_a_vocabulary_without_fim_tokens_is_refused(tokenizer):
         fim_row(row, plain, 0.1, 0.5, np.random.default_rng(0))
 
 
+def test_a_run_that_wants_fim_of_such_a_vocabulary_hears_of_it_at_once(tokenizer):
+    from types import SimpleNamespace
+
+    from crystal.errors import ConfigError
+    from crystal.training.batches import Batches
+
+    plain = Tokenizer.load(tokenizer.path, added_tokens=False)
+    stages = [SimpleNamespace(fim_rates={"a": rate}, bound=[]) for rate in (0.0, 0.9)]
+    store = SimpleNamespace(tokenizer=lambda: plain)
+    Batches(SimpleNamespace(stages=stages[:1]), store, 0, 1)
+    with pytest.raises(ConfigError, match=r"small\.model: FIM needs a vocabulary with CrystalCoder's added tokens"):
+        Batches(SimpleNamespace(stages=stages), store, 0, 1)
+
+
 def test_a_row_of_2048_takes_milliseconds(published, texts):
     """Of the processor's time, and the least of ten: others may have the machine. About 2 ms where it is idle."""
     import time

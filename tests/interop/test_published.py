@@ -232,14 +232,6 @@ def test_a_model_that_no_published_form_computes_is_not_exported(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["c"]
 
 
-def test_the_tokenizer_goes_with_the_weights_both_ways(tmp_path):
-    directory = crystal_directory(tmp_path / "d")
-    (directory / "tokenizer.model").write_bytes(b"vocabulary")
-    assert import_published(directory, tmp_path / "ckpt")["tokenizer"] == "tokenizer.model"
-    export_published(tmp_path / "ckpt", tmp_path / "hf")
-    assert (tmp_path / "hf" / "tokenizer.model").read_bytes() == b"vocabulary"
-
-
 def test_nothing_that_is_there_is_overwritten(tmp_path):
     directory = crystal_directory(tmp_path / "d")
     for call in (import_published, export_published):
