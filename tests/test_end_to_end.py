@@ -59,6 +59,10 @@ def test_the_documents_of_the_readme_are_true(demo, tmp_path):
         root / "docs" / name for name in ("commands.md", "own-data.md")
     }
     for page in sorted(pages):
+        for block in page.read_text().split("```python\n")[1:]:
+            first = block.partition("\n")[0].partition("# ")[2]
+            if first.endswith(".py"):  # a file that the page's commands read
+                (Path(cwd) / first).write_text(block.split("```")[0])
         for block in page.read_text().split("```sh\n")[1:]:
             lines = (line.split("#")[0].strip() for line in block.split("```")[0].splitlines())
             commands += [line for line in lines if line.startswith("crystal ")]

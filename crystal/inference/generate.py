@@ -213,9 +213,9 @@ def pick(
     return int(top.indices[torch.multinomial(p_V * keep_V, 1, generator=generator)])
 
 
-def generate_text(checkpoint: Path, prompt: str, stage: int | None = None, **settings) -> dict:
+def generate_text(checkpoint: Path, prompt: str, *settings, **named) -> dict:
     """Continue a text from a checkpoint or run directory: `generate_texts` of one prompt, its only dict."""
-    return generate_texts(checkpoint, [prompt], stage, **settings)[0]
+    return generate_texts(checkpoint, [prompt], *settings, **named)[0]
 
 
 def generate_texts(

@@ -205,10 +205,10 @@ def _in_parts() -> Iterator[None]:
     torch.backends.mha.set_fastpath_enabled(False)
     setattr(flex_attention, flex, True)
     try:
-        # (mkldnn has an LSTM in one operation)
-        with warnings.catch_warnings(), torch.backends.mkldnn.flags(enabled=False, deterministic=None):
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # flex_attention's advice to compile it
-            yield
+            with torch.backends.mkldnn.flags(enabled=False, deterministic=None):  # it has an LSTM in one operation
+                yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
         setattr(flex_attention, flex, compiled)

@@ -203,7 +203,10 @@ def test_a_value_of_the_wrong_type_is_told_in_plain_words(crystal):
         (("generate", "x", "--temperature", "warm"), "'--temperature': expected a number, got 'warm'"),
         (("generate", "x", "--top-p", "2"), "'--top-p': expected at most 1, got '2'"),
         (("generate", "x", "--max-new-tokens", "0"), "'--max-new-tokens': expected at least 1, got '0'"),
-        (("export", "x", "--to", "z"), "'--to': expected one of hf, native, gguf, safetensors, mdl, cerebras-yaml, got 'z'"),
+        (
+            ("export", "x", "--to", "z"),
+            "'--to': expected one of hf, native, gguf, safetensors, mdl, cerebras-yaml, got 'z'",
+        ),
     ):
         _, _, err = crystal(*words)
         assert err == f"crystal: Invalid value for {expected} (see crystal {words[0]} --help)\n"

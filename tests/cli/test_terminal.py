@@ -436,7 +436,7 @@ def test_ctrl_c_in_every_other_command(terminal, run, tmp_path):
 
 def test_ctrl_c_while_text_is_generated(terminal, run):
     assert terminal("train", run, "--until", "1", slow=NO_PLOT).ended() == 0
-    term = terminal("generate", "run", "--max-new-tokens", "2", slow={"crystal.inference.generate.next_logits": None})
+    term = terminal("generate", "run", "--max-new-tokens", "2", slow={"crystal.inference.generate.last_logits": None})
     term.until(lambda t: t.stuck)
     interrupted(term)
 
