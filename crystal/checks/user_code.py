@@ -14,6 +14,7 @@ import torch
 
 import crystal
 from crystal.errors import ConfigError, CrystalError
+from crystal.mup.observe import said
 from crystal.mup.plan import PlanError
 from crystal.mup.verdict import CheckError
 
@@ -52,9 +53,7 @@ def running(name: str, what: str = "") -> Iterator[None]:
 
 def told(error: BaseException) -> str:
     """`ValueError: the first line of its message (file:line)`."""
-    message = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-    said = f"{type(error).__name__}: {message}" if message else type(error).__name__
-    return said + ("" if isinstance(error, SyntaxError) else _place(error))
+    return said(error) + ("" if isinstance(error, SyntaxError) else _place(error))
 
 
 def _place(error: BaseException) -> str:

@@ -28,9 +28,9 @@ from crystal.mup.forward_trace import Trace, follow
 from crystal.mup.measured_init import measured_inits
 from crystal.mup.observe import Calls, Evidence, MakesOptimizer, Observed, is_small, observe
 from crystal.mup.optimizers import refuse_zero_lr
-from crystal.mup.plan import Layouts, Plan, PlanError, grown, infshapes_of, known_layouts, layouts_of, uses_of
-from crystal.mup.rules import Parametrization
-from crystal.mup.verdict import CheckError, Report, Row
+from crystal.mup.plan import Layouts, Plan, PlanError, grown, infshapes_of, layouts_beside, uses_of
+from crystal.mup.rules import Parametrization, role_of_map
+from crystal.mup.verdict import SEVERITY, CheckError, Report, Row
 
 
 def audit(
@@ -164,22 +164,17 @@ def _reads_other_inits(e: Evidence, evidence: list[Evidence]) -> bool:
 
 def _layouts(evidence: list[Evidence], layouts: Layouts | None) -> dict[str, tuple[int, int] | None]:
     """Which dimensions of a tensor are fan_in and fan_out, by the module that holds it; tensors that only the forward
-    pass can tell are left out, and are in it. Raises PlanError for the others."""
-    found = known_layouts(evidence[0].base.model, layouts)
-    frozen = {name for name, p in evidence[0].base.model.named_parameters() if not p.requires_grad}
+    pass can tell are left out. Raises PlanError for the others, and for a square matrix under a bare x @ w."""
     uses = [use for e in evidence for t in e.traces.values() for end in t.ended for use in uses_in(end.chain)]
-    told = {use.tensor for use in uses}
+    first, widest = evidence[0].base.model, evidence[0].seen[evidence[0].widths[-1]].model
+    shapes = {name: p.shape for name, p in widest.named_parameters()}
+    square = {
+        name
+        for name, p in first.named_parameters()
+        if p.ndim == 2 and p.shape[0] == p.shape[1] and len(grown(p.shape, shapes.get(name, p.shape))) == 2
+    }
     bare = {use.tensor for use in uses if not use.oriented}
-    seen = evidence[0].seen
-    first, other = evidence[0].base.model, seen[evidence[0].widths[-1]].model
-    other_shapes = {name: p.shape for name, p in other.named_parameters()}
-    for name, p in first.named_parameters():
-        if name in found or name in frozen:
-            continue
-        square = p.ndim == 2 and p.shape[0] == p.shape[1] and len(grown(p.shape, other_shapes.get(name, p.shape))) == 2
-        if name not in told or (square and name in bare):
-            layouts_of(first, {**found, **dict.fromkeys(frozen)})  # raises, and names the first such tensor
-    return found
+    return layouts_beside(first, layouts, {use.tensor for use in uses}, square & bare)
 
 
 def _rows(
@@ -191,7 +186,7 @@ def _rows(
     for place in range(1, len(e.widths)):
         other = e.seen[e.widths[place]]
         try:
-            shapes = _shapes(other.model, e.base.model, e.seen[second].model)
+            shapes = infshapes_of(other.model, e.base.model, e.seen[second].model)
         except PlanError as error:
             raise CheckError(f"the factory's models at other widths: {error}") from None
         pair = Pair(0, place, rules, _model_growth(shapes, layouts), _growth(shapes), _optimizer_rules(e))
@@ -212,10 +207,6 @@ def _without_blind(evidence: list[dict[int, list[Row]]], second: int) -> list[li
     blind = {r.name for r in meta if r.verdict == "FAIL"} - failed - only_meta
     kept = [row for rows in evidence[0].values() for row in rows if row.name not in blind]
     return [_worst(kept), _worst(cpu)]
-
-
-def _shapes(model: nn.Module, base: nn.Module, second: nn.Module) -> dict[str, mup.InfShape]:
-    return infshapes_of(model, base, second)
 
 
 def _growth(shapes: dict[str, mup.InfShape]) -> dict[str, float]:
@@ -243,11 +234,7 @@ def _ties_agree(model: nn.Module, shapes: dict[str, mup.InfShape], rules: Parame
     """A tensor that is tied between roles has one init and one lr, so the rules of both must ask for the same."""
     rows = []
     for name, layouts in uses_of(model).items():
-        roles = set()
-        for layout in layouts:
-            fan_in, fan_out = (shapes[name][d].isinf() for d in layout)
-            if fan_in or fan_out:
-                roles.add("hidden" if fan_in and fan_out else "output" if fan_in else "embedding")
+        roles = {role_of_map(*(shapes[name][d].isinf() for d in layout)) for layout in layouts} - {None}
         asked = {(rules.powers[r].init, rules.powers[r].lr) for r in roles}
         if len(asked) > 1:
             each = ", ".join(
@@ -258,15 +245,12 @@ def _ties_agree(model: nn.Module, shapes: dict[str, mup.InfShape], rules: Parame
     return rows
 
 
-_ORDER = {"PASS": 0, "INCONCLUSIVE": 1, "FAIL": 2}
-
-
 def _worst(rows: list[Row]) -> list[Row]:
     """One row of each tensor and quantity: that of the pair of widths that says the worst."""
     kept: dict[tuple, Row] = {}
     for row in rows:
         key = (row.name, row.quantity, row.expected)
-        if key not in kept or _ORDER[row.verdict] >= _ORDER[kept[key].verdict]:
+        if key not in kept or SEVERITY[row.verdict] >= SEVERITY[kept[key].verdict]:
             kept[key] = row
     return list(kept.values())
 

@@ -13,7 +13,7 @@ from crystal.mup.init_trace import Draw
 from crystal.mup.measured_init import Size
 from crystal.mup.observe import Observed
 from crystal.mup.optimizers import Group, halved
-from crystal.mup.rules import Role
+from crystal.mup.rules import Role, role_of_map
 from crystal.mup.tolerances import AUDIT_EXPONENT, MEASURED_INIT
 from crystal.mup.verdict import Row, explain
 
@@ -126,12 +126,12 @@ class TensorRows:
         if self.layout is not None:
             fan_in, fan_out = self.layout
             used_as = {self.pair.role(u) for u in uses if u.kind in ("lookup", "matmul")}
-            role = _role(grows[fan_in], grows[fan_out])
+            role = role_of_map(grows[fan_in], grows[fan_out])
             if not used_as or role in used_as:
                 return role, dims[fan_in], dims[fan_out]
         if strong is not None:
             fan_in, fan_out = self.pair.ratio(strong.fan_in), self.pair.ratio(strong.fan_out)
-            return _role(fan_in != 0, fan_out != 0), fan_in, fan_out
+            return role_of_map(fan_in != 0, fan_out != 0), fan_in, fan_out
         return ("vector" if any(grows) else None), 0.0, self.pair.own[self.name]
 
     def _init(self, asked: Asked, same: bool, init_read: bool, measured) -> list[Row]:
@@ -348,7 +348,3 @@ class TensorRows:
     def row(self, quantity, found, expected, verdict, message: str = "", rule: str = "") -> Row:
         interval = None if found is None else (found, found)
         return Row(self.name, quantity, found, interval, expected, verdict, rule or self.pair.rules.source, message)
-
-
-def _role(fan_in: bool, fan_out: bool) -> Role | None:
-    return "hidden" if fan_in and fan_out else "output" if fan_in else "embedding" if fan_out else None

@@ -133,8 +133,8 @@ class Algebra:
         for cx, fx in x.terms.items():
             for cw, fw in w.terms.items():
                 joined = tuple((*f[:-1], times(f[-1], g[0]), *g[1:]) for f in fx for g in fw)
-                terms[cx + cw] = tuple(dict.fromkeys((*terms.get(cx + cw, ()), *joined)))
-        return Value(terms, w.origins, unknown=x.unknown if x.unknown else "")
+                _also(terms, cx + cw, joined)
+        return Value(terms, w.origins, unknown=x.unknown)
 
     def joined_products(self, a: Value, b: Value, length: tuple[int, ...]) -> Value:
         if len(a.terms) * len(b.terms) > MOST:
@@ -149,7 +149,7 @@ class Algebra:
             for cb, fb in b.terms.items():
                 product = Product(ca, cb, (_last(ca, a), _last(cb, b)), length)
                 found = tuple((self.ones, times(*f, *g)) for f in fa for g in fb)
-                terms[(product,)] = tuple(dict.fromkeys((*terms.get((product,), ()), *found)))
+                _also(terms, (product,), found)
         return Value(terms, unknown=a.unknown or b.unknown)
 
     def union(self, values: Sequence[Value | None]) -> Value | None:
@@ -165,7 +165,7 @@ class Algebra:
         terms: dict[Chain, tuple[Factors, ...]] = {}
         for value in values:
             for chain, factors in value.terms.items():
-                terms[chain] = tuple(dict.fromkeys((*terms.get(chain, ()), *factors)))
+                _also(terms, chain, factors)
         origins = tuple(dict.fromkeys(n for v in values for n in v.origins))[-3:]
         unknown = next((v.unknown for v in values if v.unknown), "")
         return Value(terms, origins, all(v.softmax for v in values), unknown=unknown)
@@ -189,9 +189,9 @@ class Algebra:
         if b is not None and b.weight:
             w = used(b, "matmul", length, out_b, oriented)
             # of two weights, a is one factor of a weight or a learned input
-            return self.joined(a or Value({(): ((self.ones,),)}), w)
+            return self.joined(a or self.opaque(), w)
         if a is not None and a.weight:
-            return self.joined(b or Value({(): ((self.ones,),)}), used(a, "matmul", length, out_a))
+            return self.joined(b or self.opaque(), used(a, "matmul", length, out_a))
         a_known, b_known = self.known(a), self.known(b)
         if a_known is None or b_known is None:  # with a constant matrix
             return a_known or b_known
@@ -203,6 +203,11 @@ class Algebra:
             if weights.softmax:  # a mean of rows of x
                 return replace(self.scaled(x, weights.scale()), softmax=False, unknown=x.unknown or weights.unknown)
         return self.joined_products(a, b, length)
+
+
+def _also(terms: dict[Chain, tuple[Factors, ...]], chain: Chain, factors: tuple[Factors, ...]) -> None:
+    """Add a chain to a sum, or to one that is in it the factors that it has not met so far."""
+    terms[chain] = tuple(dict.fromkeys((*terms.get(chain, ()), *factors)))
 
 
 def used(

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from crystal.mup.chains import Ended, Product, Use, judgeable, products_in, uses_in
 from crystal.mup.forward_trace import Trace
 from crystal.mup.optimizers import OptimizerRule, halved, lr_power
-from crystal.mup.rules import PARAMETRIZATIONS, Parametrization, Role
+from crystal.mup.rules import PARAMETRIZATIONS, Parametrization, Role, role_of_map
 from crystal.mup.tolerances import AUDIT_EXPONENT
 from crystal.mup.verdict import CheckError
 
@@ -64,12 +64,9 @@ class Pair:
 
     def role(self, use: Use) -> Role | None:
         """Role of one use; None: nothing grows."""
-        fan_in, fan_out = self.ratio(use.fan_in), self.ratio(use.fan_out)
         if use.kind in ("scale", "add", "weight"):
             return "vector" if self.own[use.tensor] else None
-        if fan_in and fan_out:
-            return "hidden"
-        return "output" if fan_in else "embedding" if fan_out else None
+        return role_of_map(self.ratio(use.fan_in) != 0, self.ratio(use.fan_out) != 0)
 
     def asked(self, use: Use) -> Asked | None:
         return self.asked_of(use.tensor, self.role(use), self.ratio(use.fan_in), self.ratio(use.fan_out))
@@ -132,14 +129,12 @@ class Constraints:
     def shift(self, use: Use) -> float:
         """By how much init and lr both are off: what a multiplier has to make up for; 0 where they disagree."""
         asked = self.pair.asked(use)
-        if asked is None:
+        if asked is None or not self.consistent(use):
             return 0.0
-        b, c = self.off(use, asked)
-        if c is None or (b and not all(close(x - c, self.pair.log_m) for x in b)):
-            return 0.0
-        return c
+        return self.off(use, asked)[1] or 0.0
 
     def consistent(self, use: Use) -> bool:
+        """Are init and lr off by one factor, as far as they are known?"""
         asked = self.pair.asked(use)
         if asked is None:
             return True

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from crystal.mup.coord_check import CoordCheck
 from crystal.mup.coord_rows import by_depth
 from crystal.mup.measure import OUTPUT
-from crystal.mup.verdict import Row, Verdict
+from crystal.mup.verdict import SEVERITY, Row, Verdict
 
 # Okabe and Ito's colors, which color-blind readers tell apart, by the part of the model that a line belongs to.
 COLORS = {
@@ -64,13 +64,14 @@ class Panel:
 
     def count(self) -> str:
         """`14 of 21 fail`, as a heading says it."""
-        lines = [line.row.verdict for line in self.lines] + ["FAIL"] * len(self.left_out)
-        bad, unclear = lines.count("FAIL"), lines.count("INCONCLUSIVE")
-        said = [f"{bad} of {len(lines)} fail"] * bool(bad) + [f"{unclear} inconclusive"] * bool(unclear)
-        return ", ".join(said) or f"all {len(lines)} pass"
+        return tally([line.row.verdict for line in self.lines] + ["FAIL"] * len(self.left_out))
 
 
-_RANK: dict[Verdict, int] = {"PASS": 0, "INCONCLUSIVE": 1, "FAIL": 2}
+def tally(verdicts: Sequence[Verdict]) -> str:
+    """`2 of 7 fail, 1 inconclusive`, or `all 7 pass`."""
+    bad, unclear = verdicts.count("FAIL"), verdicts.count("INCONCLUSIVE")
+    said = [f"{bad} of {len(verdicts)} fail"] * bool(bad) + [f"{unclear} inconclusive"] * bool(unclear)
+    return ", ".join(said) or f"all {len(verdicts)} pass"
 
 
 def panels(check: CoordCheck, shown: Iterable[str]) -> list[Panel]:
@@ -89,7 +90,7 @@ def panels(check: CoordCheck, shown: Iterable[str]) -> list[Panel]:
                 lines.append(Line(name, kind_of(name), values, row))
             else:
                 left_out.append(name)
-        lines.sort(key=lambda line: (_RANK[line.row.verdict], off(line.row)))
+        lines.sort(key=lambda line: (SEVERITY[line.row.verdict], off(line.row)))
         found.append(Panel(quantity, statistic(quantity), tuple(lines), tuple(left_out)))
     return found
 
@@ -130,7 +131,7 @@ def off(row: Row) -> float:
 
 def worst_first(rows: Sequence[Row]) -> list[Row]:
     """FAIL, INCONCLUSIVE, PASS; within a verdict, what misses its exponent by most comes first."""
-    return sorted(rows, key=lambda row: (-_RANK[row.verdict], -off(row)))
+    return sorted(rows, key=lambda row: (-SEVERITY[row.verdict], -off(row)))
 
 
 def exponent(x: float) -> str:

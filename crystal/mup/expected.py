@@ -21,8 +21,8 @@ from crystal.mup.forward_graph import Graph, record
 from crystal.mup.forward_trace import Trace, follow
 from crystal.mup.measure import OUTPUT, clean
 from crystal.mup.optimizers import Group
-from crystal.mup.plan import Layouts, grown, infshapes_of, known_layouts, layouts_of
-from crystal.mup.rules import Parametrization, Role
+from crystal.mup.plan import Layouts, grown, infshapes_of, layouts_beside
+from crystal.mup.rules import Parametrization, Role, role_of_map
 from crystal.mup.tolerances import FADING, FINITE_WIDTH, OUTPUT_OR_DEPTH
 
 
@@ -180,33 +180,21 @@ def expectations(
     graphs = [shown[s].graph for s in sizes]
     trace = follow(graphs) if None not in graphs else Trace((), {}, "not recorded")
     found.unlike = trace.unlike
-    dims = _layouts(models, trace, layouts)
+    dims = layouts_beside(models[0], layouts, {use.tensor for end in trace.ended for use in uses_in(end.chain)})
     shapes = infshapes_of(models[-1], models[0], models[1])
     muon = {name for name, group in groups.items() if group.rule == "muon"}
     pairs = [_pair(place, shapes, rules, sizes) for place in range(len(sizes))]
-    own = {name: tuple(_shape_growth(models, name, place) for place in range(len(sizes))) for name in shapes}
+    dimensions = [{name: tuple(p.shape) for name, p in model.named_parameters()} for model in models]
     constraints = Constraints(trace, pairs[-1], {}, -1.0)
     found.constraints = constraints
     for name, p in models[0].named_parameters():
         if p.requires_grad:
-            widths = [dict(m.named_parameters())[name].shape for m in models]
             found.tensors[clean(name)] = _tensor(
-                name, dims.get(name), widths, own[name], constraints, pairs, clean(name) in muon
+                name, dims.get(name), [d[name] for d in dimensions], constraints, pairs, clean(name) in muon
             )
     found.outputs = _outputs(models[0], trace, constraints, found.tensors)
     found.fading = _fades(trace, constraints)
     return found
-
-
-def _layouts(models: Sequence[nn.Module], trace: Trace, layouts: Layouts | None) -> dict:
-    """By the module that holds a tensor, else by its uses."""
-    known = known_layouts(models[0], layouts)
-    told = {use.tensor for end in trace.ended for use in uses_in(end.chain)}
-    frozen = {name for name, p in models[0].named_parameters() if not p.requires_grad}
-    missing = [name for name, _ in models[0].named_parameters() if name not in known and name not in told | frozen]
-    if missing:
-        layouts_of(models[0], {**known, **dict.fromkeys(told | frozen)})  # raises, and names the first
-    return known
 
 
 def _pair(place: int, shapes, rules, sizes) -> Pair:
@@ -214,24 +202,19 @@ def _pair(place: int, shapes, rules, sizes) -> Pair:
     return Pair(0, place, rules, math.log(sizes[place] / sizes[0]), own, {})
 
 
-def _shape_growth(models: Sequence[nn.Module], name: str, place: int) -> tuple[float, ...]:
-    """logs of the ratios of a tensor's dimensions to those at the first size."""
-    first, other = (dict(models[i].named_parameters())[name].shape for i in (0, place))
-    return tuple(math.log(b / a) for a, b in zip(first, other, strict=True))
-
-
-def _tensor(name: str, layout, shapes, own, constraints: Constraints, pairs: Sequence[Pair], muon: bool) -> Tensors:
-    """Table 8 by the tensor's own fan_in, shifted by the multiplier that it really has."""
+def _tensor(name: str, layout, shapes, constraints: Constraints, pairs: Sequence[Pair], muon: bool) -> Tensors:
+    """Table 8 by the tensor's own fan_in, shifted by the multiplier that it really has. shapes: at every size."""
+    own = [[math.log(b / a) for a, b in zip(shapes[0], shape, strict=True)] for shape in shapes]
     uses = constraints.uses(name)
     strong = [u for u in uses if u.kind in ("lookup", "matmul")]
     if layout is not None:
         fan_in, fan_out = (tuple(o[d] for o in own) for d in layout)
-        role = _role(fan_in[-1], fan_out[-1])
+        role = role_of_map(fan_in[-1] != 0, fan_out[-1] != 0)
         if strong and role not in {constraints.pair.role(u) for u in strong}:
             layout = None
     if layout is None and strong:
         fan_in, fan_out = (tuple(p.ratio(x) for p in pairs) for x in (strong[0].fan_in, strong[0].fan_out))
-        role = _role(fan_in[-1], fan_out[-1])
+        role = role_of_map(fan_in[-1] != 0, fan_out[-1] != 0)
     elif layout is None:
         grows = grown(shapes[0], shapes[-1])
         fan_in, fan_out = (0.0,) * len(pairs), tuple(o[grows[0]] if grows else 0.0 for o in own)
@@ -279,10 +262,6 @@ def _shift(alone: list[tuple[Use, Sizes]], pairs: Sequence[Pair]) -> tuple[Sizes
 
 def _minus(a: Sizes, b: Sizes) -> Sizes:
     return tuple(x - y for x, y in zip(a, b, strict=True))
-
-
-def _role(fan_in: float, fan_out: float) -> Role | None:
-    return "hidden" if fan_in and fan_out else "output" if fan_in else "embedding" if fan_out else None
 
 
 def _outputs(model: nn.Module, trace: Trace, constraints: Constraints, tensors: dict[str, Tensors]) -> dict:

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import flex_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from crystal.mup.aten_ops import LAYOUT
@@ -58,6 +57,11 @@ class Node:
     args: tuple
     kwargs: dict
     outs: tuple[Ref, ...]
+
+    @property
+    def refs(self) -> list[Ref]:
+        """The tensors it was given, in order."""
+        return refs_in((self.args, tuple(self.kwargs.values())))
 
     @property
     def in_place(self) -> bool:
@@ -147,7 +151,7 @@ class _Recorder(TorchDispatchMode):
                     self.numbers[id(t)] = (args[0].number, args[0].view if whole else self._view())
                     self.alive.append(t)
             return
-        fixed = not any(r.number in self.made or r.parameter for r in _refs_in((args, tuple(kwargs.values()))))
+        fixed = not any(r.number in self.made or r.parameter for r in refs_in((args, tuple(kwargs.values()))))
         if not fixed:
             self.made |= {self.ref(t).number for t in tensors} - self.names.keys()
         for t in tensors if fixed else ():
@@ -200,6 +204,8 @@ def record(model: nn.Module, call: Callable[[nn.Module], Any]) -> Graph:
 @contextmanager
 def _in_parts() -> Iterator[None]:
     """Where torch would fuse or compile attention, have it run the operations that it is made of."""
+    from torch.nn.attention import flex_attention  # which takes a quarter of a second where nothing else needs it
+
     fast, flex = torch.backends.mha.get_fastpath_enabled(), "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG"
     compiled = getattr(flex_attention, flex, None)
     torch.backends.mha.set_fastpath_enabled(False)
@@ -249,10 +255,11 @@ def tensors_of(value: Any) -> list[Tensor]:
     return tensors_of(vars(value)) if hasattr(value, "__dataclass_fields__") else []
 
 
-def _refs_in(value: Any) -> list[Ref]:
+def refs_in(value: Any) -> list[Ref]:
+    """All tensors in what an operation was given, as `_Recorder.refs` has it."""
     if isinstance(value, Ref):
         return [value]
-    return [r for v in value for r in _refs_in(v)] if isinstance(value, tuple) else []
+    return [r for v in value for r in refs_in(v)] if isinstance(value, tuple) else []
 
 
 def _uniform(tensor: Tensor) -> float | None:

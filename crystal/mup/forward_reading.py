@@ -64,7 +64,7 @@ class Reading:
 
     def step(self, nodes: tuple[Node, ...]) -> None:
         node = nodes[0]
-        if not any(self.value(r) is not None for r in refs_of(node)):
+        if not any(self.value(r) is not None for r in node.refs):
             self._constant(nodes)
             return
         name = node.op.rstrip("_") if node.in_place else node.op
@@ -129,16 +129,16 @@ class Reading:
         if name == "sum" or name in ops.AVERAGES:
             return self._sum(name, nodes)
         if name in _SHAPED and self._changes(nodes):
-            for ref in refs_of(node):
+            for ref in node.refs:
                 self.algebra.end(self.value(ref), "unknown", f"{name}, which is given other numbers at other widths")
-            return self.algebra.opaque(*(self.value(r) for r in refs_of(node)))
+            return self.algebra.opaque(*(self.value(r) for r in node.refs))
         if name in ops.SAME:
-            return self.value(_arg(node, 1)) if name == "copy" else next(filter(None, map(self.value, refs_of(node))))
+            return self.value(_arg(node, 1)) if name == "copy" else next(filter(None, map(self.value, node.refs)))
         if name in ops.SUMS:
             return self._added(name, nodes)
         if name.startswith("clamp_min") and first is not None and first.source is not None:
             return first  # the eps of a norm
-        inputs = [self.value(r) for r in refs_of(node)]
+        inputs = [self.value(r) for r in node.refs]
         if name in ops.NONLINEAR or name in ops.SOFTMAX or name in ops.LOG_SOFTMAX:
             for value in inputs:
                 self.algebra.end(value, "used", name if name in ops.LOG_SOFTMAX else "")
@@ -198,7 +198,7 @@ class Reading:
 
     def _added(self, name: str, nodes: tuple[Node, ...]) -> Value | None:
         node = nodes[0]
-        values = [self.value(r) for r in refs_of(node)]
+        values = [self.value(r) for r in node.refs]
         alpha = [n.kwargs.get("alpha", 1) for n in nodes]
         if name in ("add", "sub", "index_add") and any(a != 1 for a in alpha) and self.algebra.known(values[-1]):
             values = [self.value(node.args[0]), self.algebra.scaled(values[-1], self.number(alpha))]
@@ -328,8 +328,8 @@ class Reading:
             (s[0] // g if transposed else s[1]) * math.prod(s[2:]) for s, g in zip(shapes, grouped, strict=True)
         )
         fan_out = tuple(s[1] * g if transposed else s[0] for s, g in zip(shapes, grouped, strict=True))
-        result = self.algebra.joined(x or Value({(): ((self.algebra.ones,),)}), used(w, "matmul", fan_in, fan_out))
-        return [self.algebra.union([result, used(bias, "add") if bias is not None and bias.weight else bias])]
+        result = self.algebra.joined(x or self.algebra.opaque(), used(w, "matmul", fan_in, fan_out))
+        return [self.algebra.union([result, bias])]
 
     def _lookup(self, nodes: tuple[Node, ...]) -> Any:
         weight = self.value(nodes[0].args[0])
@@ -348,7 +348,7 @@ class Reading:
         if weight is not None and weight.weight:
             result = self.algebra.joined(result, used(weight, "scale"))
         bias = None if bias_at is None else self.value(_arg(node, bias_at))
-        return [self.algebra.union([result, used(bias, "add") if bias is not None and bias.weight else bias])]
+        return [self.algebra.union([result, bias])]
 
 
 _SHAPED = ops.NONLINEAR | ops.SAME | ops.SUMS - {"add", "sub", "rsub", "index_add", "where"}
@@ -356,15 +356,6 @@ SAME_SIZE = 1.2  # by which the size of a constant tensor may differ between wid
 _POWERS = {"square": 2.0, "sqrt": 0.5, "rsqrt": -0.5, "reciprocal": -1.0, "abs": 1.0}
 _INDEXING = ("index", "index_select", "gather")
 _ATTENTION = ("_varlen_attn", "_flash_attention_forward", "_efficient_attention_forward", "_cudnn_attention_forward")
-
-
-def refs_of(node: Node) -> list[Ref]:
-    def within(value: Any) -> list[Ref]:
-        if isinstance(value, Ref):
-            return [value]
-        return [r for v in value for r in within(v)] if isinstance(value, tuple) else []
-
-    return within((node.args, tuple(node.kwargs.values())))
 
 
 def _arg(node: Node, place: int | None, default: Any = None) -> Any:

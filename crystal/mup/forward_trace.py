@@ -23,7 +23,7 @@ from torch import nn
 
 from crystal.mup.chains import Chain, Ended, Loose, Product, Vector, applied, is_scores
 from crystal.mup.forward_graph import Graph, record
-from crystal.mup.forward_reading import Reading, refs_of
+from crystal.mup.forward_reading import Reading
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ def _difference(graphs: Sequence[Graph]) -> str:
     first = graphs[0].nodes
     for graph in graphs[1:]:
         for a, b in zip(first, graph.nodes, strict=False):
-            if a.op != b.op or [r.number for r in refs_of(a)] != [r.number for r in refs_of(b)]:
+            if a.op != b.op or [r.number for r in a.refs] != [r.number for r in b.refs]:
                 return f"one width runs {a.op} where another runs {b.op}"
         if len(first) != len(graph.nodes):
             return f"one width runs {len(first)} operations, another {len(graph.nodes)}"

@@ -42,11 +42,6 @@ class Draw:
             return self.kind
         return f"{self.kind} {self.std:.4g}" + (f" cut {self.cut:.4g}" if self.cut else "")
 
-    @property
-    def size(self) -> float:
-        """Of an element: the standard deviation, or the constant's absolute value."""
-        return math.hypot(self.std, self.mean) if self.kind in ("normal", "uniform") else abs(self.mean)
-
     def each(self) -> tuple[Draw, ...]:
         """The draws of its parts, or itself."""
         return self.parts or (self,)

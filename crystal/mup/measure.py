@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from crystal.mup.forward_graph import members
-from crystal.mup.observe import made_by, refuse_late, said
+from crystal.mup.observe import asked, made_by, refuse_late
 from crystal.mup.optimizers import Group, optimizers_of, read_groups, refuse_still
 from crystal.mup.verdict import CheckError
 
@@ -79,13 +79,13 @@ def measure(
     keep: is shown the model and a call of its forward pass before anything is trained. Raises CheckError for a
     parameter that is made or replaced in the forward pass, for an lr of 0, and for an optimizer without a rule.
     """
-    model = _asked(f"model of size {size}", lambda: task.model(size, seed))
+    model = asked(f"model of size {size}", lambda: task.model(size, seed))
     if not isinstance(model, nn.Module):
         raise CheckError(f"model: expected a torch.nn.Module at size {size}, got {type(model).__name__}")
     refuse_late(model, " that makes the model")
     if not any(p.requires_grad for p in model.parameters()):
         raise CheckError(f"model: expected tensors to train at size {size}, there are none")
-    batch = _asked("batch", lambda: task.batch(seed))
+    batch = asked("batch", lambda: task.batch(seed))
     if keep:
         keep(model, lambda m: task.loss(m, batch))
     optimizers = optimizers_of(made_by(task.optimizer, model))
@@ -96,7 +96,7 @@ def measure(
     run = _Run(model, named, groups)
     for step in range(1, steps + 1):
         with run.watch(step):
-            loss = _asked("loss", lambda: task.loss(model, batch))
+            loss = asked("loss", lambda: task.loss(model, batch))
         if step == 1:
             _refuse_other(every, model)
         if not isinstance(loss, Tensor) or loss.numel() != 1 or (step < steps and not loss.requires_grad):
@@ -113,16 +113,6 @@ def measure(
                     if p.grad is not None:
                         p.grad.zero_()  # and keep: fresh memory costs more than zeros
     return Measured(size, seed, run.values(), groups, run.quiet())
-
-
-def _asked(what: str, call: Callable[[], Any]) -> Any:
-    """What the caller's function gives; what it raises becomes a CheckError that says which it was."""
-    try:
-        return call()
-    except CheckError:
-        raise
-    except Exception as error:
-        raise CheckError(f"{what}: raised {said(error)}") from error
 
 
 def _refuse_other(before: dict[str, Tensor], model: nn.Module) -> None:
@@ -216,9 +206,8 @@ class _Run:
             )
             if size > noise and (group is None or group.shows_lr):
                 p = self.waiting.pop(name)
-                muon = group is not None and group.rule == "muon"
-                old = p.detach().clone() if muon else _sample(p).clone()
-                moving = torch.ones_like(old) if muon else grad.abs() > noise
+                old = self._looked_at(name).clone()
+                moving = torch.ones_like(old) if self._by_muon(name) else grad.abs() > noise
                 self.before[name] = _Before(old, moving, self._output(name, p))
 
     def quiet(self) -> dict[str, str]:
@@ -243,8 +232,7 @@ class _Run:
         counts = [old.moving.sum() for old in self.before.values()]
         sizes = [norm / n.sqrt() for norm, n in zip(_norms(list(moved.values()), 2), counts, strict=True)]
         for place, (name, step_taken) in enumerate(moved.items()):
-            group = self.groups.get(name)
-            if group is not None and group.rule == "muon":
+            if self._by_muon(name):
                 sizes[place] = torch.linalg.matrix_norm(step_taken.flatten(1), 2)
         self._add("update", step, sizes, list(moved))
         # on the inputs that the gradient came from: the tensor's own effect, without that of the others' updates
@@ -254,12 +242,19 @@ class _Run:
 
     def _step(self, name: str, old: _Before) -> Tensor:
         """What the optimizer added, less AdamW's decay, which is no gradient's doing: a gain of 1 shows it."""
-        group, now = self.groups.get(name), self.named[name].detach()
-        muon = group is not None and group.rule == "muon"
-        step = (now if muon else _sample(now)) - old.sample
+        step, group = self._looked_at(name) - old.sample, self.groups.get(name)
         if group is not None and group.decoupled and group.weight_decay:
             step = step + group.lr * group.weight_decay * old.sample
         return step
+
+    def _looked_at(self, name: str) -> Tensor:
+        """The elements that an update is read from: of Muon's, all, for it is their matrix's norm that counts."""
+        weight = self.named[name].detach()
+        return weight if self._by_muon(name) else _sample(weight)
+
+    def _by_muon(self, name: str) -> bool:
+        group = self.groups.get(name)
+        return group is not None and group.rule == "muon"
 
     def _output(self, name: str, weight: Tensor) -> Tensor | None:
         """weight applied to ROWS tokens, spread over the batch, of its module's input; None if no module's."""

@@ -32,11 +32,8 @@ def measured_inits(
     if not names:
         return {}
     with torch.random.fork_rng(devices=[]):
-        return {
-            name: (a, b)
-            for (name, a), b in zip(_sizes(factory, base, names).items(), _sizes(factory, other, names).values(),
-                                    strict=True)
-        }  # fmt: skip
+        before, after = _sizes(factory, base, names), _sizes(factory, other, names)
+    return {name: (before[name], after[name]) for name in names}
 
 
 @torch.no_grad()

@@ -93,20 +93,25 @@ def observe(
     return Observed(model, draws, groups, graphs, impossible)
 
 
-def said(error: Exception) -> str:
+def said(error: BaseException) -> str:
     """The first line of what was raised, and its kind."""
-    line = (str(error).splitlines() or [""])[0]
-    return f"{type(error).__name__}: {line}".rstrip(": ")
+    line = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    return f"{type(error).__name__}: {line}" if line else type(error).__name__
+
+
+def asked(what: str, call: Callable[[], Any]) -> Any:
+    """What the caller's function gives; what it raises becomes a CheckError that says which it was."""
+    try:
+        return call()
+    except CheckError:
+        raise
+    except Exception as error:
+        raise CheckError(f"{what}: raised {said(error)}") from error
 
 
 def made_by(optimizer: MakesOptimizer, model: nn.Module) -> Optimizer | Sequence[Optimizer]:
     """The caller's optimizer of a model. Raises CheckError for what raises, and for what is no optimizer."""
-    try:
-        made = optimizer(model)
-    except CheckError:
-        raise
-    except Exception as error:
-        raise CheckError(f"optimizer: raised {said(error)}") from error
+    made = asked("optimizer", lambda: optimizer(model))
     each = made if isinstance(made, list | tuple) else [made]
     if not each or not all(hasattr(one, "param_groups") for one in each):
         raise CheckError(f"optimizer: expected a torch.optim.Optimizer or a list of them, got {type(made).__name__}")

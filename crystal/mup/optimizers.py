@@ -88,23 +88,14 @@ def rule_of(optimizer: Optimizer, group: dict) -> OptimizerRule:
             raise CheckError(
                 f"optimizer {name}: it {why}; expected Adam's kind, SGD or Muon, whose muP rules are known"
             )
-    if low == "adafactor" or any(part in low for part in _ADAM_LIKE):
+    if low == "adafactor":
         return "adam"
-    if any(part in low for part in _SGD_LIKE):
-        return "sgd"
-    for parent in type(optimizer).__mro__[1:]:
-        if parent is not Optimizer and issubclass(parent, Optimizer):
-            return rule_of_name(parent.__name__, name)
-    raise CheckError(f"optimizer {name}: its muP rule is not known; expected Adam's kind, SGD or Muon")
-
-
-def rule_of_name(parent: str, name: str) -> OptimizerRule:
-    """The rule of an optimizer that is derived from a known one."""
-    low = parent.lower()
-    if any(part in low for part in _ADAM_LIKE):
-        return "adam"
-    if any(part in low for part in _SGD_LIKE):
-        return "sgd"
+    parents = [c for c in type(optimizer).__mro__ if c is not Optimizer and issubclass(c, Optimizer)]
+    for known in (low, *(c.__name__.lower() for c in parents[1:2])):  # its own name, or what it is derived from
+        if any(part in known for part in _ADAM_LIKE):
+            return "adam"
+        if any(part in known for part in _SGD_LIKE):
+            return "sgd"
     raise CheckError(f"optimizer {name}: its muP rule is not known; expected Adam's kind, SGD or Muon")
 
 
@@ -147,9 +138,7 @@ def _lr(group: dict) -> float:
 
 def refuse_still(made: Optimizer | Sequence[Optimizer], where: str) -> None:
     """Raises CheckError where no step that is taken now would move anything."""
-    groups = [group for optimizer in optimizers_of(made) for group in optimizer.param_groups]
-    if groups and all(float(group["lr"]) == 0 for group in groups):
-        raise CheckError(f"the optimizer's lr is 0 {where} (a warm-up that starts at 0?): expected its base lr")
+    _refuse_zeros([float(g["lr"]) for optimizer in optimizers_of(made) for g in optimizer.param_groups], where)
 
 
 def _decoupled(optimizer: Optimizer, group: dict, rule: OptimizerRule) -> bool:
@@ -186,5 +175,9 @@ def halved(rule: OptimizerRule) -> float:
 
 def refuse_zero_lr(groups: Mapping[str, Group], where: str) -> None:
     """Raises CheckError if every group's lr is 0, as at the first step of a warm-up."""
-    if groups and all(group.lr == 0 for group in groups.values()):
+    _refuse_zeros([group.lr for group in groups.values()], where)
+
+
+def _refuse_zeros(rates: list[float], where: str) -> None:
+    if rates and not any(rates):
         raise CheckError(f"the optimizer's lr is 0 {where} (a warm-up that starts at 0?): expected its base lr")

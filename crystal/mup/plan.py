@@ -9,13 +9,13 @@ model of ours: a role follows from the kind of module that holds a tensor and fr
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 import mup
 from torch import Tensor, nn
 
-from crystal.mup.rules import PARAMETRIZATIONS, Parametrization, Role, Tuning
+from crystal.mup.rules import PARAMETRIZATIONS, Parametrization, Role, Tuning, role_of_map
 
 
 class PlanError(ValueError):
@@ -165,6 +165,19 @@ def layouts_of(model: nn.Module, known: Layouts | None = None) -> dict[str, tupl
     return found
 
 
+def layouts_beside(
+    model: nn.Module, known: Layouts | None, told: Collection[str], refused: Collection[str] = ()
+) -> dict[str, tuple[int, int] | None]:
+    """As `layouts_of`, without tensors that their use in the forward pass tells of: `told`, less those `refused`.
+
+    Frozen tensors need no layout. Raises PlanError for the first tensor that nothing tells.
+    """
+    found = known_layouts(model, known)
+    frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
+    layouts_of(model, found | dict.fromkeys((set(told) - set(refused)) | frozen))
+    return found
+
+
 def known_layouts(model: nn.Module, known: Layouts | None = None) -> dict[str, tuple[int, int] | None]:
     """As `layouts_of`, with tensors left out that no module of a known kind holds."""
     found: dict[str, tuple[int, int] | None] = {}
@@ -215,10 +228,10 @@ def uses_of(model: nn.Module) -> dict[str, set[tuple[int, int]]]:
 def role_of(name: str, infshape: mup.InfShape, layout: tuple[int, int] | None) -> Role:
     if layout is None:
         return "vector"
-    fan_in, fan_out = (infshape[d].isinf() for d in layout)
-    if not (fan_in or fan_out):
+    role = role_of_map(*(infshape[d].isinf() for d in layout))
+    if role is None:
         raise PlanError(f"{name}: no dimension of {tuple(infshape.shape())} grows from base to delta")
-    return "hidden" if fan_in and fan_out else "output" if fan_in else "embedding"
+    return role
 
 
 def _model_width(infshapes: dict, layouts: dict) -> float:

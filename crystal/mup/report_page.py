@@ -41,6 +41,7 @@ _MEANING = {
     "eps": "Adam's eps of the tensor's optimizer group.",
     "forward": "What the forward pass multiplies the tensor's output by, such as the logits' multiplier.",
     "attention": "What attention scores are multiplied by, as a power of the head size.",
+    "activation": "What multiplies a tensor's output past a nonlinearity, where its size still counts.",
     "slope": "The exponent p in value ∝ m<sup>p</sup>, m the width multiplier, read off the real objects. Expected is "
     "the exponent that the rules give.",
     "verdict": "PASS: as the rules say. FAIL: otherwise. INCONCLUSIVE: it could not be judged, and the row says why.",

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from crystal.mup.coord_panels import FAILS, OPEN
+from crystal.mup.coord_panels import FAILS, OPEN, tally
 from crystal.mup.verdict import Report, Row
 
 if TYPE_CHECKING:
@@ -92,8 +92,5 @@ def _named(names: Sequence[str]) -> str:
 
 
 def _count(rows: Sequence[Row]) -> str:
-    verdicts = [row.verdict for row in rows]
-    failing, unclear = verdicts.count("FAIL"), verdicts.count("INCONCLUSIVE")
-    said = [f"{failing} of {len(rows)} fail"] * bool(failing) + [f"{unclear} inconclusive"] * bool(unclear)
     missing = [row.name for row in rows if row.verdict == "FAIL" and not _has_dot(row)]
-    return (", ".join(said) or f"all {len(rows)} pass") + (f"\nnot drawn: {_named(missing)}" if missing else "")
+    return tally([row.verdict for row in rows]) + (f"\nnot drawn: {_named(missing)}" if missing else "")

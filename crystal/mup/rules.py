@@ -23,6 +23,13 @@ from typing import Literal
 Role = Literal["embedding", "hidden", "output", "vector"]
 
 
+def role_of_map(fan_in_grows: bool, fan_out_grows: bool) -> Role | None:
+    """Role of a map, by which of its sides grow with width; None: neither does."""
+    if fan_in_grows:
+        return "hidden" if fan_out_grows else "output"
+    return "embedding" if fan_out_grows else None
+
+
 @dataclass(frozen=True)
 class Powers:
     """Exponents of m for one role."""
