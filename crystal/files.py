@@ -10,6 +10,8 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from crystal.errors import ConfigError
+
 RUN_LOCK = ".lock"  # the file that stands for a run directory, held by the process that trains in it
 
 
@@ -22,6 +24,12 @@ def sha256_of(path: Path) -> str:
     """Hex sha256 of a file, read in pieces."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def expect_new(path: Path, kind: str) -> None:
+    """Raises ConfigError where a file or directory (`kind`) that a command is to make is there already."""
+    if path.exists():
+        raise ConfigError(f"{path}: expected a new {kind}, it is there already")
 
 
 def sync(path: Path) -> None:

@@ -20,16 +20,22 @@ def peak_rss_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+def machine_bytes() -> dict[str, int]:
+    """What /proc/meminfo says of the machine (MemTotal, MemAvailable, …), in bytes; empty where there is none."""
+    values = {}
+    with contextlib.suppress(OSError, ValueError):
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            key, _, rest = line.partition(":")
+            values[key] = int(rest.split()[0]) * 1024
+    return values
+
+
 def available_bytes() -> int | None:
     """What this process can still have: the machine's free memory, or less where its control group allows less.
 
     None where neither is to be found out.
     """
-    free = None
-    with contextlib.suppress(OSError, ValueError):
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable"):
-                free = int(line.split()[1]) * 1024
+    free = machine_bytes().get("MemAvailable")
     with contextlib.suppress(OSError, ValueError):  # "max" is no number: no limit
         group = Path("/sys/fs/cgroup")
         stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())

@@ -142,9 +142,9 @@ def _exported(source: Path, out: Path, to: str, dtype: str) -> dict:
 
         return {"to": to} | export_gguf(source, out, dtype)
     from crystal.interop.huggingface import export_published
+    from crystal.interop.native import DTYPES
 
-    names = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
-    if dtype not in names:
-        raise ConfigError(f"--dtype: expected {', '.join(names)} for {to}, got {dtype}")
-    export_published(source, out, to, names[dtype])
+    if dtype not in DTYPES:
+        raise ConfigError(f"--dtype: expected {', '.join(DTYPES)} for {to}, got {dtype}")
+    export_published(source, out, to, str(DTYPES[dtype]).removeprefix("torch."))
     return {"out": str(out), "to": to, "form": to, "files": sorted(file.name for file in out.iterdir())}

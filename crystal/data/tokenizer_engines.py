@@ -110,8 +110,7 @@ def read_json(content: bytes) -> Vocabulary:
     for i, token in inside.items():
         if pieces[i] != token["content"]:
             raise ValueError(f"added token {token['content']} at id {i}, where the vocabulary has {pieces[i]}")
-    # not special: what sentencepiece calls user-defined, found in texts
-    symbols = [t for t in inside.values() if not t.get("special", True) and t["content"] not in _CONTROL]
+    symbols = symbols_of(spec)
     silent = set(inside) - {token["id"] for token in symbols} | {vocab[piece] for piece in _CONTROL}
     token_bytes = [b"" if i in silent else _bytes_of(piece) for i, piece in enumerate(pieces)]
     spec, notes = switched_off(spec)
@@ -123,6 +122,14 @@ def read_json(content: bytes) -> Vocabulary:
         if _decoded(engine.encode(text), token_bytes, found.dummy_prefix) != text.encode():
             raise ValueError(f"symbol {symbol['content']!r}, around which encoding loses or puts spaces")
     return found
+
+
+def symbols_of(spec: dict) -> list[dict]:
+    """The added tokens of a tokenizer.json that stand for themselves in texts: in its vocabulary and not special, what
+    sentencepiece calls user-defined."""
+    size = len(spec["model"]["vocab"])
+    added = [token for token in spec.get("added_tokens") or [] if token["id"] < size]
+    return [t for t in added if not t.get("special", True) and t["content"] not in _CONTROL]
 
 
 def switched_off(spec: dict) -> tuple[dict, list[str]]:

@@ -135,8 +135,7 @@ def generate_steps(
 ) -> Iterator[list[int | None]]:
     """The next token of every prompt, a step at a time; None for those that have ended. seeds: one a prompt."""
     prompts = [list(ids) for ids in prompts]
-    for number, ids in enumerate(prompts):
-        _check_prompt(model, ids, max_new_tokens, "prompt" if len(prompts) == 1 else f"prompt {number + 1}")
+    _check_prompts(model, prompts, max_new_tokens)
     if not 0 <= temperature < float("inf"):
         raise ConfigError(f"temperature: expected 0 or more, got {temperature}")
     if top_k is not None and top_k < 1:
@@ -146,6 +145,11 @@ def generate_steps(
     ends = set() if eos_id is None else {eos_id} if isinstance(eos_id, int) else set(eos_id)
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     return _steps(model, prompts, max_new_tokens, temperature, top_k, top_p, generators, ends)
+
+
+def _check_prompts(model: Decoder, prompts: Sequence[list[int]], max_new_tokens: int) -> None:
+    for number, ids in enumerate(prompts):
+        _check_prompt(model, ids, max_new_tokens, "prompt" if len(prompts) == 1 else f"prompt {number + 1}")
 
 
 def _check_prompt(model: Decoder, ids: list[int], max_new_tokens: int, name: str) -> None:
@@ -189,11 +193,6 @@ def last_logits(model: Decoder, ids_BT: Tensor, cache: KVCache) -> Tensor:
     """fp32 logits [B, V] on the CPU of the token after each row, which is read on top of the cache."""
     last_BD = model.hidden(ids_BT.to(model.embed.weight.device), cache=cache)[:, -1]  # the only one worth a head
     return (last_BD @ model.head_weight.T * model.multipliers.logits).float().cpu()
-
-
-def next_logits(model: Decoder, ids: Sequence[int], cache: KVCache) -> Tensor:
-    """fp32 logits [V] on the CPU of the token after `ids`, which are read on top of the cache."""
-    return last_logits(model, torch.tensor([list(ids)]), cache)[0]
 
 
 def pick(
@@ -248,8 +247,7 @@ def generate_texts(
     model, _ = load_decoder(opened, chosen)
     start = [tokenizer.bos_id] if opened.state.get("bos", True) and hasattr(tokenizer, "bos_id") else []
     ids = [start + tokenizer.encode(prompt) for prompt in prompts]
-    for number, row in enumerate(ids):
-        _check_prompt(model, row, max_new_tokens, "prompt" if len(ids) == 1 else f"prompt {number + 1}")
+    _check_prompts(model, ids, max_new_tokens)  # all of them, before the first batch
     ends = end_tokens(opened, tokenizer)
     new: list[list[int]] = [[] for _ in ids]
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))

@@ -72,6 +72,11 @@ def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer | PlainTokenizer:
     raise CheckpointError(f"{path}: expected at most the model's {vocab_size} ids, got {size}")
 
 
+def tokenizer_of(checkpoint: Checkpoint) -> Tokenizer | PlainTokenizer | None:
+    """As `load_tokenizer`; None for a checkpoint that was saved without one."""
+    return load_tokenizer(checkpoint) if checkpoint.state.get("tokenizer") else None
+
+
 def end_tokens(checkpoint: Checkpoint, tokenizer: Tokenizer | PlainTokenizer) -> tuple[int, ...]:
     """The ids at which generation ends: those that the checkpoint's source gave, or else the vocabulary's `</s>`."""
     eos = checkpoint.state.get("eos_id", tokenizer.eos_id)

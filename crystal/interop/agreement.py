@@ -13,6 +13,7 @@ import math
 import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -46,7 +47,6 @@ def add(a, b):
     return a + b
 """
 TEXTS = [TEXT, "  two spaces first", "\n\n\n    x = {'é': '𝄞'}\r\n", "a", "12 000 000,50 €"]
-LONG_NAMES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 
 
 @dataclass(frozen=True)
@@ -186,25 +186,25 @@ def stated_error(config: ModelConfig, tokens: int, size: float) -> float:
 
 
 class _Rounding:
-    """What weights of fewer bits may cost, measured on our own decoder, once for each dtype."""
+    """What weights of fewer bits may cost, measured once, on our own decoder."""
 
     def __init__(self, model: Decoder, asked: engines.Questions, ours: list[np.ndarray]):
         self.model, self.asked, self.ours = model, asked, ours
-        self.found: dict[torch.dtype, float] = {}
 
     def bound(self, dtype: str, config: ModelConfig) -> float:
         if dtype == "fp32":
             size = max(float(np.abs(row).max()) for row in self.ours)
             return stated_error(config, max(map(len, self.asked.rows)), size)
-        kind = torch.bfloat16  # of 8 bits, as Q8_0's blocks, and unlike fp16's 11 the same on every processor
-        if kind not in self.found:
-            weights = self.model.state_dict()
-            rounded = {name: tensor.to(kind) for name, tensor in weights.items()}
-            self.model.load_state_dict(rounded, assign=True)
-            said = _logits(self.model, self.asked.rows)
-            self.model.load_state_dict(weights, assign=True)
-            self.found[kind] = float(np.median(_by_position([row.numpy() for row in said], self.ours)))
-        return ROUNDED[dtype] * self.found[kind]
+        return ROUNDED[dtype] * self.cost
+
+    @cached_property
+    def cost(self) -> float:
+        """Of bf16, of 8 bits, as Q8_0's blocks, and unlike fp16's 11 the same on every processor."""
+        weights = self.model.state_dict()
+        self.model.load_state_dict({name: tensor.bfloat16() for name, tensor in weights.items()}, assign=True)
+        said = _logits(self.model, self.asked.rows)
+        self.model.load_state_dict(weights, assign=True)
+        return float(np.median(_by_position([row.numpy() for row in said], self.ours)))
 
 
 def _judged(

@@ -14,6 +14,8 @@ from crystal.backends.config import OptimizerConfig
 from crystal.checkpoint import locate, read, write
 from crystal.config import parse
 from crystal.errors import CheckpointError, ConfigError
+from crystal.files import expect_new
+from crystal.inference.load import model_config_of
 from crystal.zoo.build import meta_decoder
 from crystal.zoo.config import ModelConfig, model_config
 
@@ -24,10 +26,9 @@ def export_mdl(checkpoint: Path, out: Path) -> dict:
     Returns {out, tensors, optimizer}, JSON-ready. Raises ConfigError when `out` exists or cannot be written.
     """
     source, out = read(locate(Path(checkpoint))), Path(out)
-    if out.exists():
-        raise ConfigError(f"{out}: expected a new file, it is there already")
+    expect_new(out, "file")
     state = source.state
-    config = parse(ModelConfig, state.get("model"), str(source.directory), ("model",))
+    config = model_config_of(source)
     optimizer = parse(OptimizerConfig, state.get("optimizer", {}), str(source.directory), ("optimizer",))
     plan = optimizer.plan_for(config)
     groups = [
@@ -51,8 +52,7 @@ def import_mdl(file: Path, to: Path, model: str | None = None) -> dict:
     optimizer_step, tokenizer}, JSON-ready. Raises ConfigError naming file and tensor, or when `to` exists.
     """
     file, to = Path(file), Path(to)
-    if to.exists():
-        raise ConfigError(f"{to}: expected a new directory, it is there already")
+    expect_new(to, "directory")
     opened = mdl.read(file)
     about, tensors = mdl.state_tensors(opened)
     state = dict(about.get("state", {}))

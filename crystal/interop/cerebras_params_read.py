@@ -16,7 +16,7 @@ from crystal.backends.config import OptimizerConfig
 from crystal.config import load_yaml, parse
 from crystal.curriculum.config import CurriculumConfig
 from crystal.errors import ConfigError, RunError
-from crystal.files import write_whole
+from crystal.files import expect_new, write_whole
 from crystal.zoo.config import ModelConfig
 
 # what a model must say if it says anything of it; None: any value, it does not change the function
@@ -95,8 +95,7 @@ def import_parameters(source: Path, to: Path) -> dict:
     Raises ConfigError naming file and key, or when `to` exists.
     """
     source, to = Path(source), Path(to)
-    if to.exists():
-        raise ConfigError(f"{to}: expected a new file, it is there already")
+    expect_new(to, "file")
     files = sorted(source.glob("*.yaml")) if source.is_dir() else [source]
     if not files:
         raise ConfigError(f"{source}: expected Model Zoo parameter files (*.yaml), none there")

@@ -17,7 +17,7 @@ import yaml
 from crystal.curriculum.resolve import resolve
 from crystal.curriculum.stages import Stage
 from crystal.errors import ConfigError, CrystalError, RunError
-from crystal.files import replacing
+from crystal.files import expect_new, replacing
 from crystal.mup.plan import Plan
 from crystal.run import RunFile, load_run
 from crystal.zoo.config import ModelConfig
@@ -33,8 +33,7 @@ def export_parameters(run: str, out: Path) -> dict:
     or `out` exists or cannot be written.
     """
     out = Path(out)
-    if out.exists():
-        raise ConfigError(f"{out}: expected a new directory, it is there already")
+    expect_new(out, "directory")
     loaded = load_run(run)
     texts, left_out = {}, []
     for style in STYLES:

@@ -9,12 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from crystal.interop import llama_cpp
-
-TORCH = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+from crystal.interop.llama_cpp import Answers
+from crystal.interop.native import DTYPES
 
 
 @dataclass(frozen=True)
@@ -28,21 +27,12 @@ class Questions:
     texts: list[str]
 
 
-@dataclass(frozen=True)
-class Answers:
-    """logits fp32 [T, V] of each row; greedy: the new ids; tokens of each text, None where it has no tokenizer."""
-
-    logits: list[np.ndarray]
-    greedy: list[int]
-    tokens: list[list[int]] | None
-
-
 def native(directory: Path, dtype: str, asked: Questions) -> Answers:
     """transformers' own classes on a directory of plain architecture."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     with _quiet():
-        model = AutoModelForCausalLM.from_pretrained(directory, dtype=TORCH[dtype], local_files_only=True).eval()
+        model = AutoModelForCausalLM.from_pretrained(directory, dtype=DTYPES[dtype], local_files_only=True).eval()
         tokens = None
         if asked.texts:
             tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
@@ -57,14 +47,13 @@ def published(directory: Path, dtype: str, asked: Questions) -> Answers:
     import crystal.interop.hf  # noqa: F401  registers
 
     with _quiet():
-        model = AutoModelForCausalLM.from_pretrained(directory, dtype=TORCH[dtype], local_files_only=True).eval()
+        model = AutoModelForCausalLM.from_pretrained(directory, dtype=DTYPES[dtype], local_files_only=True).eval()
         return _of_transformers(model, asked, None)
 
 
 def llama(file: Path, dtype: str, asked: Questions) -> Answers:
     """llama.cpp on a GGUF file, keys and values in fp32 whatever the weights are."""
-    found = llama_cpp.ask(file, asked.rows, asked.texts, asked.prompt, asked.greedy)
-    return Answers(found.logits, found.greedy, found.tokens if asked.texts else None)
+    return llama_cpp.ask(file, asked.rows, asked.texts, asked.prompt, asked.greedy)
 
 
 def missing(engine: str) -> str | None:

@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 
 from crystal.data.tokenizer import ADDED_TOKENS, Tokenizer
-from crystal.data.tokenizer_engines import SPACE, switched_off
+from crystal.data.tokenizer_engines import SPACE, switched_off, symbols_of
 
 
 def tokenizer_files(tokenizer, file: Path, bos: bool, eos_id: int | None, max_length: int) -> dict[str, dict]:
@@ -36,12 +36,7 @@ def tokenizer_files(tokenizer, file: Path, bos: bool, eos_id: int | None, max_le
         return {"tokenizer.json": spec, "tokenizer_config.json": config}
     if file.suffix == ".json":
         spec, _ = switched_off(json.loads(content))
-        control = ("<unk>", "<s>", "</s>")
-        symbols = [
-            token["content"]
-            for token in spec.get("added_tokens") or []
-            if token["id"] < tokenizer.n_base and not token.get("special", True) and token["content"] not in control
-        ]
+        symbols = [token["content"] for token in symbols_of(spec)]
     else:
         spec, symbols = of_sentencepiece(content, tokenizer.dummy_prefix)
     vocab = spec["model"]["vocab"]

@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from crystal.errors import CheckpointError, ConfigError, RunError
-from crystal.files import replacing
+from crystal.errors import ConfigError
+from crystal.files import expect_new
 from crystal.interop.fold import BLOCK, Folded, Made, assembled, half_order
 from crystal.interop.gguf_vocabulary import vocabulary
 from crystal.interop.native import Opened, open_for_export
@@ -37,29 +37,15 @@ def export_gguf(checkpoint: Path, to: Path, dtype: str = "fp32") -> dict:
     when the gguf package is not there; RunError when the disk fails.
     """
     to = Path(to)
-    if to.exists():
-        raise ConfigError(f"{to}: expected a new file, it is there already")
+    expect_new(to, "file")
     if dtype not in DTYPES:
         raise ConfigError(f"--dtype: expected {', '.join(DTYPES)} for gguf, got {dtype}")
     gguf_package()
     opened = open_for_export(checkpoint)
-    try:
-        with replacing(to) as aside:
-            aside.parent.mkdir(parents=True, exist_ok=True)
-            notes = _write(aside, opened, DTYPES[dtype], to.stem)
-    except OSError as error:
-        raise RunError(f"{to}: cannot be written: {error.strerror or error}") from None
-    except ValueError as error:
-        raise CheckpointError(f"{opened.source.directory}: expected the tensors of its model: {error}") from None
-    return {
-        "out": str(to),
-        "form": "gguf",
-        "files": [to.name],
-        "architecture": opened.folded.architecture,
-        "parameters": opened.folded.parameters,
-        "folded": opened.folded.changes,
-        "notes": notes,
-    }
+    with opened.written_to(to) as aside:
+        aside.parent.mkdir(parents=True, exist_ok=True)
+        notes = _write(aside, opened, DTYPES[dtype], to.stem)
+    return opened.said(to, "gguf", [to.name]) | {"notes": notes}
 
 
 def gguf_package() -> Any:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from crystal.data.tokenizer import Tokenizer
+from crystal.data.tokenizer_engines import symbols_of
 from crystal.errors import ConfigError
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
@@ -126,11 +127,9 @@ def _of_json(spec: dict, where: str) -> Vocabulary:
                 )
             last, rank = a + b, rank + 1
             scores[last] = -float(rank)
-    control = {"<s>": CONTROL, "</s>": CONTROL, "<unk>": UNKNOWN}
-    for token in spec.get("added_tokens") or []:
-        if token["id"] < len(pieces) and not token.get("special", True):
-            control.setdefault(token["content"], USER_DEFINED)
-    types = [BYTE if len(p) == 6 and p.startswith("<0x") else control.get(p, NORMAL) for p in pieces]
+    kinds = {"<s>": CONTROL, "</s>": CONTROL, "<unk>": UNKNOWN}
+    kinds |= {token["content"]: USER_DEFINED for token in symbols_of(spec)}
+    types = [BYTE if len(p) == 6 and p.startswith("<0x") else kinds.get(p, NORMAL) for p in pieces]
     # pieces of one character are there from the start and never made; their score is not looked at
     return Vocabulary("llama", pieces, [scores[p] for p in pieces], types)
 

@@ -12,21 +12,19 @@ from pathlib import Path
 from typing import Any
 
 from crystal.checkpoint import Checkpoint, locate, read
-from crystal.config import parse
 from crystal.errors import ConfigError, RunError
-from crystal.files import replacing
-from crystal.inference.load import load_tokenizer
+from crystal.files import expect_new, replacing
+from crystal.inference.load import model_config_of, tokenizer_of
 from crystal.interop.fast_tokenizer import tokenizer_files, write_tokenizer
 from crystal.interop.huggingface_forms import config_to_json, form_of, published_tensors
 from crystal.interop.huggingface_import import import_published as import_published
 from crystal.interop.huggingface_read import to_published
 from crystal.interop.huggingface_tokenizer import COMPANIONS, TOKENIZERS
-from crystal.interop.huggingface_write import DTYPES, write_weights
-from crystal.interop.token_ids import exported
+from crystal.interop.huggingface_write import DTYPES, SHARD_BYTES, write_weights
+from crystal.interop.token_ids import begins, exported, first
 from crystal.zoo.build import meta_decoder, plan_for
 from crystal.zoo.config import ModelConfig
 
-SHARD_BYTES = 2 << 30
 TOKENIZER_CONFIG = "tokenizer_config.json"
 MODELING = Path(__file__).parent / "hf" / "modeling_crystal.py"  # to copy; importing it would import transformers
 
@@ -41,14 +39,13 @@ def export_published(checkpoint: Path, to: Path, form: str = "hf", dtype: str = 
     pass, or a number does not fit the dtype; RunError when the disk fails.
     """
     source, to = read(locate(Path(checkpoint))), Path(to)
-    if to.exists():
-        raise ConfigError(f"{to}: expected a new directory, it is there already")
+    expect_new(to, "directory")
     if dtype not in DTYPES:
         raise ConfigError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
-    config = parse(ModelConfig, source.state.get("model"), str(source.directory), ("model",))
+    config = model_config_of(source)
     tensors = source.tensors("model")
     if form == "hf":
-        tokenizer = load_tokenizer(source) if source.state.get("tokenizer") else None
+        tokenizer = tokenizer_of(source)
         mapping = hf_config(config, dtype) | exported(source.state, tokenizer)
         shapes = {t.name: t.shape for t in published_tensors(config, form_of(config))}
         tensors = to_published(config, tensors)
@@ -74,10 +71,12 @@ def export_published(checkpoint: Path, to: Path, form: str = "hf", dtype: str = 
 
 def _fast_tokenizer(source: Checkpoint, tokenizer: Any, config: ModelConfig, mapping: dict) -> dict[str, dict]:
     """What AutoTokenizer loads, for a checkpoint of our own: one that was imported has the published files."""
-    bos = bool(source.state.get("bos", True)) and mapping["bos_token_id"] is not None
-    eos = mapping["eos_token_id"]
-    eos = eos[0] if isinstance(eos, list) else eos
-    return tokenizer_files(tokenizer, source.directory / source.state["tokenizer"], bos, eos, config.max_seq_len)
+    file, bos, eos = (
+        source.directory / source.state["tokenizer"],
+        begins(source.state, mapping),
+        mapping["eos_token_id"],
+    )
+    return tokenizer_files(tokenizer, file, bos, first(eos), config.max_seq_len)
 
 
 def hf_config(config: ModelConfig, dtype: str) -> dict:

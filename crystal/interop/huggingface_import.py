@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 from crystal.checkpoint import aside_of, write
-from crystal.errors import ConfigError
+from crystal.files import expect_new
 from crystal.interop.huggingface_read import read_json, read_published
 from crystal.interop.huggingface_tokenizer import choose
 from crystal.interop.token_ids import imported
@@ -21,8 +21,7 @@ def import_published(directory: Path, to: Path) -> dict:
     Raises ConfigError naming file and key or tensor, or when `to` exists already. Nothing half-written is left.
     """
     directory, to = Path(directory), Path(to)
-    if to.exists():
-        raise ConfigError(f"{to}: expected a new directory, it is there already")
+    expect_new(to, "directory")
     config, tensors = read_published(directory)
     chosen = choose(directory, read_json(directory / "config.json")["model_type"], config.vocab_size)
     state = {"model": config.model_dump(mode="json"), "imported_from": str(directory)}

@@ -20,6 +20,7 @@ from crystal.errors import CheckpointError, ConfigError
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 """What weights may be written in; by the names that config.json has for them."""
 
+SHARD_BYTES = 2 << 30  # of a file, beyond which there are several
 _CODES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 

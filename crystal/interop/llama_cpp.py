@@ -23,11 +23,12 @@ _CHILD = Path(__file__).with_name("llama_child.py")
 
 @dataclass(frozen=True)
 class Answers:
-    """logits: of each row, fp32 [T, V]; tokens: of each text; greedy: ids that follow the prompt."""
+    """What an engine says. logits: fp32 [T, V] of each row; greedy: the ids that follow the prompt; tokens: of each
+    text, None where there is no tokenizer, or nothing was asked of it."""
 
     logits: list[np.ndarray]
-    tokens: list[list[int]]
     greedy: list[int]
+    tokens: list[list[int]] | None
 
 
 def library() -> Path | None:
@@ -75,6 +76,6 @@ def ask(
         with np.load(out) as answers:
             return Answers(
                 [answers[f"logits_{i}"] for i in range(len(rows))],
-                [answers[f"tokens_{i}"].tolist() for i in range(len(texts))],
                 answers["greedy"].tolist(),
+                [answers[f"tokens_{i}"].tolist() for i in range(len(texts))] if texts else None,
             )

@@ -7,24 +7,24 @@ to load them. It is for inference: folded weights are not muP's any more.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from crystal.checkpoint import Checkpoint, locate, read
-from crystal.config import parse
 from crystal.errors import CheckpointError, ConfigError, RunError
-from crystal.files import replacing
-from crystal.inference.load import load_tokenizer
+from crystal.files import expect_new, replacing
+from crystal.inference.load import model_config_of, tokenizer_of
 from crystal.interop.fast_tokenizer import tokenizer_files, write_tokenizer
 from crystal.interop.fold import Folded, assembled, fold
-from crystal.interop.huggingface_write import write_weights
-from crystal.interop.token_ids import exported
+from crystal.interop.huggingface_write import SHARD_BYTES, write_weights
+from crystal.interop.token_ids import begins, exported, first
 from crystal.zoo.build import parameter_count
 from crystal.zoo.config import ModelConfig
 
-SHARD_BYTES = 2 << 30
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 TEMPLATE = "chat_template.jinja"
 
@@ -48,22 +48,42 @@ class Opened:
 
     @property
     def eos_id(self) -> int | None:
-        """The first, for formats that know one."""
-        found = self.ids.get("eos_token_id")
-        return found[0] if isinstance(found, list) else found
+        return first(self.ids.get("eos_token_id"))
+
+    def said(self, out: Path, form: str, files: list[str]) -> dict:
+        """{out, form, files, architecture, parameters, folded} of an export, JSON-ready."""
+        return {
+            "out": str(out),
+            "form": form,
+            "files": files,
+            "architecture": self.folded.architecture,
+            "parameters": self.folded.parameters,
+            "folded": self.folded.changes,
+        }
+
+    @contextmanager
+    def written_to(self, path: Path) -> Iterator[Path]:
+        """`replacing(path)`. Raises RunError when the disk fails, CheckpointError where tensors are not its model's."""
+        try:
+            with replacing(path) as aside:
+                yield aside
+        except OSError as error:
+            raise RunError(f"{path}: cannot be written: {error.strerror or error}") from None
+        except ValueError as error:
+            raise CheckpointError(f"{self.source.directory}: expected the tensors of its model: {error}") from None
 
 
 def open_for_export(checkpoint: Path) -> Opened:
     """A checkpoint, or a run's latest. Raises ConfigError where it cannot be folded, CheckpointError as `read`."""
     source = read(locate(Path(checkpoint)))
-    config = parse(ModelConfig, source.state.get("model"), str(source.directory), ("model",))
+    config = model_config_of(source)
     try:
         folded = fold(config)
     except ConfigError as error:
         raise ConfigError(f"{source.directory}: model.{error}") from None
-    tokenizer = load_tokenizer(source) if source.state.get("tokenizer") else None
+    tokenizer = tokenizer_of(source)
     ids = exported(source.state, tokenizer)
-    bos = tokenizer is not None and bool(source.state.get("bos", True)) and ids.get("bos_token_id") is not None
+    bos = tokenizer is not None and begins(source.state, ids)
     file = None if tokenizer is None else source.directory / source.state["tokenizer"]
     return Opened(source, config, folded, tokenizer, file, bos, ids, chat_template(source.directory))
 
@@ -94,27 +114,14 @@ def export_native(checkpoint: Path, to: Path, dtype: str = "fp32") -> dict:
     disk fails.
     """
     to = Path(to)
-    if to.exists():
-        raise ConfigError(f"{to}: expected a new directory, it is there already")
+    expect_new(to, "directory")
     if dtype not in DTYPES:
         raise ConfigError(f"--dtype: expected {', '.join(DTYPES)} for native, got {dtype}")
     opened = open_for_export(checkpoint)
-    try:
-        with replacing(to) as aside:
-            aside.mkdir(parents=True)
-            files = _write(aside, opened, dtype)
-    except OSError as error:
-        raise RunError(f"{to}: cannot be written: {error.strerror or error}") from None
-    except ValueError as error:
-        raise CheckpointError(f"{opened.source.directory}: expected the tensors of its model: {error}") from None
-    return {
-        "out": str(to),
-        "form": "native",
-        "files": files,
-        "architecture": opened.folded.architecture,
-        "parameters": opened.folded.parameters,
-        "folded": opened.folded.changes,
-    }
+    with opened.written_to(to) as aside:
+        aside.mkdir(parents=True)
+        files = _write(aside, opened, dtype)
+    return opened.said(to, "native", files)
 
 
 def _write(directory: Path, opened: Opened, dtype: str) -> list[str]:

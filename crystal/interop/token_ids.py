@@ -45,6 +45,16 @@ def exported(state: dict, tokenizer: Any | None) -> dict[str, int | list[int] | 
     return ids
 
 
+def first(ids: int | list[int] | None) -> int | None:
+    """Of several, the first, for formats that know one."""
+    return ids[0] if isinstance(ids, list) else ids
+
+
+def begins(state: dict, ids: dict[str, int | list[int] | None]) -> bool:
+    """Whether a text starts with the begin token. ids: as `exported` gives them."""
+    return bool(state.get("bos", True)) and ids.get("bos_token_id") is not None
+
+
 def _is_ids(value: Any) -> bool:
     if isinstance(value, list):
         return bool(value) and all(isinstance(v, int) and not isinstance(v, bool) for v in value)

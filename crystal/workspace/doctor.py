@@ -17,6 +17,7 @@ import torch
 from crystal.kernels import native, tuning
 from crystal.kernels import thread_waiting as waiting
 from crystal.kernels.gcc import compiler
+from crystal.memory import machine_bytes
 
 DISK_BYTES, PIECE = 256 << 20, 8 << 20
 SLOW_DISK = 500e6  # bytes a second: below, streamed weights wait for the disk (docs/streaming.md)
@@ -55,11 +56,7 @@ def examine(again: bool, directory: Path) -> dict:
 
 
 def _memory() -> dict:
-    values = {}
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            key, _, rest = line.partition(":")
-            values[key] = int(rest.split()[0]) * 1024
+    values = machine_bytes()
     return {"total_bytes": values.get("MemTotal"), "available_bytes": values.get("MemAvailable")}
 
 

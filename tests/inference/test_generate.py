@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from crystal.checkpoint import read, write
 from crystal.errors import CheckpointError, ConfigError, DataError, RunError
-from crystal.inference.generate import KVCache, generate, generate_text, next_logits, pick
+from crystal.inference.generate import KVCache, generate, generate_text, last_logits, pick
 from crystal.inference.load import filled, load_decoder, load_tokenizer
 from crystal.inference.logits import logits, logits_file, read_ids
 from crystal.zoo.build import meta_decoder
@@ -73,7 +73,7 @@ def test_next_logits_carry_the_multipliers_of_mup():
     ids = prompt(9)
     with torch.inference_mode():
         full = model(torch.tensor([ids]))[0, -1]
-        assert_near(next_logits(model, ids, KVCache(model, 9)), full, path_length(model.config, 9))
+        assert_near(last_logits(model, torch.tensor([ids]), KVCache(model, 9))[0], full, path_length(model.config, 9))
 
 
 def test_a_full_cache_says_so(model):
