@@ -180,6 +180,7 @@ ul{padding-left:1.2rem}details ul{font-size:.9rem}summary{cursor:pointer;color:v
 .FAIL{color:var(--fail)}.INCONCLUSIVE{color:var(--unsettled)}.PASS{color:var(--pass)}
 tr.FAIL,tr.INCONCLUSIVE,tr.PASS{color:inherit}
 .panels{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,22rem),1fr));gap:.5rem 1.5rem}
+.panels figure{max-width:36rem}
 figure{margin:0}figcaption{font-size:.85rem;color:var(--soft)}figcaption b{color:var(--fg)}
 svg{display:block;width:100%;height:auto;fill:none;stroke-linejoin:round;stroke-linecap:round}
 svg text{font:10px system-ui,sans-serif;fill:var(--fg)}svg tspan{font-size:7.5px}
