@@ -23,6 +23,7 @@ from crystal.cli.coord_check import coord_check
 from crystal.cli.data import data
 from crystal.cli.doctor import doctor
 from crystal.cli.error_report import complain, usage_message
+from crystal.cli.eval import eval_
 from crystal.cli.exchange import export, import_
 from crystal.cli.generate import generate, logits
 from crystal.cli.help import Commands
@@ -113,6 +114,6 @@ def root(
 
 for command in (
     models, doctor, prepare, train, schedule, plan, init, audit, coord_check, transfer, import_, export, logits,
-    generate, config, runs, compare,
+    generate, eval_, config, runs, compare,
 ):  # fmt: skip
     app.command(command.__name__.rstrip("_").replace("_", "-"))(command)

@@ -57,7 +57,12 @@ def train(
         plan = describe.dry_run(loaded, stage, until)
         print_result(plan, as_json, dry_run_text(plan))
         return
-    outcome = start(loaded, stage, until, console())
+    evaluator = None
+    if loaded.config.train.evaluate is not None:
+        from crystal.evaluation.in_training import evaluator_of
+
+        evaluator = evaluator_of(loaded, console())
+    outcome = start(loaded, stage, until, console(), evaluator)
     result = {
         "run_dir": str(outcome.directory),
         "step": outcome.step,

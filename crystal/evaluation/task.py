@@ -11,8 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+import torch
+
+from crystal.checkpoint import Checkpoint
 from crystal.data.tokenizer import Tokenizer
-from crystal.inference.load import PlainTokenizer
+from crystal.inference.load import PlainTokenizer, end_tokens, load_decoder, load_tokenizer
 from crystal.output.progress import Bar
 from crystal.zoo.decoder import Decoder
 
@@ -46,11 +49,28 @@ class Subject:
     checkpoint: Path
     run: Path | None = None
 
+    @classmethod
+    def of(
+        cls,
+        opened: Checkpoint,
+        run: Path | None = None,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> Subject:
+        """A checkpoint's model and tokenizer, loaded. Raises CheckpointError as `load_decoder` and `load_tokenizer`."""
+        decoder, _ = load_decoder(opened, dtype, device)
+        tokenizer = load_tokenizer(opened)
+        has_bos = opened.state.get("bos", True) and hasattr(tokenizer, "bos_id")
+        start = (tokenizer.bos_id,) if has_bos else ()
+        return cls(decoder, tokenizer, start, end_tokens(opened, tokenizer), opened.directory, run)
+
 
 class Task(Protocol):
-    """A benchmark with everything that fixes its numbers, its items read."""
+    """A benchmark with everything that fixes its numbers, its items read. part: how many items are worth a file of
+    their own, for others to share in and to go on from: some minutes of work."""
 
     name: str
+    part: int
 
     def facts(self) -> dict:
         """JSON-ready: what its numbers depend on (shots, prompts' form, samples, temperature, seed) and where its items

@@ -48,6 +48,10 @@ class Display(Protocol):
     def note(self, text: str) -> None: ...
 
 
+# Scores of a checkpoint's directory by name, made while its run waits; asked in every process of the run.
+Evaluator = Callable[[Path], dict[str, float]]
+
+
 @dataclass(frozen=True)
 class Outcome:
     """How a run ended: `interrupted` is the signal's name, or None."""
@@ -62,10 +66,11 @@ class Outcome:
 class Trainer:
     """One start of a run. `position` is the number of steps done."""
 
-    def __init__(self, run: RunFile, store: TokenStore, display: Display):
+    def __init__(self, run: RunFile, store: TokenStore, display: Display, evaluator: Evaluator | None = None):
         run = with_recorded_dtype(run)
         config = run.config
         self.run, self.config, self.store, self.display = run, config, store, display
+        self.evaluator, self.unscored = evaluator, None  # a checkpoint that is to be evaluated when it is whole
         self.curriculum = resolve(config.curriculum, run.source, store.sources)
         vocab_size = store.manifest["tokenizer"]["vocab_size"]
         if vocab_size != config.model.vocab_size:
@@ -73,7 +78,8 @@ class Trainer:
                 f"{run.where('model', 'vocab_size')}: expected {vocab_size}, the tokenizer's padded vocabulary, "
                 f"got {config.model.vocab_size}"
             )
-        self.batches = Batches(self.curriculum, store, config.train.seed, config.train.micro_batch_size)
+        train = config.train
+        self.batches = Batches(self.curriculum, store, train.seed, train.micro_batch_size, train.without)
         for stage in self.curriculum.stages:  # a stage without data is a mistake to hear of now, not days from now
             self.batches.order(stage)
         self.plan = config.plan()
@@ -158,6 +164,8 @@ class Trainer:
                     self.display.begin(self.curriculum, start, stop)
                     interrupted, busy = self._steps(cadence, interrupts, metrics)
                 self.saver.finish()
+                if not interrupted:
+                    self._evaluate(metrics)
                 if interrupts.received and not interrupted:  # while the last step was saved
                     interrupted = self._interrupted(interrupts.received)
         finally:
@@ -195,8 +203,23 @@ class Trainer:
                 self.save(stage, cadence.ends(stage, self.position), drop_old=record["applied"])
             if received:
                 return self._interrupted(received), busy
+            self._evaluate(metrics)
             since = time.perf_counter()
         return None, busy
+
+    def _evaluate(self, metrics: Metrics | NoMetrics) -> None:
+        """Ask the evaluator about the newest checkpoint, once it is on the disk."""
+        if self.evaluator is None or self.unscored is None or self.saver.writing is not None:
+            return
+        directory, self.unscored = self.unscored, None
+        if (directory / checkpoint.SEAL).is_file():
+            with self.display.doing(f"evaluating {directory.name}"):
+                scores = self.evaluator(directory)
+            step = checkpoint.read(directory).state["step"]
+            self._event("evaluation", step=step, scores=scores)
+            metrics.scores(step, scores)
+            said = "  ".join(f"{name} {value:.3f}" for name, value in scores.items())
+            self.display.note(f"step {step}  evaluation  {said}")
 
     def _interrupted(self, number: int) -> str:
         name = signal.Signals(number).name
@@ -302,6 +325,7 @@ class Trainer:
 
         with self.display.doing(f"saving {directory.name}"):
             self.saver.save(directory, state, [self.tokenizer_file], sealed)
+        self.unscored = directory
 
     def _event(self, kind: str, **details) -> None:
         if self.writes:

@@ -51,6 +51,12 @@ class Metrics:
                     self._board.add_scalar(tag, number, record["step"])
         self._board.flush()  # what a killed run leaves is as whole here as in metrics.jsonl
 
+    def scores(self, step: int, scores: dict[str, float]) -> None:
+        """Show a checkpoint's benchmark scores in TensorBoard; evals/ and events.jsonl hold them."""
+        for name, value in scores.items():
+            self._board.add_scalar(f"eval/{name}", value, step)
+        self._board.flush()
+
     def close(self) -> None:
         self._file.close()
         self._board.close()
@@ -91,6 +97,9 @@ class NoMetrics:
     """What the processes write that do not write."""
 
     def write(self, record: dict) -> None:
+        pass
+
+    def scores(self, step: int, scores: dict[str, float]) -> None:
         pass
 
     def close(self) -> None:

@@ -32,6 +32,7 @@ _FREE = {
     ("train", "checkpoint_every"),
     ("train", "keep_checkpoints"),
     ("train", "max_bad_steps"),
+    ("train", "evaluate"),
 }
 
 

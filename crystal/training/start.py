@@ -15,7 +15,7 @@ from crystal.output.progress import Bar
 from crystal.output.ranks import is_first
 from crystal.run import RunFile, prepare_run
 from crystal.training.guards import alone_in
-from crystal.training.loop import Outcome, Trainer
+from crystal.training.loop import Evaluator, Outcome, Trainer
 
 
 class _Screen:
@@ -52,8 +52,12 @@ class _Screen:
         self.where = f"stage {stage.index + 1} {stage.name}"
 
 
-def start(run: RunFile, stage: int | None, until: int | None, console: Console) -> Outcome:
-    """Train what the run file says; stage (from 1) and until narrow it. Raises ConfigError.
+def start(
+    run: RunFile, stage: int | None, until: int | None, console: Console, evaluator: Evaluator | None = None
+) -> Outcome:
+    """Train what the run file says; stage (from 1) and until narrow it. evaluator: asked about every checkpoint.
+
+    Raises ConfigError.
 
     The run directory is locked first of all: a second command hears at once that it came second.
     """
@@ -62,7 +66,7 @@ def start(run: RunFile, stage: int | None, until: int | None, console: Console) 
     with alone_in(run.config.directory) if is_first() else contextlib.nullcontext():
         store = TokenStore.open(prepare_run(run, console))
         with Bar(console, "building the model", lines=20, unit="step") as bar:
-            trainer = Trainer(run, store, _Screen(bar))
+            trainer = Trainer(run, store, _Screen(bar), evaluator)
             outcome = trainer.train(chosen, until)
             if trainer.writes:
                 from crystal.training.plots import plot_losses

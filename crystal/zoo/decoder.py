@@ -77,11 +77,14 @@ class Attention(nn.Module):
         self.v = Linear(config.d_model, d_kv, bias=config.bias)
         self.out = Linear(config.d_model, config.d_model, bias=config.bias)
 
-    def forward(self, x_BTD: Tensor, table: tuple[Tensor, Tensor], mask_BTS: Tensor | None, cache=None) -> Tensor:
+    def forward(self, x_BTD: Tensor, table: tuple[Tensor, ...], mask_BTS: Tensor | None, cache=None) -> Tensor:
+        """table: rotary cos and sin of the T tokens, or of many positions and, third, each token's position [B, T]."""
+
         def heads(y: Tensor) -> Tensor:
             return y.unflatten(-1, (-1, self.d_head)).transpose(1, 2)
 
-        q_BHTK, k_BHSK = rope(heads(self.q(x_BTD)), *table, self.style, heads(self.k(x_BTD)))
+        cos, sin, positions = table if len(table) == 3 else (*table, None)
+        q_BHTK, k_BHSK = rope(heads(self.q(x_BTD)), cos, sin, self.style, heads(self.k(x_BTD)), positions=positions)
         v_BHSK = heads(self.v(x_BTD))
         if cache is not None:
             k_BHSK, v_BHSK = cache.append(k_BHSK, v_BHSK)
@@ -117,7 +120,7 @@ class Block(nn.Module):
         self.mlp_norm = Norm(config)
         self.mlp = MLP(config)
 
-    def forward(self, x_BTD: Tensor, table: tuple[Tensor, Tensor], mask_BTS: Tensor | None = None, cache=None):
+    def forward(self, x_BTD: Tensor, table: tuple[Tensor, ...], mask_BTS: Tensor | None = None, cache=None):
         y_BTD = self.attn(self.attn_norm(x_BTD), table, mask_BTS, cache)
         y_BTD, x_BTD = self.mlp_norm(y_BTD, x_BTD, self.residual)
         y_BTD = self.mlp(y_BTD)
