@@ -14,9 +14,11 @@ demo: $(READY)
 	@$(SAY) --stage 2 --prompt "def __init__(self"
 	@echo; echo "--- after stage 3 (Python and web):"
 	@$(SAY) --stage 3 --prompt ".button {"
+	@echo; echo "--- does it know anything?"
+	@$(BIN)/crystal eval runs/demo --suite proxy --limit 100
 	@echo; echo "--- is its muP right?"
 	@$(BIN)/crystal coord-check demo --out runs/demo/coord-check
-	@echo; echo "The run is in runs/demo: loss.png, metrics.jsonl, manifest.json, checkpoints/."
+	@echo; echo "The run is in runs/demo: loss.png, metrics.jsonl, manifest.json, checkpoints/, evals/."
 
 test: $(READY)
 	$(BIN)/python -m pytest -n 2 --dist loadfile

@@ -26,6 +26,14 @@ if TYPE_CHECKING:
 MICRO_BATCH_TOKENS = 8192  # what goes through a model at once where the run does not say
 
 
+class EvaluateConfig(Strict):
+    """Benchmarks on every checkpoint while it trains; `crystal eval` finds the same results, and can ask more items."""
+
+    suite: str = Field("proxy", description="as `crystal eval --suite`: a suite or one task")
+    limit: int | None = Field(200, gt=0, description="items of each task; null: all")
+    items: Path | None = Field(None, description="a directory of your own items, which come first")
+
+
 class TrainConfig(Strict):
     """How the loop goes about it; steps are optimizer steps."""
 
@@ -43,6 +51,12 @@ class TrainConfig(Strict):
         None, gt=0, description="newest ones to keep; null: all. Ends of stages are always kept"
     )
     max_bad_steps: int = Field(5, gt=0, description="stop after so many steps in a row that were not finite")
+    without: tuple[str, ...] = Field(
+        (),
+        description="sources, and ids of documents, that are read as ever but count nothing in the loss; the rest of a "
+        "step counts for them. What a twin differs in, `crystal analyze memorization --counterfactual`",
+    )
+    evaluate: EvaluateConfig | None = Field(None, description="benchmarks on every checkpoint; null: none")
 
 
 class RunConfig(Strict):

@@ -6,8 +6,10 @@ from typing import Annotated
 
 import typer
 
+from crystal.cli.contamination import contamination
 from crystal.cli.help import Commands
 from crystal.cli.options import Json, Overrides, Run, Step, console, print_result
+from crystal.cli.trace import index, trace
 from crystal.errors import CrystalError
 from crystal.output.printable import printable, printable_line
 
@@ -19,6 +21,9 @@ Examples:
     crystal data where demo --step 12
 """
 )
+data.command()(contamination)
+data.command()(index)
+data.command()(trace)
 
 
 @data.command()

@@ -73,7 +73,7 @@ class Rows:
         """(batches, global step at which the stage starts) with rows in the seed's own order."""
         config = self.run.config
         curriculum = resolve(config.curriculum, self.run.source, self.store.sources)
-        batches = Batches(curriculum, self.store, seed, config.train.micro_batch_size)
+        batches = Batches(curriculum, self.store, seed, config.train.micro_batch_size, config.train.without)
         return batches, curriculum.numbered(self.stage).first_step
 
 

@@ -3,12 +3,16 @@
 A step's batch is a pure function of (curriculum, seed, step): which rows comes from the order, and each row's FIM
 draws its own random numbers from (seed, stage, source, epoch, index). So any process can make any step's batch at
 any time, a restart needs only the step's number, and the next batch is made in a thread while this one trains.
+
+A run may be told to learn nothing from some sources or documents (`train.without`). Their rows keep their places, so
+every other row comes at the same step as ever; their labels weigh nothing, and the mean is over the rows that are left.
+A step of which nothing is left has a loss and a gradient of 0.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -26,7 +30,15 @@ from crystal.errors import ConfigError
 class Batches:
     """Micro-batches of any step of a curriculum, and of validation."""
 
-    def __init__(self, curriculum: Curriculum, store: TokenStore, seed: int, micro_batch_size: int):
+    def __init__(
+        self,
+        curriculum: Curriculum,
+        store: TokenStore,
+        seed: int,
+        micro_batch_size: int,
+        without: Sequence[str] = (),
+    ):
+        """without: sources, and ids of documents, whose rows count nothing; raises ConfigError for an unknown one."""
         self.curriculum, self.store, self.seed = curriculum, store, seed
         self.micro_batch_size = micro_batch_size
         self.part, self.parts = 0, 1  # which part of each step's rows this process takes, of how many
@@ -36,6 +48,14 @@ class Batches:
             raise ConfigError(f"{self.tokenizer.path}: FIM needs {reason}")
         self.sources = sorted({split_entry(entry)[0] for stage in curriculum.stages for entry in stage.bound})
         self._orders: dict[int, StageOrder] = {}
+        self._sources_without = frozenset(name for name in without if name in store.sources)
+        self._rows_without = {
+            (source, index)
+            for document in without
+            if document not in self._sources_without
+            for source, rows in [store.rows_of_document(document)]
+            for index in rows
+        }
 
     def order(self, stage: Stage) -> StageOrder:
         """The stage's order, made when first asked for."""
@@ -50,11 +70,21 @@ class Batches:
         sequences = self.order(stage).sequences(step - stage.first_step)
         share = len(sequences) // self.parts
         own = sequences[self.part * share : (self.part + 1) * share]
-        rows = [self.row(stage, *sequence) for sequence in own]
+        counted = sum(not self.left_out(source, index) for source, _, index in sequences)
+        rows = [self._counted(self.row(stage, *sequence), *sequence) for sequence in own]
         return [
-            self._stack(rows[i : i + self.micro_batch_size], weight=1 / (len(sequences) * stage.seq_len))
+            self._stack(rows[i : i + self.micro_batch_size], weight=1 / (max(counted, 1) * stage.seq_len))
             for i in range(0, len(rows), self.micro_batch_size)
         ]
+
+    def left_out(self, source: str, index: int) -> bool:
+        """Whether a row counts nothing in the loss."""
+        return source in self._sources_without or (source, index) in self._rows_without
+
+    def _counted(self, row: tuple[np.ndarray, np.ndarray, int], source: str, epoch: int, index: int):
+        """A row with none of its labels scored, where it is left out."""
+        tokens, mask, number = row
+        return (tokens, np.zeros_like(mask), number) if self.left_out(source, index) else row
 
     def ahead(self, first: int, last: int) -> Iterator[list[MicroBatch]]:
         """`step(first)` … `step(last)`, each made while the one before is in use."""

@@ -6,6 +6,8 @@ with; nothing is logged, so nothing can be missing. Steps count from 1 over all 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from crystal.curriculum.resolve import resolve
 from crystal.data.store import TokenStore
 from crystal.errors import ConfigError
@@ -14,12 +16,16 @@ from crystal.training.batches import Batches
 
 
 class Ledger:
-    """A run's data, opened for questions; `crystal prepare` has made the store, or it is made now."""
+    """A run's data, opened for questions; `crystal prepare` has made the store, or it is made now.
 
-    def __init__(self, run: RunFile, console=None):
-        self.store = TokenStore.open(prepare_run(run, console))
+    store: the run's, where it is open already.
+    """
+
+    def __init__(self, run: RunFile, console=None, store: TokenStore | None = None):
+        self.store = store or TokenStore.open(prepare_run(run, console))
         self.curriculum = resolve(run.config.curriculum, run.source, self.store.sources)
-        self.batches = Batches(self.curriculum, self.store, run.config.train.seed, run.config.train.micro_batch_size)
+        train = run.config.train
+        self.batches = Batches(self.curriculum, self.store, train.seed, train.micro_batch_size, train.without)
 
     def where(self, step: int) -> dict:
         """The rows of a step and the documents in each: one entry for every (row, document).
@@ -52,12 +58,18 @@ class Ledger:
     def when(self, document: str) -> dict:
         """All steps at which a document is seen in the run, past or to come. Raises ConfigError for an unknown one."""
         source, rows = self.store.rows_of_document(document)
-        seen = set()
-        for stage in self.curriculum.stages:
-            order = self.batches.order(stage)
-            for index in rows:
-                seen |= {stage.first_step + at[0] + 1 for at in order.steps_of(source, index, stage.steps)}
-        return {"document": document, "source": source, "rows": [*rows], "steps": sorted(seen)}
+        steps = sorted({step for step, _, _ in self.sightings(source, rows)})
+        return {"document": document, "source": source, "rows": [*rows], "steps": steps}
+
+    def sightings(self, source: str, rows: Iterable[int]) -> list[tuple[int, str, int]]:
+        """When rows of a source are read, past or to come: (step, stage, epoch within the stage), in order."""
+        rows = [*rows]
+        return sorted(
+            (stage.first_step + at + 1, stage.name, epoch)
+            for stage in self.curriculum.stages
+            for index in rows
+            for at, _, epoch in self.batches.order(stage).steps_of(source, index, stage.steps)
+        )
 
     def show(self, step: int, count: int) -> dict:
         """The first `count` rows of a step as text, as the model gets them: FIM applied."""
