@@ -90,15 +90,17 @@ def _worst(result: dict) -> list[str]:
 
 
 def _scores(scores: list[dict]) -> list[str]:
-    """The first metric of every task."""
+    """The first metric of every task of which an item that was asked is found."""
     rows = []
     for entry in scores:
         for name, task in entry["tasks"].items():
+            if not task["n"]["found"]:
+                continue
             for metric, groups in [*task["metrics"].items()][:1]:
                 cells = [_score(groups[group], task["n"][group]) for group in ("all", "clean", "found", "seen")]
                 rows.append([f"{entry['step']:,}", name, metric, *cells])
     if not rows:
-        return []
+        return ["", "no item that a checkpoint was asked is found: its scores stand"] if scores else []
     table = [["step", "task", "metric", "all", "clean", "found", "seen by then"], *rows]
     widths = [max(len(row[k]) for row in table) for k in range(len(table[0]))]
     shown = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in table]

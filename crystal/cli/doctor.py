@@ -74,6 +74,10 @@ def doctor_text(result: dict) -> str:
             f"disk          write {disk['write_bytes_per_second'] / 1e6:,.0f} MB/s, read "
             f"{disk['read_bytes_per_second'] / 1e6:,.0f} MB/s, {_gb(disk['free_bytes'])} free under {disk['directory']}"
         )
+    confined = result["confinement"]
+    layers = ", ".join(f"{name} {what}" for name, what in confined["layers"].items())
+    said = "confined by" if confined["sufficient"] else f"not confined, {'; '.join(confined['missing'])}; there are"
+    lines.append(f"programs      {said} {layers or 'no layers'}")
     lines += [f"GPU           {g['name']}, {_gb(g['memory_bytes'])}, {g['capability']}" for g in result["gpus"]]
     return "\n".join([*lines, *(f"slow: {line}" for line in result["slow"])])
 

@@ -230,6 +230,8 @@ def evaluate(
     """
     if limit is not None and limit < 1:
         raise ConfigError(f"--limit: expected at least 1, got {limit}", key="limit")
+    for task in tasks:
+        task.facts()  # what cannot be done at all is heard of now, and not after hours of other tasks
     numbers = {task.name: chosen(task, limit, seed) for task in tasks}
     total = len(places.checkpoints) * sum(map(len, numbers.values()))
     found: list[Result] = []

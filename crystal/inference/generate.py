@@ -10,7 +10,7 @@ and in every batch.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -77,6 +77,13 @@ class KVCache:
         itself_TS = mask_TS.triu(self.length)  # a padded query sees itself: a softmax over nothing would be nan
         return mask_TS & real_BS[:, None] | itself_TS
 
+    def keep(self, rows: Sequence[int]) -> None:
+        """Go on with these rows only, in this order."""
+        for layer in self.layers:
+            layer.k_BHSK, layer.v_BHSK = layer.k_BHSK[list(rows)], layer.v_BHSK[list(rows)]
+        if self.padding_B is not None:
+            self.padding_B = self.padding_B[list(rows)]
+
 
 def generate(
     model: Decoder,
@@ -132,8 +139,13 @@ def generate_steps(
     top_p: float | None,
     seeds: Sequence[int],
     eos_id: int | Sequence[int] | None,
+    done: Callable[[int], bool] = lambda _: False,
 ) -> Iterator[list[int | None]]:
-    """The next token of every prompt, a step at a time; None for those that have ended. seeds: one a prompt."""
+    """The next token of every prompt, a step at a time; None for those that have ended. seeds: one a prompt.
+
+    done: asked after each step, by the prompt's number, whether it has ended for the caller. Prompts that have ended
+    leave the batch when they are half of it or more.
+    """
     prompts = [list(ids) for ids in prompts]
     _check_prompts(model, prompts, max_new_tokens)
     if not 0 <= temperature < float("inf"):
@@ -144,7 +156,11 @@ def generate_steps(
         raise ConfigError(f"top_p: expected more than 0 and at most 1, got {top_p}")
     ends = set() if eos_id is None else {eos_id} if isinstance(eos_id, int) else set(eos_id)
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    return _steps(model, prompts, max_new_tokens, temperature, top_k, top_p, generators, ends)
+
+    def over(number: int, token: int) -> bool:
+        return token in ends or done(number)
+
+    return _steps(model, prompts, max_new_tokens, temperature, top_k, top_p, generators, over)
 
 
 def _check_prompts(model: Decoder, prompts: Sequence[list[int]], max_new_tokens: int) -> None:
@@ -167,26 +183,29 @@ def _check_prompt(model: Decoder, ids: list[int], max_new_tokens: int, name: str
         )
 
 
-def _steps(model, prompts, max_new_tokens, temperature, top_k, top_p, generators, ends) -> Iterator[list[int | None]]:
+def _steps(model, prompts, max_new_tokens, temperature, top_k, top_p, generators, over) -> Iterator[list[int | None]]:
     if not prompts:
         return
     longest = max(map(len, prompts))
     padding = [longest - len(ids) for ids in prompts]
     cache = KVCache(model, longest + max_new_tokens, len(prompts), padding)
     unread = torch.tensor([[0] * pad + ids for pad, ids in zip(padding, prompts, strict=True)])
-    live = [True] * len(prompts)
+    rows, live = list(range(len(prompts))), set(range(len(prompts)))  # prompts in the batch, and those still written
     for _ in range(max_new_tokens):
         with torch.inference_mode():
             logits_BV = last_logits(model, unread, cache)
-        tokens = [
-            pick(logits_V, temperature, top_k, top_p, generator) if on else None
-            for logits_V, generator, on in zip(logits_BV, generators, live, strict=True)
-        ]
+        tokens: list[int | None] = [None] * len(prompts)
+        for number, logits_V in zip(rows, logits_BV, strict=True):
+            if number in live:
+                tokens[number] = pick(logits_V, temperature, top_k, top_p, generators[number])
         yield tokens
-        live = [token is not None and token not in ends for token in tokens]
-        if not any(live):
+        live = {number for number in live if not over(number, tokens[number])}
+        if not live:
             return
-        unread = torch.tensor([[token or 0] for token in tokens])
+        if 2 * len(live) <= len(rows):
+            cache.keep([b for b, number in enumerate(rows) if number in live])
+            rows = [number for number in rows if number in live]
+        unread = torch.tensor([[tokens[number] or 0] for number in rows])
 
 
 def last_logits(model: Decoder, ids_BT: Tensor, cache: KVCache) -> Tensor:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from crystal.evaluation.confine import confinement
 from crystal.kernels import native, tuning
 from crystal.kernels import thread_waiting as waiting
 from crystal.kernels.gcc import compiler
@@ -50,6 +51,7 @@ def examine(again: bool, directory: Path) -> dict:
         "waiting": _waiting(),
         "huge_pages": THP.read_text().split("[")[-1].split("]")[0] if THP.exists() else None,
         "disk": _disk(directory),
+        "confinement": _confinement(),
         "gpus": _gpus(),
     }  # fmt: skip
     return result | {"slow": _slow(result)}
@@ -104,6 +106,12 @@ def _disk(directory: Path) -> dict:
         "directory": str(directory), "write_bytes_per_second": DISK_BYTES / written,
         "read_bytes_per_second": DISK_BYTES / read, "free_bytes": free,
     }  # fmt: skip
+
+
+def _confinement() -> dict:
+    """What confines programs that a model wrote, and what they could do all the same."""
+    found = confinement()
+    return {"layers": found.layers, "sufficient": found.sufficient, "missing": list(found.missing)}
 
 
 def _gpus() -> list[dict]:
