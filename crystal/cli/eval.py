@@ -10,6 +10,7 @@ import typer
 from crystal.cli.options import Checkpoint, Json, console, print_result
 
 _COLUMNS = 6  # checkpoints side by side
+_BESIDE = ("pass@10", "f1", "bits_per_byte")  # shown beside a task's own metric; the last tells models at chance apart
 
 
 def eval_(
@@ -114,9 +115,9 @@ def _one(at: dict, found) -> list[str]:
         name, metric = r.first
         spread = "" if metric.stderr is None else f" ± {metric.stderr:.4f}"
         guess = "" if metric.chance is None else f"  chance {metric.chance:.4f}"
-        bits = f"  bits/byte {r.metrics['bits_per_byte'].value:.4f}" if _has_bits(r) else ""
+        beside = "".join(f"  {other} {r.metrics[other].value:.4f}" for other in _BESIDE if _has(r, other))
         said = "  at chance" if metric.at_chance else ""
-        lines.append(f"  {r.task:{width}}  {name:{names}} {metric.value:.4f}{spread}{guess}  n {r.n:,}{bits}{said}")
+        lines.append(f"  {r.task:{width}}  {name:{names}} {metric.value:.4f}{spread}{guess}  n {r.n:,}{beside}{said}")
     return lines
 
 
@@ -132,9 +133,9 @@ def _table(steps: list[int], found) -> list[str]:
         name, first = rows[-1].first
         guess = "" if first.chance is None else f"{first.chance:.4f}"
         lines.append(f"{task:{width}}  {name:13} {guess:>8} " + "".join(_cell(r.first[1]) for r in rows))
-        if _has_bits(rows[-1]):
-            bits = "".join(f"{r.metrics['bits_per_byte'].value:>13.4f}" for r in rows)
-            lines.append(f"{'':{width}}  {'bits_per_byte':13} {'':>8} {bits}")
+        for other in (name for name in _BESIDE if _has(rows[-1], name)):
+            cells = "".join(f"{r.metrics[other].value:>13.4f}" for r in rows)
+            lines.append(f"{'':{width}}  {other:13} {'':>8} {cells}")
     if any(r.first[1].at_chance for r in found):
         lines.append("= at chance: guessing is within 1.96 standard errors")
     if len(shown) < len(steps):
@@ -147,9 +148,9 @@ def _cell(metric) -> str:
     return f"{'=' if metric.at_chance else ''}{metric.value:.3f}{spread}".rjust(13)
 
 
-def _has_bits(r) -> bool:
-    """Has it bits per byte beside its own metric? They tell models apart that are at chance."""
-    return "bits_per_byte" in r.metrics and r.first[0] != "bits_per_byte"
+def _has(r, metric: str) -> bool:
+    """Has it that metric beside the one that is its own?"""
+    return metric in r.metrics and r.first[0] != metric
 
 
 def _notes(found) -> list[str]:
