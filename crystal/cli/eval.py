@@ -46,6 +46,13 @@ def eval_(
         typer.Option(help="of weights; auto: fp32 where it fits into memory, else bf16"),
     ] = "auto",
     device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="auto: cuda where there is one")] = "auto",
+    engine: Annotated[
+        Literal["own", "lm-eval"], typer.Option(help="lm-eval: its tasks, named in --suite with commas, on our decoder")
+    ] = "own",
+    include_path: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="lm-eval: your YAML tasks; default: its own, most of which need a hub"),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Score a checkpoint, or every checkpoint of a run, on a suite of benchmarks.
@@ -62,6 +69,13 @@ def eval_(
     from crystal.evaluation.suites import Settings, suite_of
 
     places = where(checkpoint, every)
+    if engine == "lm-eval":
+        from crystal.evaluation.lm_eval_adapter import evaluate_all
+
+        names = suite.split(",")
+        result = evaluate_all(places, names, include_path, limit, seed, dtype, device, unsafe_code, console())
+        print_result(result, as_json, _lm_eval_text(result))
+        return
     chosen = suite_of(suite, Items(items, console()), Settings(samples, temperature, unsafe_code, places.run))
     found = evaluate(places, chosen.tasks, limit, seed, dtype, device, console())
     pictures = []
@@ -75,6 +89,17 @@ def eval_(
         "pictures": [str(path) for path in pictures],
     }
     print_result(result, as_json, _text(result, found))
+
+
+def _lm_eval_text(result: dict) -> str:
+    lines = [result["engine"]]
+    for at in result["checkpoints"]:
+        lines.append(f"step {at['step']}")
+        for task, summary in at["tasks"].items():
+            name = summary["metric"]
+            spread = "" if summary["stderr"] is None else f" ± {summary['stderr']:.4f}"
+            lines.append(f"  {task}  {name} {summary[name]:.4f}{spread}  n {summary['n']:,}")
+    return "\n".join([*lines, f"results: {result['evals']}"])
 
 
 def _of_step(step: int, found) -> dict:

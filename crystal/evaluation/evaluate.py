@@ -82,7 +82,11 @@ def where(path: Path, every: int = 1) -> Where:
 
 def chosen(task: Task, limit: int | None, seed: int = 0) -> list[int]:
     """Numbers of the items to ask: all, or `limit` of them drawn by `seed`, in the task's order."""
-    count = len(task.ids())
+    return drawn(len(task.ids()), limit, seed)
+
+
+def drawn(count: int, limit: int | None, seed: int = 0) -> list[int]:
+    """Numbers below count: all, or `limit` of them drawn by `seed`, in order."""
     if limit is None or limit >= count:
         return list(range(count))
     return sorted(np.random.default_rng(seed).permutation(count)[:limit].tolist())

@@ -109,7 +109,7 @@ def encoded(subject: Subject, pairs: Sequence[tuple[str, str]]) -> list[tuple[li
             contexts[context] = start + encode(context) if context else start or list(subject.ends[:1]) or [0]
         before = contexts[context]
         whole = start + encode(context + continuation) if context else before + encode(continuation)
-        found.append((whole[: len(before)], whole[len(before) :]))
+        found.append((before, whole[len(before) :]))  # the context's own tokens, where the answer would merge with it
     return found
 
 

@@ -13,6 +13,7 @@ they share, and pays for the pairs between them that the mask throws away.
 from __future__ import annotations
 
 import math
+from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -60,6 +61,10 @@ class Cost:
         """Of a row of so many tokens on a trunk of so many."""
         return size * (self.a + self.b * (prefix + size))
 
+    def growth(self, size: int, prefix: int) -> float:
+        """Of reading a trunk: from the first token on it is plain causal, half the pairs at twice the speed."""
+        return self.row(size, prefix) if prefix else size * (self.a + self.b * size / 4)
+
 
 def arrange(sequences: Sequence[np.ndarray], cost: Cost) -> Trunk:
     """Rows and trunks for int sequences, none of them empty, no two equal: a trunk of no tokens that holds all.
@@ -103,11 +108,16 @@ def _cut(node: Node, prefix: int, cost: Cost) -> Trunk:
     inner = _joined(parts, node.tokens)
     if node.ends >= 0:  # a sequence that others go on from
         inner.rows.append(Row(Node(node.tokens[length:], ends=node.ends), 0))
-    size = length + sum(row.size for row in inner.rows)
-    above = [row.size for row in inner.rows] + [len(trunk.tokens) for trunk in inner.trunks]
-    whole = math.inf if inner.trunks else cost.row(size, prefix)
-    apart = sum(cost.row(length + more, prefix) for more in above)
-    trunk = cost.trunk + cost.row(length, prefix) + sum(cost.row(more, prefix + length) for more in above)
+    rows, trunks = [row.size for row in inner.rows], [len(trunk.tokens) for trunk in inner.trunks]
+    size = length + sum(rows)
+
+    def cost_of(more: int, prefix: int) -> float:
+        """Of all that is above, each with so many tokens in front."""
+        return sum(cost.row(more + n, prefix) for n in rows) + sum(cost.growth(more + n, prefix) for n in trunks)
+
+    whole = math.inf if trunks else cost.row(size, prefix)
+    apart = cost_of(length, prefix)
+    trunk = cost.trunk + cost.growth(length, prefix) + cost_of(0, prefix + length)
     if whole <= min(apart, trunk):
         return Trunk(node.tokens[:0], [Row(node, size)], [])
     return _before(node.tokens, inner) if apart <= trunk else Trunk(node.tokens[:0], [], [inner])
@@ -126,3 +136,34 @@ def _before(tokens: np.ndarray, inner: Trunk) -> Trunk:
 
 def _after(tokens: np.ndarray, node: Node) -> Node:
     return Node(np.concatenate([tokens, node.tokens]), node.children, node.ends)
+
+
+def packed(rows: Sequence[Row], most: int) -> tuple[list[Row], list[Row]]:
+    """A batch of at most so many rows, of those on one trunk, sorted, the longest first; and the rows that are left.
+
+    All rows of a batch are filled up to the longest, so shorter ones are laid side by side there, best fit first.
+    """
+    longest = rows[0].size
+    together: list[list[Row]] = []
+    room: list[tuple[int, int]] = []  # (tokens, number of the row), sorted
+    left = []
+    for row in rows:
+        at = bisect_left(room, (row.size, 0))
+        if at < len(room):
+            free, number = room.pop(at)
+        elif len(together) < most:
+            free, number = longest, len(together)
+            together.append([])
+        else:
+            left.append(row)
+            continue
+        together[number].append(row)
+        insort(room, (free - row.size, number))
+    return [_beside(some) for some in together], left
+
+
+def _beside(rows: list[Row]) -> Row:
+    """Rows as one, none of which sees another."""
+    if len(rows) == 1:
+        return rows[0]
+    return Row(Node(np.empty(0, np.int64), [row.root for row in rows]), sum(row.size for row in rows))

@@ -8,6 +8,7 @@ The numbers are those of one forward pass over each context and continuation, up
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -15,11 +16,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from crystal.evaluation.prefix_tree import Cost, Node, Row, Trunk, arrange
+from crystal.evaluation.prefix_tree import Cost, Node, Row, Trunk, arrange, packed
 from crystal.zoo.decoder import Decoder
 
-BATCH_TOKENS = {"cpu": 2048, "cuda": 32768}  # that go through the model together
-_HEAD_ROWS = 1024  # positions whose logits are in memory at a time
+BATCH_TOKENS = {"cpu": 1024, "cuda": 32768}  # that go through the model together
+_TRUNK_TOKENS = {"cpu": 64, "cuda": 512}  # what a trunk costs: a pass of its own, weights read once more
+_KEYS = {"cpu": 1 << 15, "cuda": 1 << 18}  # that the rows of a batch see: each has a copy of its trunk's
+_LOGITS = 1 << 24  # in memory at a time
 _REQUESTS = 4096  # arranged together
 
 
@@ -47,19 +50,20 @@ def score_tokens(
     """Log-probabilities of every (context ids, continuation ids), fp32 softmax.
 
     A context must not be empty. Where both together are longer than the model's max_seq_len + 1, the context is cut on
-    its left, as lm-eval does; a continuation that is longer by itself raises ValueError. done: called with the number
-    of requests that are finished. batch_tokens: how many go through the model together; default: by device.
+    its left, as lm-eval does; a continuation that is longer by itself raises ValueError. done: called after each batch
+    with the number of requests that it finished, in no order. batch_tokens: how many go through the model together;
+    default: by device.
     """
     scored: list[Scored] = []
     for first in range(0, len(requests), _REQUESTS):
         some = requests[first : first + _REQUESTS]
-        scored += _score(decoder, some, batch_tokens or BATCH_TOKENS.get(decoder.embed.weight.device.type, 2048))
-        done(len(some))
+        many = batch_tokens or BATCH_TOKENS.get(decoder.embed.weight.device.type, 1024)
+        scored += _score(decoder, some, many, done)
     return scored
 
 
 @torch.inference_mode()
-def _score(decoder: Decoder, requests, batch_tokens: int) -> list[Scored]:
+def _score(decoder: Decoder, requests, batch_tokens: int, done: Callable[[int], None]) -> list[Scored]:
     asked: dict[bytes, _Asked] = {}
     of_request = []
     for context, continuation in requests:
@@ -67,10 +71,11 @@ def _score(decoder: Decoder, requests, batch_tokens: int) -> list[Scored]:
         path = asked.setdefault(ids[:-1].tobytes(), _Asked(ids[:-1], {}))
         key = ids[len(ids) - len(continuation) :].tobytes()
         path.targets.setdefault(key, ids[len(ids) - len(continuation) :])
+        path.requests[key] += 1
         of_request.append((path, key, cut))
     paths = list(asked.values())
-    pass_ = _Pass(decoder, paths, batch_tokens)
-    pass_.trunk(arrange([path.ids for path in paths], _cost(decoder, batch_tokens)), _Prefix.empty(decoder))
+    pass_ = _Pass(decoder, paths, batch_tokens, done)
+    pass_.trunk(arrange([path.ids for path in paths], _cost(decoder)), _Prefix.empty(decoder))
     return [Scored(*path.answers[key], cut) for path, key, cut in of_request]
 
 
@@ -84,19 +89,21 @@ def _fitted(context: Sequence[int], continuation: Sequence[int], limit: int) -> 
     return np.array([*context[cut:], *continuation], np.int64), cut
 
 
-def _cost(decoder: Decoder, batch_tokens: int) -> Cost:
+def _cost(decoder: Decoder) -> Cost:
     """In operations: 2 a weight and token, 4 d_model a layer, query and key; masked attention runs at half the rate."""
     weights = sum(p.numel() for block in decoder.blocks for p in block.parameters())
     pairs = 4 * decoder.config.d_model * decoder.config.n_layers
-    return Cost(2 * weights, 2 * pairs, 2 * weights * 128)
+    return Cost(2 * weights, 2 * pairs, 2 * weights * _TRUNK_TOKENS.get(decoder.embed.weight.device.type, 64))
 
 
 @dataclass
 class _Asked:
-    """A distinct input [T], and the continuations that are judged at its end, by their bytes."""
+    """A distinct input [T], and by their bytes the continuations that are judged at its end, how many requests are for
+    each, and what was found."""
 
     ids: np.ndarray
     targets: dict[bytes, np.ndarray]
+    requests: Counter[bytes] = field(default_factory=Counter)
     answers: dict[bytes, tuple[list[float], bool]] = field(default_factory=dict)
 
 
@@ -141,20 +148,21 @@ class _Prefix:
 class _Pass:
     """Reads rows and trunks, and fills in the answers of the inputs that end in them."""
 
-    def __init__(self, decoder: Decoder, paths: list[_Asked], batch_tokens: int):
-        self.decoder, self.paths, self.batch_tokens = decoder, paths, batch_tokens
+    def __init__(self, decoder: Decoder, paths: list[_Asked], batch_tokens: int, done: Callable[[int], None]):
+        self.decoder, self.paths, self.batch_tokens, self.done = decoder, paths, batch_tokens, done
         self.device = decoder.embed.weight.device
+        self.keys = _KEYS.get(self.device.type, 1 << 15)
         self.table = decoder.table(0, max(len(path.ids) for path in paths), self.device)
 
     def trunk(self, trunk: Trunk, before: _Prefix) -> None:
-        """Everything above a trunk: its rows in batches of about the same length, then the trunks on it."""
+        """Everything above a trunk: its rows, the longest first, then the trunks on it."""
         prefix = self._grown(before, trunk.tokens)
-        rows = sorted(trunk.rows, key=lambda row: row.size)
-        while rows:
-            size = rows[-1].size
-            count = max(self.batch_tokens // max(size, 1), 1)
-            self._rows(rows[-count:], prefix)
-            del rows[-count:]
+        left = sorted(trunk.rows, key=lambda row: -row.size)
+        while left:
+            size = left[0].size
+            room = min(self.batch_tokens // max(size, 1), self.keys // max(len(prefix.states_PD) + size, 1))
+            rows, left = packed(left, max(room, 1))
+            self._rows(rows, prefix)
         for further in trunk.trunks:
             self.trunk(further, prefix)
 
@@ -185,18 +193,23 @@ class _Pass:
             ids_BT, positions_BT = (
                 torch.from_numpy(np.stack([getattr(f, name) for f in flat])) for name in ("ids", "positions")
             )
-            mask_BTS = torch.from_numpy(np.stack([f.visible for f in flat])).to(self.device)
+            mask_BTS = None  # plain causal, which has a faster way
+            if P or any(f.branches for f in flat):
+                mask_BTS = torch.from_numpy(np.stack([f.visible for f in flat])).to(self.device)
             states_BTD = self._read(ids_BT, positions_BT.to(self.device), mask_BTS, prefix.layers)
-        wanted: list[tuple[_Asked, bytes, list[tuple[int, int]]]] = []  # an answer, and where its tokens are foretold
+        states_ND = prefix.states_PD if states_BTD is None else torch.cat([prefix.states_PD, states_BTD.flatten(0, 1)])
+        wanted: list[tuple[_Asked, bytes, list[int]]] = []  # an answer, and the states that foretell its tokens
         for b, f in enumerate(flat):
             for number, path in f.ends:
                 asked = self.paths[number]
-                at = [(-1, p) for p in range(P)] + [(b, t) for t in path]
+                longest = max(map(len, asked.targets.values()))
+                own = [P + b * T + t for t in path[-longest:]]
+                at = [*range(max(P - longest + len(own), 0), P), *own]
                 wanted += [(asked, key, at[-len(tokens) :]) for key, tokens in asked.targets.items()]
-        self._judge(wanted, states_BTD, prefix.states_PD)
+        self._judge(wanted, states_ND)
 
-    def _judge(self, wanted, states_BTD: Tensor | None, prefix_PD: Tensor) -> None:
-        """Fill in answers; the logits of a position are made once, whoever asks for them."""
+    def _judge(self, wanted: list[tuple[_Asked, bytes, list[int]]], states_ND: Tensor) -> None:
+        """Fill in answers; the logits of a state are made once, whoever asks for them."""
         places = {place: i for i, place in enumerate(dict.fromkeys(p for _, _, at in wanted for p in at))}
         if not places:
             return
@@ -204,34 +217,40 @@ class _Pass:
         token_N = torch.from_numpy(np.concatenate([asked.targets[key] for asked, key, _ in wanted])).to(self.device)
         place_N, order = place_N.sort(stable=True)
         token_N = token_N[order]
-        states_MD = torch.stack([prefix_PD[t] if b < 0 else states_BTD[b, t] for b, t in places])
+        states_MD = states_ND[torch.tensor(list(places), device=self.device)]
         logprob_N, greedy_N = (
             torch.empty(len(order), dtype=t, device=self.device) for t in (torch.float32, torch.bool)
         )
-        for first in range(0, len(places), _HEAD_ROWS):
-            logits_mV = (states_MD[first : first + _HEAD_ROWS] @ self.decoder.head_weight.T).float()
+        many = max(_LOGITS // self.decoder.config.vocab_size, 1)
+        for first in range(0, len(places), many):
+            logits_mV = (states_MD[first : first + many] @ self.decoder.head_weight.T).float()
             logits_mV *= self.decoder.multipliers.logits
             edges = torch.tensor([first, first + len(logits_mV)], device=self.device)
             here = slice(*torch.searchsorted(place_N, edges).tolist())
             rows, tokens = place_N[here] - first, token_N[here]
-            logprob_N[order[here]] = logits_mV[rows, tokens] - logits_mV.logsumexp(-1)[rows]
-            greedy_N[order[here]] = logits_mV.argmax(-1)[rows] == tokens
+            top_m, likeliest_m = logits_mV.max(-1)
+            chosen = logits_mV[rows, tokens]
+            sum_m = logits_mV.sub_(top_m[:, None]).exp_().sum(-1).log_().add_(top_m)
+            logprob_N[order[here]] = chosen - sum_m[rows]
+            greedy_N[order[here]] = likeliest_m[rows] == tokens
         logprobs, greedy, next_ = logprob_N.tolist(), greedy_N.tolist(), 0
         for asked, key, at in wanted:
             stop = next_ + len(at)
             asked.answers[key] = (logprobs[next_:stop], all(greedy[next_:stop]))
             next_ = stop
+        self.done(sum(asked.requests[key] for asked, key, _ in wanted))
 
 
 class _Flat:
     """A row of T tokens on a trunk of P, filled up on the right: ids and positions [T], which keys each token sees
-    [T, P + T], and (number of a sequence, its tokens' places in the row) for each that ends in it."""
+    [T, P + T], (number of a sequence, its tokens' places in the row) for each that ends in it, and whether any of its
+    tokens does not see all that are before it."""
 
     def __init__(self, row: Row, P: int, T: int):
         self.ids, self.positions = np.zeros(T, np.int64), np.zeros(T, np.int64)
         self.visible = np.eye(T, P + T, P, dtype=bool)  # what fills it up sees itself: a softmax needs something
         self.ends: list[tuple[int, list[int]]] = []
-        self.P, self.used = P, 0
+        self.P, self.used, self.branches = P, 0, False
         self._lay(row.root, [])
 
     def _lay(self, node: Node, path: list[int]) -> None:
@@ -247,5 +266,6 @@ class _Flat:
         path = path + list(range(start, self.used))
         if node.ends >= 0:
             self.ends.append((node.ends, path))
+        self.branches |= len(node.children) > 1
         for child in node.children:
             self._lay(child, path)

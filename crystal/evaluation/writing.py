@@ -38,6 +38,7 @@ class Sampling:
     top_p: float
     max_new_tokens: int
     seed: int
+    top_k: int | None = None
 
     def __post_init__(self):
         for key in ("samples", "max_new_tokens"):
@@ -47,6 +48,8 @@ class Sampling:
             raise ConfigError(f"temperature: expected 0 or more, got {self.temperature}", key="temperature")
         if not 0 < self.top_p <= 1:
             raise ConfigError(f"top_p: expected more than 0 and at most 1, got {self.top_p}", key="top_p")
+        if self.top_k is not None and self.top_k < 1:
+            raise ConfigError(f"top_k: expected at least 1, got {self.top_k}", key="top_k")
         if self.temperature == 0 and self.samples > 1:
             raise ConfigError(
                 f"samples: expected 1 at temperature 0, where all are the same, got {self.samples}", key="samples"
@@ -55,7 +58,9 @@ class Sampling:
     def facts(self) -> dict:
         """JSON-ready; a seed and top_p only where they matter."""
         facts = {"samples": self.samples, "temperature": self.temperature, "max_new_tokens": self.max_new_tokens}
-        return facts | ({"top_p": self.top_p, "seed": self.seed} if self.temperature else {"greedy": True})
+        if not self.temperature:
+            return facts | {"greedy": True}
+        return facts | {"top_p": self.top_p, "seed": self.seed} | ({"top_k": self.top_k} if self.top_k else {})
 
     def seed_of(self, item: str, sample: int) -> int:
         """Of one sample: it depends on (seed, item, sample) and nothing else."""
@@ -116,9 +121,9 @@ def _together(decoder, tokenizer, prompts, stops, ends, sampling: Sampling) -> l
     kept = [list(ids)[-limit:] for ids, _ in prompts]
     rows = [_Row(tokenizer, ids, stops, set(ends)) for ids in kept]
     seeds = [seed for _, seed in prompts]
-    top_p = sampling.top_p if sampling.temperature else None
+    top_p, top_k = (sampling.top_p, sampling.top_k) if sampling.temperature else (None, None)
     over = [False] * len(rows)
-    steps = generate_steps(decoder, kept, new, sampling.temperature, None, top_p, seeds, tuple(ends), over.__getitem__)
+    steps = generate_steps(decoder, kept, new, sampling.temperature, top_k, top_p, seeds, tuple(ends), over.__getitem__)
     for tokens in steps:
         for number, token in enumerate(tokens):
             if token is not None:
