@@ -15,6 +15,7 @@ import typer
 
 from crystal import __version__
 from crystal.cli import completion
+from crystal.cli.analyze import analyze
 from crystal.cli.audit import audit
 from crystal.cli.bench import bench
 from crystal.cli.cerebras import cerebras
@@ -44,6 +45,7 @@ _usage = sys.modules[typer.BadParameter.__module__]  # typer's exceptions, be th
 app = Commands(cls=completion.Root)
 app.add_typer(data, name="data")
 app.add_typer(bench, name="bench")
+app.add_typer(analyze, name="analyze")
 app.add_typer(cerebras, name="cerebras")
 
 

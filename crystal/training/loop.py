@@ -66,7 +66,15 @@ class Outcome:
 class Trainer:
     """One start of a run. `position` is the number of steps done."""
 
-    def __init__(self, run: RunFile, store: TokenStore, display: Display, evaluator: Evaluator | None = None):
+    def __init__(
+        self,
+        run: RunFile,
+        store: TokenStore,
+        display: Display,
+        evaluator: Evaluator | None = None,
+        like: Path | None = None,
+    ):
+        """like: another run's directory, whose measured choices are kept to where this run has none of its own."""
         run = with_recorded_dtype(run)
         config = run.config
         self.run, self.config, self.store, self.display = run, config, store, display
@@ -83,7 +91,8 @@ class Trainer:
         for stage in self.curriculum.stages:  # a stage without data is a mistake to hear of now, not days from now
             self.batches.order(stage)
         self.plan = config.plan()
-        self.choices = keep_choices(config.backend, recorded_choices(config.directory))
+        recorded = recorded_choices(config.directory) or (recorded_choices(like) if like else [])
+        self.choices = keep_choices(config.backend, recorded)
         setup = Setup(
             config.model, self.plan, config.optimizer, self.curriculum.base_lr, config.train.seed,
             len(self.batches.sources), self.curriculum,

@@ -52,7 +52,7 @@ def _losses(records: list[dict], curriculum: Curriculum, title: str) -> Figure:
             ax.plot(*zip(*points, strict=True), color=color, marker=_MARKS[i % 8], ms=4.5, lw=1.3, zorder=3)
         _loss_axis(ax)
     main = losses[-1]
-    low = min([v for r in validated for v in r["val_loss"].values() if v] + [v for _, v in smooth], default=1.0)
+    low = min([v for r in validated for v in r["val_loss"].values() if v] + [v for _, v in smooth if v], default=1.0)
     main.set_ylim(low * 0.97, cut * 1.03)
     if top > cut:
         losses[0].set_ylim(cut * 1.15, top * 1.08)

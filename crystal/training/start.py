@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from pathlib import Path
 
 from rich.console import Console
 
@@ -53,9 +54,15 @@ class _Screen:
 
 
 def start(
-    run: RunFile, stage: int | None, until: int | None, console: Console, evaluator: Evaluator | None = None
+    run: RunFile,
+    stage: int | None,
+    until: int | None,
+    console: Console,
+    evaluator: Evaluator | None = None,
+    like: Path | None = None,
 ) -> Outcome:
-    """Train what the run file says; stage (from 1) and until narrow it. evaluator: asked about every checkpoint.
+    """Train what the run file says; stage (from 1) and until narrow it. evaluator: asked about every checkpoint. like:
+    a run whose measured choices a new one keeps to.
 
     Raises ConfigError.
 
@@ -66,7 +73,7 @@ def start(
     with alone_in(run.config.directory) if is_first() else contextlib.nullcontext():
         store = TokenStore.open(prepare_run(run, console))
         with Bar(console, "building the model", lines=20, unit="step") as bar:
-            trainer = Trainer(run, store, _Screen(bar), evaluator)
+            trainer = Trainer(run, store, _Screen(bar), evaluator, like)
             outcome = trainer.train(chosen, until)
             if trainer.writes:
                 from crystal.training.plots import plot_losses
