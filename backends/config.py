@@ -8,14 +8,15 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from crystal.config import Strict, parse
+from crystal.config import Strict, Tally, parse, within
 from crystal.errors import WrongValue
 from crystal.mup.plan import Plan
 from crystal.zoo.build import plan_for
-from crystal.zoo.config import ModelConfig, preset
+from crystal.zoo.config import Eps, ModelConfig, preset
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
-Count = Annotated[int, Field(gt=0)]
+Count = Annotated[int, Field(gt=0), within(1, 1 << 20)]  # of processes, threads, systems
+Gigabytes = Annotated[float, Field(gt=0), within(1e-6, 10**6)]  # a kilobyte to a petabyte
 Compute = Literal["auto", "bf16", "fp32"]
 
 
@@ -28,10 +29,12 @@ class OptimizerConfig(Strict):
 
     name: Literal["adamw", "adamw_cerebras"] = Field("adamw", description="torch's formula, or Cerebras'")
     betas: tuple[Beta, Beta] = Field((0.9, 0.95), description="decay of the first and of the second moment")
-    eps: float = Field(1e-8, gt=0, description="added to the root of the second moment")
-    weight_decay: float = Field(0.1, ge=0, description="decoupled, times the learning rate")
+    eps: Eps = Field(1e-8, description="added to the root of the second moment")
+    weight_decay: Annotated[float, within(0, 1000)] = Field(0.1, ge=0, description="decoupled, times the learning rate")
     decay_norms_and_biases: bool = Field(False, description="whether norms and biases are decayed too")
-    grad_clip: float | None = Field(1.0, gt=0, description="bound on the global gradient norm; null: none")
+    grad_clip: Annotated[float, Field(gt=0), within(1e-12, 10**12)] | None = Field(
+        1.0, description="bound on the global gradient norm; null: none"
+    )
 
     def plan_for(self, model: ModelConfig) -> Plan:
         """The parameter plan of a model that is trained with this: the one way from a run to its plan."""
@@ -97,10 +100,10 @@ class WeightStreamingConfig(Strict):
     )
     store: Literal["disk", "memory"] = Field("disk", description="where weights and moments are kept")
     path: Path | None = Field(None, description="directory of the store, the run's own; null: in the run directory")
-    buffers_gb: float | None = Field(
-        None, gt=0, description="memory to read ahead and write behind in; null: a block's whole state"
+    buffers_gb: Gigabytes | None = Field(
+        None, description="memory to read ahead and write behind in; null: a block's whole state"
     )
-    activations_gb: float = Field(1.0, gt=0, description="micro-batches whose kept activations fit share one pass")
+    activations_gb: Gigabytes = Field(1.0, description="micro-batches whose kept activations fit share one pass")
     full_checkpoints: bool = Field(False, description="write whole checkpoints; false: they refer to the store")
     threads: Count | None = Field(None, description="null: torch's default")
 
@@ -115,7 +118,7 @@ class ClusterConfig(Strict):
     mount_dirs: tuple[Path, ...] = Field((), description="shared directories, besides the spool and this package")
     job_labels: tuple[str, ...] = Field((), description="labels of the job, KEY=VALUE")
     micro_batch_size: Literal["auto", "explore"] | Count = Field("auto", description="rows that a system takes at once")
-    session_steps: Count = Field(100, description="steps between points where weights can be read back")
+    session_steps: Tally = Field(100, description="steps between points where weights can be read back")
     spool: Path | None = Field(None, description="directory that the cluster sees too; null: in the run directory")
 
 

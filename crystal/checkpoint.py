@@ -12,7 +12,8 @@ Where the backend's weights lie on disk anyway, a checkpoint may refer to its st
 It is good until the store moves on, and is taken away then.
 
 A checkpoint is written aside, each file fsynced, `checkpoint.json` last, and the directory then renamed into
-place: what carries its final name is whole. Reading checks every shard's size and sha256.
+place: what carries its final name is whole. Opening checks the seal (`crystal.checkpoint_seal`), that nothing is
+missing and every size; reading checks the sha256 of what is read.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -31,15 +33,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from crystal.backends.base import Part
+from crystal.checkpoint_seal import KINDS, SEAL, files_of, format_of, missing_seal, parameters, read_seal, with_digest
 from crystal.config import parse
 from crystal.errors import CheckpointError
 from crystal.files import sha256_of, sync
 from crystal.zoo.build import plan_for
 from crystal.zoo.config import ModelConfig
 
-SEAL = "checkpoint.json"
 SHARD_BYTES = 1 << 30
-WHOLE, PARTS, STORE = 1, 2, 3  # formats: every tensor in one piece, some in parts, all in a backend's store
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,30 @@ class Checkpoint:
     state: dict
     shards: dict[str, dict]  # file → {bytes, sha256, tensors, parts: {tensor: {offset, size, shape}} where it has any}
     store: Path | None = None  # where the tensors are if there are no shards
+    identity: str | None = None  # that store's
+    files: dict[str, dict] = field(default_factory=dict)  # what lies beside → {bytes, sha256}, as far as it is known
     _checked: set[str] = field(default_factory=set, repr=False, compare=False)
+
+    @cached_property
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of the model's tensors; {} where the state names no model."""
+        if self.state.get("model") is None:
+            return {}
+        return dict(parameters(parse(ModelConfig, self.state["model"], str(self.directory), ("model",))))
+
+    def expect_model(self, model: ModelConfig) -> None:
+        """Raise CheckpointError where this is not a checkpoint of a run's model."""
+        if parse(ModelConfig, self.state.get("model"), str(self.directory), ("model",)) != model:
+            raise CheckpointError(
+                f"{self.directory}: expected the model of this run, it is of another", file=self.directory
+            )
+
+    def expect_files(self) -> None:
+        """Raise CheckpointError where the tokenizer, or what else lies beside the shards, is not what was saved."""
+        for name, record in self.files.items():
+            if name not in self._checked:
+                _expect_sha256(self.directory / name, record["sha256"])
+                self._checked.add(name)
 
     def tensors(
         self, prefix: str, wanted: Mapping[str, tuple[slice, ...]] | None = None
@@ -79,7 +103,9 @@ class Checkpoint:
 
     def _read(self, key: str, files: list[str], region: tuple[slice, ...] | None, opened: dict):
         """A tensor, or a region of it, from the shards that hold its parts."""
-        parts = [self.shards[file].get("parts", {}).get(key) for file in files]
+        parts = [(self.shards[file].get("parts") or {}).get(key) for file in files]
+        for file, part in zip(files, parts, strict=True):
+            self._expect_shape(key, file, part, opened)
         if region is None and parts == [None]:
             return self._open(files[0], opened).get_tensor(key)
         if region is None:
@@ -105,19 +131,46 @@ class Checkpoint:
         """A shard, once, after its content was compared with its sha256."""
         path, record = self.directory / file, self.shards[file]
         if file not in self._checked:
-            if sha256_of(path) != record["sha256"]:
-                raise CheckpointError(f"{path}: expected sha256 {record['sha256'][:16]}…, the file has changed")
+            _expect_sha256(path, record["sha256"])
             self._checked.add(file)
         if file not in opened:
-            opened[file] = safe_open(path, framework="pt")
+            try:
+                opened[file] = safe_open(path, framework="pt")
+            except (OSError, SafetensorError) as error:
+                raise CheckpointError(f"{path}: expected safetensors: {error}", file=path) from None
         return opened[file]
+
+    def _expect_shape(self, key: str, file: str, part: dict | None, opened: dict) -> None:
+        """Raise CheckpointError unless a shard holds what the seal and the model say of a tensor, in fp32."""
+        try:
+            stored = self._open(file, opened).get_slice(key)
+        except SafetensorError as error:
+            raise CheckpointError(f"{self.directory / file}: {key}: {error}", file=self.directory / file) from None
+        kind = next((kind for kind in KINDS if key.startswith(kind + ".")), "")
+        shape = tuple(part["size"]) if part else self._shapes.get(key.removeprefix(kind + "."))
+        found = tuple(stored.get_shape())
+        if (shape is not None and found != shape) or stored.get_dtype() != "F32":
+            raise CheckpointError(
+                f"{self.directory / file}: {key}: expected {list(shape or found)} in F32, got {list(found)} in "
+                f"{stored.get_dtype()}",
+                file=self.directory / file,
+            )
+
+
+def _expect_sha256(path: Path, sha256: str) -> None:
+    try:
+        found = sha256_of(path)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}", file=path) from None
+    if found != sha256:
+        raise CheckpointError(f"{path}: expected sha256 {sha256[:16]}…, the file has changed", file=path)
 
 
 def _in_store(saved: Checkpoint, prefix: str) -> Iterator[tuple[str, Tensor]]:
-    from crystal.backends.weight_streaming.store import sealed_tensors
+    from crystal.backends.weight_streaming.sealed import sealed_tensors
 
     model = parse(ModelConfig, saved.state.get("model"), str(saved.directory), ("model",))
-    return sealed_tensors(saved.store, plan_for(model), saved.state["step"], prefix)
+    return sealed_tensors(saved.store, plan_for(model), saved.state["step"], prefix, saved.identity)
 
 
 def _overlap(region: tuple[slice, ...], offset: list[int], size: list[int]) -> tuple[slice, ...] | None:
@@ -139,6 +192,8 @@ def write(directory: Path, tensors: Iterable[tuple[str, Tensor]], state: dict, f
 
 def refer(directory: Path, store: Path, state: dict, files: Iterable[Path] = ()) -> Path:
     """A checkpoint at `directory` whose tensors stay in a backend's store. Raises CheckpointError as `write`."""
+    from crystal.backends.weight_streaming.record import read_record
+
     aside, run = aside_of(directory), directory.absolute().parent.parent
     shutil.rmtree(aside, ignore_errors=True)
     # by a relative path inside the run directory, which may be moved as a whole
@@ -147,14 +202,21 @@ def refer(directory: Path, store: Path, state: dict, files: Iterable[Path] = ())
         aside.mkdir(parents=True)
     except OSError as error:
         raise _cannot(directory, error) from None
-    return seal(directory, {}, state, files, path)
+    record = read_record(store)
+    return seal(directory, {}, state, files, path, record.identity if record else None)
 
 
 def remove_references(checkpoints: Path) -> None:
-    """Take away all checkpoints that refer to a store."""
+    """Take away all checkpoints that refer to a store. Raises CheckpointError where another store lies in its place."""
+    from crystal.backends.weight_streaming.record import read_record
+    from crystal.backends.weight_streaming.sealed import expect_identity
+
     for step in steps(checkpoints):
         directory = step_directory(checkpoints, step)
-        if read(directory).store is not None:
+        saved = read(directory)
+        if saved.store is not None:
+            if (record := read_record(saved.store)) is not None:
+                expect_identity(saved.store, record, saved.identity)
             remove(directory)
 
 
@@ -178,16 +240,26 @@ def write_shards(directory: Path, tensors: Iterable[tuple[str, Tensor | Part]], 
         raise _cannot(directory, error) from None
 
 
-def seal(directory: Path, shards: dict, state: dict, files: Iterable[Path] = (), store: str | None = None) -> Path:
-    """Make a checkpoint of all shards that were written aside: copy `files`, write the seal, rename."""
+def seal(
+    directory: Path, shards: dict, state: dict, files: Iterable[Path] = (),
+    store: str | None = None, identity: str | None = None,
+) -> Path:  # fmt: skip
+    """Make a checkpoint of all shards that were written aside: copy `files`, write the seal, rename.
+
+    store, identity: where the tensors are if there are no shards, and what that store calls itself.
+    """
     aside = aside_of(directory)
-    version = STORE if store else PARTS if any("parts" in record for record in shards.values()) else WHOLE
     try:
+        beside = {}
         for file in files:
-            shutil.copyfile(file, aside / file.name)
-            sync(aside / file.name)
-        content = {"format": version, "state": state, "shards": shards} | ({"store": store} if store else {})
-        text = json.dumps(content, indent=1)
+            copy = aside / file.name
+            shutil.copyfile(file, copy)
+            sync(copy)
+            beside[copy.name] = {"bytes": copy.stat().st_size, "sha256": sha256_of(copy)}
+        content = {"format": format_of(shards, store), "state": state, "shards": shards, "files": beside} | (
+            {"store": store, "store_identity": identity} if store else {}
+        )
+        text = json.dumps(with_digest(content), indent=1)
         (aside / SEAL).write_text(text, encoding="utf-8")
         sync(aside / SEAL)
         sync(aside)
@@ -239,25 +311,28 @@ def _write_shards(aside: Path, start: str, tensors: Iterable[tuple[str, Tensor |
 
 
 def read(directory: Path) -> Checkpoint:
-    """Open a checkpoint; shards are checked for size here and for content when their tensors are read.
+    """Open a checkpoint: its seal is checked here, and all files for size; for content when they are read.
 
-    Raises CheckpointError naming the file that is missing, cut short or of another format.
+    Raises CheckpointError naming the file that is missing, cut short, damaged or of another format.
     """
-    path = Path(directory) / SEAL
-    try:
-        seal = json.loads(path.read_text(encoding="utf-8"))
-        state, shards, version, store = seal["state"], seal["shards"], seal["format"], seal.get("store")
-    except FileNotFoundError:
-        raise CheckpointError(f"{directory}: expected a checkpoint directory, but {SEAL} is not there") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path}: expected a checkpoint's seal: {error}") from None
-    if version not in (WHOLE, PARTS, STORE):
-        raise CheckpointError(f"{path}: expected format {WHOLE} to {STORE}, got {version}")
-    for file, record in shards.items():
-        size = (path.parent / file).stat().st_size if (path.parent / file).is_file() else None
-        if size != record["bytes"]:
-            raise CheckpointError(f"{path.parent / file}: expected {record['bytes']} bytes, got {size or 'no file'}")
-    return Checkpoint(Path(directory), state, shards, Path(directory, store).resolve() if store else None)
+    directory = Path(directory)
+    seal = read_seal(directory)
+    files = files_of(directory, seal)
+    tokenizer = seal["state"].get("tokenizer")
+    old = {} if tokenizer is None or files else {tokenizer: {}}
+    for file, record in (seal["shards"] | files | old).items():
+        path = directory / file
+        try:
+            size = path.stat().st_size if path.is_file() else None
+        except OSError as error:
+            raise CheckpointError(f"{path}: cannot be read: {error.strerror}", file=path) from None
+        if size is None or size != record.get("bytes", size):
+            expected = f"{record['bytes']} bytes" if "bytes" in record else "a file"
+            got = "no file" if size is None else size
+            raise CheckpointError(f"{path}: expected {expected}, got {got}", file=path)
+    store = seal.get("store")
+    where = Path(directory, store).resolve() if store else None
+    return Checkpoint(directory, seal["state"], seal["shards"], where, seal.get("store_identity"), files)
 
 
 def step_directory(checkpoints: Path, step: int) -> Path:
@@ -266,9 +341,22 @@ def step_directory(checkpoints: Path, step: int) -> Path:
 
 
 def steps(checkpoints: Path) -> list[int]:
-    """Steps of all sealed checkpoints under a run's `checkpoints/`, ascending."""
-    found = (re.fullmatch(r"step-(\d{7,})", p.name) for p in checkpoints.glob("step-*") if (p / SEAL).is_file())
-    return sorted(int(match[1]) for match in found if match)
+    """Steps of all checkpoints under a run's `checkpoints/`, ascending. Raises CheckpointError for one whose seal is
+    gone: going on from the one before would look just the same."""
+    found = []
+    for path in checkpoints.glob("step-*"):
+        named = re.fullmatch(r"step-([0-9]{7,})", path.name)
+        if not named or path != step_directory(checkpoints, int(named[1])):
+            continue
+        try:
+            sealed = (path / SEAL).is_file()
+        except OSError as error:
+            raise CheckpointError(f"{path}: cannot be read: {error.strerror}", file=path) from None
+        if sealed:
+            found.append(int(named[1]))
+        elif os.path.lexists(path):  # else another process has just removed it
+            raise missing_seal(path)
+    return sorted(found)
 
 
 def sweep(checkpoints: Path) -> None:
@@ -291,6 +379,8 @@ def locate(path: Path, stage: int | None = None) -> Path:
     """
     if (path / SEAL).is_file():
         return path
+    if re.fullmatch(r"step-[0-9]{7,}", path.name) and path.exists():
+        raise missing_seal(path)
     checkpoints = path / "checkpoints"
     found = [step_directory(checkpoints, s) for s in steps(checkpoints)]
     if stage is not None:

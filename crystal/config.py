@@ -12,18 +12,26 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Annotated, Any, NamedTuple, TypeVar
 
 import pydantic
 import yaml
 
+from crystal.bounded_yaml import MAX_BYTES, MAX_DEPTH, MAX_KEY, Room, problem, read_yaml, shortened, yaml_value
 from crystal.errors import ConfigError
 from crystal.files import cache_dir as cache_dir
 from crystal.output.config_messages import explain, found, nearest
+from crystal.output.printable import printable_line
 
 CONFIGS = Path(__file__).resolve().parent / "configs"
 COMMAND_LINE = "command line"  # how the origin of what an override set begins
+MAX_FILES = 40  # that a file extends, and those extend, each as often as it is named
+MAX_CHANGES = 256  # overrides of one command
+MAX_PART = 255  # bytes of a part of a path, on every usual file system
+MAX_NAME = 100  # bytes of a name: files and directories are called by it, with something before and behind
+RESERVED = ("manifest.json", "tokenizer.json", "tokenizer.model")  # beside which a source's directory lies
 
 
 class Strict(pydantic.BaseModel):
@@ -31,6 +39,57 @@ class Strict(pydantic.BaseModel):
 
     model_config = pydantic.ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
+    @pydantic.field_validator("*")
+    @classmethod
+    def _paths_that_can_be(cls, value: Any) -> Any:
+        for path in value if isinstance(value, tuple) else (value,):
+            if isinstance(path, Path) and max(len(os.fsencode(part)) for part in path.parts or ("",)) > MAX_PART:
+                raise ValueError(f"expected a path whose parts have at most {MAX_PART} bytes, got {found(str(path))}")
+        return value
+
+
+def within(low: float, high: float, or_zero: bool = False) -> pydantic.AfterValidator:
+    """A sanity bound on a number: far outside of what anybody trains with, well inside of what arithmetic bears.
+
+    It is no part of how a key is described, which would only be longer for it, and comes behind pydantic's own bounds
+    (`gt=0`), which are. or_zero: 0 is allowed besides.
+    """
+
+    def check(value: float) -> float:
+        if low <= value <= high or (or_zero and value == 0):
+            return value
+        side = f"at most {high:,}" if value > high else f"at least {low:,}{', or 0' if or_zero and low > 0 else ''}"
+        raise ValueError(f"expected {side}, got {found(value)}")
+
+    return pydantic.AfterValidator(check)
+
+
+def no_longer(than: int) -> pydantic.AfterValidator:
+    """The same for the length of a text, a list or a mapping."""
+
+    def check(value: Any) -> Any:
+        if len(value) > than:
+            of = "characters" if isinstance(value, str) else "items" if isinstance(value, tuple) else "keys"
+            raise ValueError(f"expected at most {than:,} {of}, got {len(value):,}")
+        return value
+
+    return pydantic.AfterValidator(check)
+
+
+def _name(name: str) -> str:
+    """A name that files are called by: one that is no path, hides nothing and does not look like an option."""
+    if name[:1] in (".", "-") or name.lower() in RESERVED:
+        raise ValueError(f"expected a name that does not begin with '.' or '-' and is no file's, got {found(name)}")
+    if len(name.encode()) > MAX_NAME:
+        raise ValueError(f"expected a name of at most {MAX_NAME} bytes, got {found(name)}")
+    return name
+
+
+called_by = pydantic.AfterValidator(_name)
+Name = Annotated[str, pydantic.Field(pattern=r"^[\w.-]+$"), called_by]
+Tally = Annotated[int, pydantic.Field(gt=0), within(1, 1 << 48)]  # of steps or bytes: more than any run has
+Count = Annotated[int, pydantic.Field(gt=0), within(1, (1 << 31) - 1)]  # of rows or ids: an int32
+Seed = Annotated[int, within(-(1 << 63), (1 << 63) - 1)]  # 64 bits, as torch's
 
 Section = TypeVar("Section", bound=Strict)
 
@@ -85,38 +144,6 @@ class Config(NamedTuple):
         return name is not None and re.search(rf"(?<![\w.]){re.escape(name)}(?!\w)", message) is not None
 
 
-class _Loader(yaml.SafeLoader):
-    """SafeLoader that reads `1e-5` as a number (YAML 1.1 wants `1.0e-5`) and dates as text.
-
-    It refuses a key given twice, a key that is no word, and an anchor inside itself.
-    """
-
-    def compose_node(self, parent: yaml.Node, index: Any) -> yaml.Node:
-        node = super().compose_node(parent, index)
-        if parent is not None and isinstance(node, yaml.CollectionNode) and not node.end_mark:
-            # the anchored node is still open: it would hold itself
-            raise yaml.composer.ComposerError(None, None, "an anchor used inside itself", parent.start_mark)
-        return node
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        seen = set()
-        for key, _ in node.value:
-            if not isinstance(key, yaml.ScalarNode):
-                raise yaml.constructor.ConstructorError(None, None, "a key that is one word", key.start_mark)
-            if key.value in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key.value!r} given twice", key.start_mark)
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(?:[0-9][0-9_]*\.?[0-9_]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)$"),
-    list("-+0123456789."),
-)
-_Loader.add_constructor("tag:yaml.org,2002:timestamp", yaml.SafeLoader.construct_yaml_str)
-
-
 def find(name: str | Path, *kinds: str) -> Path:
     """The file meant by `name`: a path, or a packaged file of configs/KIND/ (with or without `KIND/` and `.yaml`).
 
@@ -129,7 +156,8 @@ def find(name: str | Path, *kinds: str) -> Path:
             return path
         is_directory = path.is_dir()
     except (OSError, ValueError) as error:  # a name that is too long or no name, a folder that is closed to us
-        raise ConfigError(f"{name!r}: {getattr(error, 'strerror', None) or error}", file=name) from None
+        shown = shortened(repr(str(name)))
+        raise ConfigError(f"{shown}: {getattr(error, 'strerror', None) or error}", file=name) from None
     parts = path.parts[1:] if path.parts[:1] == ("configs",) else path.parts
     bare = Path(*parts) if parts and not path.is_absolute() else Path(path.name)
     kinds = kinds or tuple(sorted(p.name for p in CONFIGS.iterdir() if p.is_dir()))
@@ -152,24 +180,31 @@ def load_yaml(
     kinds: the folders of configs/ that `extends` looks in beside the file's own; none: all. computed: gives the
     mapping of a name that stands for no file, else None.
     """
-    return _load(find(path), kinds, computed, ())
+    return _load(find(path), _Reading(kinds, computed), ())
 
 
-def _load(path: Path, kinds: Sequence[str], computed: Callable, above: tuple[Path, ...]) -> Config:
-    if path.resolve() in above:
+@dataclass
+class _Reading:
+    """One `load_yaml`. Each file is read once, however many ways lead to it: diamonds cost no more than chains."""
+
+    kinds: Sequence[str]
+    computed: Callable[[str], Config | None]
+    room: Room = field(default_factory=Room)
+    files: int = 0
+    known: dict[Path, Config] = field(default_factory=dict)
+
+
+def _load(path: Path, reading: _Reading, above: tuple[Path, ...]) -> Config:
+    place = path.resolve()
+    if place in above:
         raise ConfigError(f"{path}: extends: expected no circle, but the file extends itself", file=path, key="extends")
-    try:
-        mapping = _yaml(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f":{mark.line + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or getattr(error, "reason", None) or error
-        raise ConfigError(f"{path}{line}: expected YAML, {problem}", file=path) from None
-    except UnicodeDecodeError as error:
-        byte = f"0x{error.object[error.start]:02x} at {error.start}"
-        raise ConfigError(f"{path}: cannot be read: expected UTF-8 text, found byte {byte}", file=path) from None
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror}", file=path) from None
+    if place not in reading.known:
+        reading.known[place] = _merged(path, reading, (*above, place))
+    return reading.known[place]
+
+
+def _merged(path: Path, reading: _Reading, above: tuple[Path, ...]) -> Config:
+    mapping = read_yaml(path, reading.room)
     if not isinstance(mapping, dict):
         got = "nothing" if mapping is None else found(mapping)
         raise mistake(str(path), (), f"expected a mapping of keys, got {got}")
@@ -178,26 +213,19 @@ def _load(path: Path, kinds: Sequence[str], computed: Callable, above: tuple[Pat
     if not isinstance(parents, list) or not all(isinstance(parent, str) for parent in parents):
         message = f"expected the name of a file, or a list of names, got {found(parents)}"
         raise mistake(str(path), ("extends",), message)
+    reading.files += len(parents)
+    if reading.files > MAX_FILES:
+        raise mistake(str(path), ("extends",), f"expected at most {MAX_FILES} files in all, with what they extend")
     merged = Config({}, {})
     for parent in parents:
         beside = path.parent / parent
         try:
-            config = None if beside.is_file() else computed(parent)
-            file = None if config else beside if beside.is_file() else find(parent, *kinds)
+            config = None if beside.is_file() else reading.computed(parent)
+            file = None if config else beside if beside.is_file() else find(parent, *reading.kinds)
         except (ConfigError, OSError, ValueError) as error:
             raise mistake(str(path), ("extends",), str(error)) from None
-        merged = merge(merged, config or _load(file, kinds, computed, (*above, path.resolve())))
+        merged = merge(merged, config or _load(file, reading, above))
     return merge(merged, layer(mapping, os.path.normpath(path)))
-
-
-def _yaml(text: str) -> Any:
-    """The value that a YAML text says. Raises yaml.YAMLError."""
-    try:
-        return yaml.load(text, _Loader)  # noqa: S506  a SafeLoader, see above
-    except RecursionError:
-        raise yaml.YAMLError("nested too deeply") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:  # `!!int x`, `!!bool x`, 5,000 digits
-        raise yaml.YAMLError(f"a value that is not what it says ({error})") from None
 
 
 def layer(mapping: dict, file: str) -> Config:
@@ -215,49 +243,62 @@ def _origins(value: Any, file: str, loc: tuple = ()) -> dict[tuple, str]:
 
 def merge(under: Config, over: Config) -> Config:
     """`over` on top of `under`: mappings merge key by key, everything else is replaced."""
+    replaced: set[tuple] = set()
 
-    def join(a: Any, b: Any) -> Any:
+    def join(a: Any, b: Any, loc: tuple = ()) -> Any:
         if isinstance(a, dict) and isinstance(b, dict):
-            return a | {key: join(a[key], value) if key in a else value for key, value in b.items()}
+            return a | {key: join(a[key], value, (*loc, key)) if key in a else value for key, value in b.items()}
+        if isinstance(a, dict | list):
+            replaced.add(loc)
         return b
 
-    mapping = join(under.mapping, over.mapping)
-    # what a list that was replaced held before has no place any more
-    return Config(mapping, {loc: file for loc, file in (under.origin | over.origin).items() if _holds(mapping, loc)})
+    mapping, origin = join(under.mapping, over.mapping), under.origin
+    if replaced:  # what was in there has no place any more
+        origin = {loc: file for loc, file in origin.items() if not any(loc[:n] in replaced for n in range(len(loc)))}
+    return Config(mapping, origin | over.origin)
 
 
-_NOTHING = object()
-
-
-def _holds(node: Any, loc: tuple) -> bool:
-    return _value(node, loc, _NOTHING) is not _NOTHING
-
-
-def _value(node: Any, loc: tuple, default: Any = None) -> Any:
+def _value(node: Any, loc: tuple) -> Any:
     for part in loc:
-        inside = part in node if isinstance(node, dict) else isinstance(node, list) and part < len(node)
+        inside = part in node if isinstance(node, dict) else isinstance(node, list) and _is_place(part, node)
         if not inside:
-            return default
+            return None
         node = node[part]
     return node
 
 
+def _is_place(part: Any, items: list) -> bool:
+    return isinstance(part, int) and 0 <= part < len(items)
+
+
 def override(config: Config, assignments: Iterable[str]) -> Config:
     """Apply `dotted.key=value` words; the value is YAML, list items go by position or by their `name`."""
+    assignments = [*assignments]
+    if len(assignments) > MAX_CHANGES or sum(map(len, assignments)) > MAX_BYTES:
+        raise ConfigError(f"{COMMAND_LINE}: expected at most {MAX_CHANGES} changes and {MAX_BYTES:,} bytes in all")
+    mapping, origin, room = config.mapping, dict(config.origin), Room()
     for word in assignments:
         key, equals, text = word.partition("=")
-        if not equals or not all(key.split(".")):
-            raise ConfigError(f"{word}: expected dotted.key=value")
+        if not equals or not all(key.split(".")) or not key.isprintable():
+            raise ConfigError(f"{printable_line(shortened(word))}: expected dotted.key=value")
+        parts = key.split(".")
+        if len(parts) > MAX_DEPTH or max(map(len, parts)) > MAX_KEY:
+            most = f"at most {MAX_DEPTH} parts, each of at most {MAX_KEY} characters"
+            raise ConfigError(f"{shortened(word)}: expected dotted.key=value with {most}")
+        said = f"{key}={printable_line(shortened(text))}"
         try:
-            value = _yaml(text)
-        except yaml.YAMLError:
-            raise ConfigError(f"{word}: expected a YAML value after '='", key=key) from None
-        loc = _locate(config.mapping, key)
-        mapping = _put(config.mapping, loc, value)
-        said = f"{COMMAND_LINE}: {word}"
-        origin = {loc[:end]: said for end in range(1, len(loc))} | config.origin | _origins(value, said, loc)
-        config = Config(mapping, {loc: file for loc, file in origin.items() if _holds(mapping, loc)})
-    return config
+            value = yaml_value(text, room)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"{said}: expected a YAML value after '=', {problem(error)}", key=key) from None
+        loc = _locate(mapping, key)
+        said = f"{COMMAND_LINE}: {said}"
+        for gone in _origins(_value(mapping, loc), said, loc):
+            origin.pop(gone, None)
+        for end in range(1, len(loc)):
+            origin.setdefault(loc[:end], said)
+        origin |= _origins(value, said, loc)
+        mapping = _put(mapping, loc, value)
+    return Config(mapping, origin)
 
 
 def _locate(node: Any, dotted: str) -> tuple:
@@ -297,10 +338,10 @@ def parse(cls: type[Section], mapping: Any, where: str | Config, prefix: tuple =
     try:
         # JSON mode: strict about types, but a list may become a tuple and a string a path, as YAML needs.
         return cls.model_validate_json(json.dumps(mapping))
-    except pydantic.ValidationError as problem:
-        loc, message = explain(cls, mapping, problem)
-    except (TypeError, ValueError, RecursionError) as problem:  # what JSON has no form for: !!binary, !!set
-        loc, message = (), f"expected text, numbers, lists and mappings ({problem})"
+    except pydantic.ValidationError as wrong:
+        loc, message = explain(cls, mapping, wrong)
+    except (TypeError, ValueError, ArithmeticError, RecursionError) as wrong:  # what JSON has no form for: a set
+        loc, message = (), f"expected text, numbers, lists and mappings ({wrong})"
     raise mistake(where, (*prefix, *loc), message)
 
 

@@ -4,18 +4,34 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field
 
 from crystal.backends.config import BackendConfig, CpuConfig, OptimizerConfig
 from crystal.backends.cuda.layout import check_layout
-from crystal.config import COMMAND_LINE, Config, Strict, find, load_yaml, mistake, override, parse
+from crystal.config import (
+    COMMAND_LINE,
+    Config,
+    Count,
+    Seed,
+    Strict,
+    Tally,
+    called_by,
+    find,
+    load_yaml,
+    mistake,
+    override,
+    parse,
+)  # fmt: skip
 from crystal.curriculum.config import CurriculumConfig, split_entry
 from crystal.curriculum.resolve import resolve
 from crystal.data.corpus.build import Recipe, load_recipe
+from crystal.data.fim import no_fim
 from crystal.data.prepare import DataConfig, prepare, vocab_size
+from crystal.data.tokenizer import Tokenizer
 from crystal.errors import ConfigError, CrystalError
 from crystal.mup.plan import Plan
 from crystal.zoo.config import ModelConfig, rung
@@ -30,27 +46,26 @@ class EvaluateConfig(Strict):
     """Benchmarks on every checkpoint while it trains; `crystal eval` finds the same results, and can ask more items."""
 
     suite: str = Field("proxy", description="as `crystal eval --suite`: a suite or one task")
-    limit: int | None = Field(200, gt=0, description="items of each task; null: all")
+    limit: Count | None = Field(200, description="items of each task; null: all")
     items: Path | None = Field(None, description="a directory of your own items, which come first")
 
 
 class TrainConfig(Strict):
     """How the loop goes about it; steps are optimizer steps."""
 
-    seed: int = Field(1, description="of the first weights, the order of the data and FIM")
-    micro_batch_size: int = Field(
+    seed: Seed = Field(1, description="of the first weights, the order of the data and FIM")
+    micro_batch_size: Count = Field(
         1,
-        gt=0,
         description=f"rows that go through the model together; auto: as many as make {MICRO_BATCH_TOKENS:,} tokens",
         json_schema_extra={"default": "auto"},  # which `resolved` makes a number
     )
-    eval_every: int | None = Field(None, gt=0, description="validation every so many steps; always at stage ends")
-    eval_rows: int = Field(32, gt=0, description="validation rows of each source")
-    checkpoint_every: int | None = Field(None, gt=0, description="null: the curriculum's cadence, as scaled")
-    keep_checkpoints: int | None = Field(
-        None, gt=0, description="newest ones to keep; null: all. Ends of stages are always kept"
+    eval_every: Tally | None = Field(None, description="validation every so many steps; always at stage ends")
+    eval_rows: Count = Field(32, description="validation rows of each source")
+    checkpoint_every: Tally | None = Field(None, description="null: the curriculum's cadence, as scaled")
+    keep_checkpoints: Count | None = Field(
+        None, description="newest ones to keep; null: all. Ends of stages are always kept"
     )
-    max_bad_steps: int = Field(5, gt=0, description="stop after so many steps in a row that were not finite")
+    max_bad_steps: Tally = Field(5, description="stop after so many steps in a row that were not finite")
     without: tuple[str, ...] = Field(
         (),
         description="sources, and ids of documents, that are read as ever but count nothing in the loss; the rest of a "
@@ -62,7 +77,9 @@ class TrainConfig(Strict):
 class RunConfig(Strict):
     """The whole of a run file."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9._-]+$", description="of the run, and of its directory")
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$"), called_by] = Field(
+        description="of the run, and of its directory"
+    )
     model: ModelConfig
     optimizer: OptimizerConfig = OptimizerConfig()
     curriculum: CurriculumConfig
@@ -110,6 +127,8 @@ def load_run(path: str | Path, overrides: Sequence[str] = ()) -> RunFile:
     if curriculum.global_batch_size % train.micro_batch_size:
         expected = f"expected a divisor of curriculum.global_batch_size {curriculum.global_batch_size}"
         raise run.error(("train", "micro_batch_size"), f"{expected}, got {train.micro_batch_size}")
+    _check_paths(run)
+    _check_fim(run)
     if run.config.backend.name == "cuda":
         check_layout(model, run.config.backend, curriculum.global_batch_size, train.micro_batch_size, run.error)
     return run
@@ -125,6 +144,9 @@ def resolved(source: Config) -> Config:
     for loc in (("data", "corpus"), ("data", "tokenizer", "path")):
         source = _beside(source, loc)
     for loc, choose in ((("model", "vocab_size"), _vocab_size), (("train", "micro_batch_size"), _micro_batch_size)):
+        section = source.get(loc[:-1])
+        if section is not None and not isinstance(section, dict):
+            continue  # which `parse` will say
         if source.get(loc) in (None, "auto") and (chosen := choose(source)) is not None:
             source = source.filled(loc, chosen)
     return source
@@ -154,8 +176,37 @@ def _micro_batch_size(source: Config) -> int | None:
         return None
     dp, fsdp, pp = sizes[2:] or (1, 1, 1)
     share = batch // (dp * fsdp)
-    divisors = [n for n in range(1, share + 1) if share % n == 0 and share // n % pp == 0]
-    return max((n for n in divisors if n * length <= MICRO_BATCH_TOKENS), default=1)
+    fit = range(1, min(share, MICRO_BATCH_TOKENS // length) + 1)
+    return max((n for n in fit if share % n == 0 and share // n % pp == 0), default=1)
+
+
+def _check_paths(run: RunFile) -> None:
+    """Raise ConfigError for an empty path, which would mean the directory that the command runs in."""
+    empty = [loc for loc in run.source.origin if run.source.get(loc) == ""]
+    held = run.config.model_dump(by_alias=True) if empty else {}
+    for loc in empty:
+        if isinstance(Config(held, {}).get(loc), Path):
+            raise run.error(loc, 'expected a path, got ""')
+
+
+def _check_fim(run: RunFile) -> None:
+    """Raise ConfigError where a stage, be it the last, rearranges documents and the vocabulary has no tokens for it."""
+    if run.config.data.tokenizer.added_tokens:
+        return
+    expected = "expected 0 with data.tokenizer.added_tokens false: FIM needs CrystalCoder's added tokens"
+    for i, stage in enumerate(run.config.curriculum.stages):
+        at = ("curriculum", "stages", i)
+        for name, source in stage.sources.items():
+            if source.fim and source.weight != 0:
+                raise run.error((*at, "sources", name, "fim"), f"{expected}, got {source.fim:g}")
+            applies = source.fim is None and any(fnmatchcase(name, pattern) for pattern in stage.fim.only)
+            if applies and stage.fim.rate and source.weight != 0:
+                raise run.error((*at, "fim", "rate"), f"{expected}, got {stage.fim.rate:g}")
+
+
+def _uses_fim(run: RunFile) -> bool:
+    """Whether any stage rearranges documents."""
+    return any(rate for stage in resolve(run.config.curriculum).stages for rate in stage.fim_rates.values())
 
 
 def corpus_of(run: RunFile) -> Recipe:
@@ -169,18 +220,27 @@ def corpus_of(run: RunFile) -> Recipe:
 
 
 def check_vocabulary(run: RunFile) -> None:
-    """Raise ConfigError where the model does not have the vocabulary that the tokenizer has or will have."""
+    """Raise ConfigError where the model does not have the vocabulary that the tokenizer has or will have, or where that
+    is none that a stage's FIM can do with."""
     expected, got = vocab_size(run.config.data.tokenizer), run.config.model.vocab_size
     if expected not in (None, got):
         trained = run.config.data.tokenizer.train
         how = f" with data.tokenizer.train.vocab_size {trained.vocab_size}" if trained else ""
         message = f"expected {expected}, the tokenizer's padded vocabulary{how}, got {got}; auto takes it as it is"
         raise run.error(("model", "vocab_size"), message)
+    path = run.config.data.tokenizer.path
+    if path is not None and path.is_file() and _uses_fim(run):
+        tokenizer = Tokenizer.load(path, added_tokens=run.config.data.tokenizer.added_tokens)
+        if (reason := no_fim(tokenizer)) is not None:
+            raise run.error(("data", "tokenizer", "path"), f"{path}: FIM needs {reason}")
 
 
-def prepare_run(run: RunFile, console: Console | None = None) -> Path:
-    """Make the run's token store, unless it is there; returns its directory. Raises ConfigError."""
+def prepare_run(run: RunFile, console: Console | None = None, repair: bool = True) -> Path:
+    """Make the run's token store, unless it is there; returns its directory. Raises ConfigError.
+
+    repair: one that is there and not whole is made again, else refused.
+    """
     check_vocabulary(run)
     curriculum = resolve(run.config.curriculum, run.source, corpus_of(run).sources)
     sources = sorted({split_entry(entry)[0] for stage in curriculum.stages for entry in stage.bound})
-    return prepare(run.config.data, curriculum.seq_len, sources=sources, where=run.path, console=console)
+    return prepare(run.config.data, curriculum.seq_len, sources=sources, where=run.path, console=console, repair=repair)

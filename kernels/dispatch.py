@@ -172,7 +172,14 @@ def differentiable(
     backward_operator = torch.library.custom_op(f"crystal::{name}_backward", backward, mutates_args=())
     backward_operator.register_fake(backward_shapes)
     operator.register_autograd(lambda ctx, *grads: defined(ctx, backward_operator, *grads), setup_context=save)
-    return lambda *inputs: operator(*inputs) if torch.compiler.is_compiling() else function.apply(*inputs)
+
+    def run(*inputs):
+        if torch.compiler.is_compiling():
+            return operator(*inputs)
+        # what nothing can be differentiated of needs none of autograd's bookkeeping, which costs 30 us a call
+        return function.apply(*inputs) if torch.is_grad_enabled() else forward(*inputs)
+
+    return run
 
 
 def widened(x: Tensor) -> Tensor:

@@ -1,13 +1,18 @@
-"""C compiled once for this machine: shared objects lie in crystal's cache under the hash of source and compiler."""
+"""C compiled once for this machine: shared objects lie in crystal's cache under the hash of source and compiler.
+
+They are on the disk before they have their names, and their bytes are compared with their names before they are loaded.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import hashlib
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -27,12 +32,23 @@ def cache(kind: str) -> Path:
     return Path(os.environ.get("CRYSTAL_CACHE") or Path.home() / ".cache" / "crystal") / kind
 
 
-def put(path: Path, text: str) -> None:
-    """Write a file of the cache, whole or not at all. Raises OSError."""
+def put(path: Path, content: str | bytes) -> None:
+    """Write a file of the cache, whole or not at all: it is on the disk before it has its name. Raises OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    aside.write_text(text, encoding="utf-8")
-    aside.replace(path)
+    aside = path.with_name(f".{os.getpid()}-{path.name}")
+    try:
+        with aside.open("wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+    directory = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
 
 
 @functools.cache
@@ -41,26 +57,70 @@ def compiler() -> tuple[str, str]:
     path = shutil.which("gcc")
     if path is None:
         raise RuntimeError("no gcc on PATH: C kernels are compiled with it (apt install gcc)")
-    version = subprocess.run([path, "--version"], capture_output=True, text=True, check=True).stdout.splitlines()[0]
+    said = subprocess.run([path, "--version"], capture_output=True, text=True, check=False)
+    if said.returncode or not said.stdout:
+        raise RuntimeError(f"{path}: expected gcc to tell its version, it ended with {said.returncode}")
+    version = said.stdout.splitlines()[0]
     cpu = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags")][:1]
     return path, version + "".join(cpu)
 
 
 def build(source: str, kind: str, *options: str) -> ctypes.CDLL:
-    """Compile C, once for all processes that share the cache. Raises RuntimeError with gcc's first line."""
+    """Compile C, once for all processes that share the cache. Raises RuntimeError, a line: gcc's error, or the disk's.
+
+    An object lies there as HASH-DIGEST.so: of source, compiler and options, and of its own bytes. One whose bytes are
+    not those (a cut one would be mapped, and end the process where it is first called) or that does not load is made
+    again, with a word about it.
+    """
     gcc, version = compiler()
     flags = (*FLAGS, f"-march={march()}", *options)
     name = hashlib.sha256("\n".join((source, version, *flags)).encode()).hexdigest()[:24]
-    target = cache(kind) / f"{name}.so"
-    if not target.exists():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
-            text, made = Path(scratch) / "kernel.c", Path(scratch) / "kernel.so"
-            text.write_text(source, encoding="utf-8")
-            command = [gcc, *flags, str(text), "-o", str(made), "-lmvec", "-lm"]
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-            if done.returncode:
-                raise RuntimeError(f"gcc: {(done.stderr.splitlines() or ['failed without a word'])[0]}")
-            text.replace(target.with_suffix(".c"))
-            made.replace(target)
-    return ctypes.CDLL(str(target))
+    found = sorted(cache(kind).glob(f"{name}-*.so"))
+    for path in found:
+        if (library := _loaded(path)) is not None:
+            return library
+    try:
+        target = _compiled(source, [gcc, *flags], cache(kind) / name)
+    except OSError as error:
+        raise RuntimeError(f"{cache(kind)}: what gcc makes cannot be kept there: {error.strerror}") from None
+    for path in found:
+        print(f"crystal: {path}: damaged, compiled again", file=sys.stderr)
+        if path != target:
+            with contextlib.suppress(OSError):
+                path.unlink()
+    try:
+        return ctypes.CDLL(str(target))
+    except OSError as error:
+        raise RuntimeError(f"{target}: what gcc made cannot be loaded: {error}") from None
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
+def _loaded(path: Path) -> ctypes.CDLL | None:
+    """A compiled object; None where its bytes are not those of its name, or it does not load."""
+    try:
+        if _digest(path.read_bytes()) == path.stem.rpartition("-")[2]:
+            return ctypes.CDLL(str(path))
+    except OSError:
+        pass
+    return None
+
+
+def _compiled(source: str, command: list[str], stem: Path) -> Path:
+    """Where the object is that gcc makes of `source`, which lies beside it as STEM.c. Raises RuntimeError, OSError."""
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=stem.parent) as scratch:
+        text, made = Path(scratch) / "kernel.c", Path(scratch) / "kernel.so"
+        text.write_text(source, encoding="utf-8")
+        command = [*command, str(text), "-o", str(made), "-lmvec", "-lm"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            lines = done.stderr.splitlines() or ["failed without a word"]
+            raise RuntimeError(f"gcc: {next((line for line in lines if 'error' in line), lines[0])}")
+        content = made.read_bytes()
+    target = stem.with_name(f"{stem.name}-{_digest(content)}.so")
+    put(stem.with_suffix(".c"), source)
+    put(target, content)
+    return target

@@ -97,10 +97,23 @@ def test_a_circle_of_extends_is_named(tmp_path):
         ("out: &a [*a]\n", r"x\.yaml:1: expected YAML, an anchor used inside itself"),
         ("out: *a\n", r"x\.yaml:1: expected YAML, found undefined alias"),
         ("out: !!python/name:os.system\n", r"x\.yaml:1: expected YAML, could not determine a constructor"),
-        ("out: \0\n", r"x\.yaml: expected YAML, special characters are not allowed"),
-        ("out: !!int x\n", r"x\.yaml: expected YAML, a value that is not what it says"),
-        ("out: " + "[" * 3000, r"x\.yaml: expected YAML, nested too deeply"),
-        ("out: " + "9" * 5000, r"x\.yaml: expected YAML, a value that is not what it says"),
+        ("a: 1\nout: \0\n", r"x\.yaml:2: expected YAML, special characters are not allowed"),
+        ("a: 1\nout: !!int x\n", r"x\.yaml:2: expected YAML, a whole number, found x"),
+        ("out: !!bool x\n", r"x\.yaml:1: expected YAML, a value that is not what it says"),
+        ("out: 0x_\n", r"x\.yaml:1: expected YAML, a whole number, found 0x_"),
+        ("out: 010\n", r"x\.yaml:1: expected YAML, a whole number without leading zeros and colons .*, found 010"),
+        ("out: 1:30\n", r"x\.yaml:1: expected YAML, a whole number without leading zeros and colons .*, found 1:30"),
+        ("out: 1e-400\n", r"x\.yaml:1: expected YAML, a number that a double can hold, found 1e-400"),
+        ("out: !!null x\n", r"x\.yaml:1: expected YAML, null, found x"),
+        ("out: !!set {a}\n", r"x\.yaml:1: expected YAML, could not determine a constructor for the tag"),
+        ('out: "a\\0b"\n', r"x\.yaml:1: expected YAML, text without NUL"),
+        ('out: "\\ud800"\n', r"x\.yaml:1: expected YAML, text without NUL and halves of surrogate pairs"),
+        ("a: 1\n'': 2\n", r"x\.yaml:2: expected YAML, a key that is one word"),
+        ("? " + "k" * 300 + "\n: 1\n", r"x\.yaml:1: expected YAML, a key of at most 256 characters, found kkk"),
+        ("out: " + "[" * 3000, r"x\.yaml:1: expected YAML, nested too deeply, at most 32 levels"),
+        ("out: " + "9" * 5000, r"x\.yaml:1: expected YAML, a whole number of at most 100 digits, found 999"),
+        ("#" * (1 << 20), r"x\.yaml: expected at most 524,288 bytes"),
+        ("out: [" + "1, " * 30000 + "1]", r"x\.yaml:1: expected YAML, at most 20,000 keys and values"),
         ("", r"x\.yaml: expected a mapping of keys, got nothing"),
     ],
 )
@@ -318,3 +331,121 @@ def test_every_packaged_file_is_yaml_that_loads():
         assert yaml.safe_load(file.read_text())
     for run in sorted((root / "runs").glob("*.yaml")):
         load_run(run)
+
+
+def test_a_key_is_the_text_that_is_written(tmp_path):
+    mapping = load_yaml(write(tmp_path, "x.yaml", "no: 1\n1: 2\n0x1: 3\n~: 4\n2024-01-01: 5\n")).mapping
+    assert mapping == {"no": 1, "1": 2, "0x1": 3, "~": 4, "2024-01-01": 5}
+
+
+def test_mappings_merge_by_yaml_s_own_word_and_own_keys_win(tmp_path):
+    text = "a: &a {x: 1, y: 2}\nb: &b {<<: *a, y: 3}\nc: {<<: [*b, {z: 4}], x: 5}\n"
+    mapping = load_yaml(write(tmp_path, "x.yaml", text)).mapping
+    assert mapping["b"] == {"x": 1, "y": 3}
+    assert mapping["c"] == {"x": 5, "y": 3, "z": 4}
+
+
+@pytest.mark.parametrize("levels", [3, 9, 60])
+def test_aliases_count_as_often_as_they_stand_for_something(tmp_path, levels):
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x]"]
+    lines += [f"a{i}: &a{i} [{', '.join(8 * [f'*a{i - 1}'])}]" for i in range(1, levels)]
+    with_keys = [line.replace("[", "{k: [").replace("]", "]}") for line in lines]
+    for text in ("\n".join(lines), "\n".join(with_keys)):
+        path = write(tmp_path, "x.yaml", text)
+        if levels == 3:
+            assert load_yaml(path).mapping
+        else:
+            with pytest.raises(ConfigError, match="at most 20,000 keys and values"):
+                load_yaml(path)
+
+
+def test_a_diamond_is_read_once_a_file_and_means_what_a_tree_would(tmp_path):
+    write(tmp_path, "f0.yaml", "deep: {a: 0, list: [1, 2]}\n")
+    for i in range(1, 20):
+        write(tmp_path, f"f{i}.yaml", f"extends: [f{i - 1}.yaml, ./f{i - 1}.yaml]\ndeep: {{k{i}: {i}}}\n")
+    config = load_yaml(tmp_path / "f19.yaml")
+    assert config.mapping == {"deep": {"a": 0, "list": [1, 2]} | {f"k{i}": i for i in range(1, 20)}}
+    assert Path(config.where(("deep", "k7"))).name == "f7.yaml"
+    for i in range(20, 23):
+        write(tmp_path, f"f{i}.yaml", f"extends: [f{i - 1}.yaml, f{i - 1}.yaml]\n")
+    with pytest.raises(ConfigError, match=r"extends: expected at most 40 files in all"):
+        load_yaml(tmp_path / "f22.yaml")
+
+
+@pytest.mark.parametrize(
+    ("word", "expected"),
+    [
+        (".".join("a" * 3000) + "=1", "at most 32 parts"),
+        ("k" * 300 + "=1", "each of at most 256 characters"),
+        ("out=0x_", "expected a YAML value after '=', a whole number, found 0x_"),
+        ("out=" + "[" * 40, "nested too deeply"),
+        ("out=" + "x" * (1 << 20), "expected at most 256 changes and 524,288 bytes"),
+    ],
+)
+def test_overrides_are_bounded_too(tmp_path, word, expected):
+    config = load_yaml(write(tmp_path, "x.yaml", "out: a\n"))
+    with pytest.raises(ConfigError, match=expected) as error:
+        override(config, [word])
+    assert len(str(error.value)) < 500
+    with pytest.raises(ConfigError, match="at most 256 changes"):
+        override(config, ["out=1"] * 300)
+
+
+def test_of_overrides_of_the_same_place_the_last_is_the_one_that_set_it(tmp_path):
+    config = load_yaml(write(tmp_path, "x.yaml", "a: {b: {c: 1}}\n"))
+    changed = override(config, ["a=3", "a.b.d=5", "e.f=1", "e={g: 2}"])
+    assert changed.mapping == {"a": {"b": {"d": 5}}, "e": {"g": 2}}
+    said = {".".join(loc): origin.removeprefix("command line: ") for loc, origin in changed.origin.items() if loc}
+    assert said == {"a": "a=3", "a.b": "a.b.d=5", "a.b.d": "a.b.d=5", "e": "e={g: 2}", "e.g": "e={g: 2}"}
+
+
+@pytest.mark.parametrize("section", ["model", "train", "data", "curriculum", "backend", "data.tokenizer"])
+@pytest.mark.parametrize("value", ["[1]", "[]", "x", "3", "[{vocab_size: auto}]"])
+def test_a_section_that_is_no_mapping_is_said_to_be_none(section, value):
+    with pytest.raises(ConfigError, match=rf"^command line: {section}=.*: expected a mapping of keys") as error:
+        load_run("demo", [f"{section}={value}"])
+    assert error.value.key == section
+
+
+def test_fim_with_a_vocabulary_that_changes_texts_is_refused_before_anything_is_made(tmp_path, monkeypatch):
+    from types import SimpleNamespace
+
+    from crystal import run as runs
+
+    path = write(tmp_path, "v.model", "")
+    monkeypatch.setattr(runs, "vocab_size", lambda config: None)
+    tokenizer = SimpleNamespace(fim_prefix=1, changes_text="ab")
+    monkeypatch.setattr(runs.Tokenizer, "load", lambda path, added_tokens: tokenizer)
+    changes = [f"data.tokenizer={{path: {path}}}", "model.vocab_size=352"]
+    with pytest.raises(ConfigError, match=r"v\.model: FIM needs a vocabulary that gives texts back") as error:
+        runs.check_vocabulary(load_run("demo", changes))
+    assert error.value.key == "data.tokenizer.path"
+
+
+@pytest.mark.parametrize("key", ["run_dir", "data.dir"])
+def test_an_empty_path_is_not_the_directory_one_is_in(key):
+    with pytest.raises(ConfigError, match='expected a path, got ""') as error:
+        load_run("demo", [f"{key}=''"])
+    assert error.value.key == key
+
+
+@pytest.mark.parametrize(
+    ("changes", "key"),
+    [
+        ((), "curriculum.stages.1.fim.rate"),
+        (("curriculum.stages.1.fim.rate=0",), "curriculum.stages.2.fim.rate"),
+        (
+            ("curriculum.stages.1.fim.rate=0", "curriculum.stages.2.fim.rate=0"),
+            "curriculum.stages.2.sources.StarCoder_fim_train_shuffled.fim",
+        ),
+    ],
+)
+def test_fim_without_its_tokens_is_refused_when_the_run_is_read(changes, key):
+    """Whichever stage needs them: the run would train for days before it gets there."""
+    without = ["data.tokenizer.added_tokens=false", "model.vocab_size=auto"]
+    with pytest.raises(ConfigError, match="FIM needs CrystalCoder's added tokens") as error:
+        load_run("demo", [*without, *changes])
+    assert error.value.key == key
+    off = [f"curriculum.stages.{i}.fim.rate=0" for i in (1, 2)]
+    star = "curriculum.stages.2.sources={StarCoder_x: {weight: 1, fim: 0}}"
+    assert load_run("demo", [*without, *off, star]).config.data.tokenizer.added_tokens is False

@@ -69,6 +69,7 @@ class WeightStreamingBackend(Prepared):
         self.store = Store(
             self.plan, _store_directory(config, directory), config.moments, torch.float32 if sums else torch.bfloat16,
             owner=str(directory.absolute()) if config.path else "", spilled=config.gradients == "spilled",
+            identity=directory / ("store.id" if executors() == 1 else f"store-{rank()}.id"),
         )  # fmt: skip
         self.store.check_room()
         self.updater = Updater(self.plan, self.optimizer_config)
@@ -135,7 +136,7 @@ class WeightStreamingBackend(Prepared):
 
     def _gradient(self, piece: Piece, weights: Tensor, into: Tensor) -> None:
         if self.boundaries is None:  # another process took the step
-            self.boundaries = load_boundaries(self.store.directory)
+            self.boundaries = load_boundaries(self.store.directory, self.store.record.boundaries)
         self.executor.gradient(piece, weights, into, self.boundaries)
 
     def _that_fit(self, batches: list[MicroBatch]) -> list[list[MicroBatch]]:
@@ -163,9 +164,11 @@ class WeightStreamingBackend(Prepared):
     def _seal(self) -> None:
         """Have the store stand at the last step, its update due: from here on, that step is not lost."""
         if not self.sealed and self.step is not None:
+            total = None
             if self.boundaries is not None and self.update is not None and self.store.directory is not None:
-                self.boundaries.save(self.store.directory)
-            self.store.seal(self.step, self.optimizer_step, self.update, self._result)
+                self.store.open()  # from here on it is this process's
+                total = self.boundaries.save(self.store.directory)
+            self.store.seal(self.step, self.optimizer_step, self.update, self._result, total)
             self.sealed = True
 
     def _settle(self) -> None:

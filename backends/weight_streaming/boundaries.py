@@ -7,6 +7,7 @@ updated. So a step of few tokens needs no room for gradients on disk, at the pri
 
 from __future__ import annotations
 
+import mmap
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from torch import Tensor
 from crystal.backends.base import MicroBatch
 from crystal.errors import CheckpointError
 from crystal.files import replacing
+from crystal.kernels.crc32 import crc32
 
 FILE = "boundaries.safetensors"
 
@@ -30,8 +32,8 @@ class Boundaries:
     inputs: dict[str, list[Tensor]] = field(default_factory=dict)
     gradients: dict[str, list[Tensor]] = field(default_factory=dict)
 
-    def save(self, directory: Path) -> None:
-        """Replace the directory's file; returns when this will last."""
+    def save(self, directory: Path) -> int:
+        """Replace the directory's file; returns when this will last, with its CRC-32."""
         tensors = {
             f"{kind}/{name}/{i}": tensor.detach().contiguous()
             for kind, named in (("inputs", self.inputs), ("gradients", self.gradients))
@@ -43,14 +45,29 @@ class Boundaries:
                 tensors[f"batches/{key.name}/{i}"] = getattr(batch, key.name).contiguous().clone()
         with replacing(directory / FILE) as aside:
             save_file(tensors, aside)
+            total = _sum_of(aside)
+        return total
 
 
-def load_boundaries(directory: Path) -> Boundaries:
-    """What `save` wrote. Raises CheckpointError when it cannot be read."""
+def _sum_of(path: Path) -> int:
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        return crc32(content)
+
+
+def load_boundaries(directory: Path, total: int | None) -> Boundaries:
+    """What `save` wrote. total: its CRC-32, where it is known.
+
+    Raises CheckpointError when it cannot be read or is not what was written.
+    """
+    path = directory / FILE
     try:
-        tensors = load_file(directory / FILE)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{directory / FILE}: expected what a due update is made of: {error}") from None
+        if total is not None and (found := _sum_of(path)) != total:
+            raise CheckpointError(
+                f"{path}: expected CRC-32 {total:08x}, got {found:08x}: it is damaged, or of another step"
+            )
+        tensors = load_file(path)
+    except (OSError, ValueError, SafetensorError) as error:  # ValueError: an empty file
+        raise CheckpointError(f"{path}: expected what a due update is made of: {error}") from None
     found: dict[str, dict[str, list[Tensor]]] = {"inputs": {}, "gradients": {}, "batches": {}}
     for key in sorted(tensors, key=lambda key: int(key.rpartition("/")[2])):
         kind, name, _ = key.split("/")

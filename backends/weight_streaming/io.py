@@ -14,12 +14,13 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from crystal.errors import CheckpointError
 from crystal.kernels import tuning
 
 STRETCH = 32 << 20  # bytes a system call; the disk is at full speed from 8 MB on
@@ -58,13 +59,22 @@ class File(Protocol):
 class DiskFile:
     """A file of fixed size. `direct` says whether the page cache is bypassed."""
 
-    def __init__(self, path: Path, size: int):
-        """Open or make it. Raises OSError, with nothing left behind, when the disk has no room for `size` bytes."""
+    def __init__(self, path: Path, size: int, kind: Literal["make", "write", "read"] = "make"):
+        """Open it: made if need be and brought to its size; there already and of this size; or that, to read only.
+
+        Raises OSError, with nothing left behind, when the disk has no room for `size` bytes, and CheckpointError for a
+        file that is to be there and is not, or has another size.
+        """
         self.path = path
         made = not path.exists()
-        self.cached = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        flags = os.O_RDONLY if kind == "read" else os.O_RDWR
+        if kind != "make":
+            expect_size(path, size)
+        self.cached = os.open(path, flags | (os.O_CREAT if kind == "make" else 0), 0o644)
         try:
-            if os.fstat(self.cached).st_size != size:
+            if kind == "make" and (held := os.fstat(self.cached).st_size) != size:
+                if held > size:
+                    os.ftruncate(self.cached, size)
                 os.posix_fallocate(self.cached, 0, size)
         except OSError:
             os.close(self.cached)
@@ -72,7 +82,7 @@ class DiskFile:
                 path.unlink()
             raise
         try:
-            self.fd = os.open(path, os.O_RDWR | os.O_DIRECT)
+            self.fd = os.open(path, flags | os.O_DIRECT)
             self.direct = True
         except (OSError, AttributeError):  # tmpfs and some network file systems
             self.fd, self.direct = os.dup(self.cached), False
@@ -117,6 +127,14 @@ class MemoryFile:
     def close(self) -> None: ...
 
 
+def expect_size(path: Path, size: int) -> None:
+    """Raise CheckpointError unless there is a file of this size."""
+    held = path.stat().st_size if path.is_file() else None
+    if held != size:
+        found = "it is missing" if held is None else f"got {held:,}"
+        raise CheckpointError(f"{path}: expected {size:,} bytes, as the record beside it says, {found}")
+
+
 class Ticket:
     """A job that a thread will do; `wait` returns when it is done, or raises what went wrong."""
 
@@ -147,20 +165,24 @@ class Line:
         self._jobs.put((work, after, ticket))
         return ticket
 
-    def close(self) -> None:
-        """Finish what is queued and end the thread."""
+    def close(self, wait: bool = True) -> None:
+        """Finish what is queued and end the thread; wait: until it has."""
         self._jobs.put(None)
-        self._thread.join()
+        if wait:
+            self._thread.join()
 
     def _run(self) -> None:
         while (job := self._jobs.get()) is not None:
-            work, after, ticket = job
-            try:
-                if after is not None:
-                    after.wait()
-                since = time.perf_counter()
-                work()
-                self.busy_s += time.perf_counter() - since
-                ticket.finish()
-            except BaseException as error:  # told to whoever waits
-                ticket.finish(error)
+            self._do(*job)
+            del job  # what a thread that waits still knows of is never collected
+
+    def _do(self, work: Callable[[], None], after: Ticket | None, ticket: Ticket) -> None:
+        try:
+            if after is not None:
+                after.wait()
+            since = time.perf_counter()
+            work()
+            self.busy_s += time.perf_counter() - since
+            ticket.finish()
+        except BaseException as error:  # told to whoever waits
+            ticket.finish(error)

@@ -1,65 +1,46 @@
 """The parameter store (MemoryX's role): weights, moments and gradients in files, and one small record that seals them.
 
-`store.json` says which step the store stands at, which slot holds each piece's current numbers and, after a backward
-pass, that the gradient file (or what gradients are made of, `boundaries.py`) is whole: with it, the update of that step
-can be made or finished at any later time: it is a redo log. An updated piece is written to a free slot; then the
-record, replaced by a rename, says so.
+`store.json` (`record.py`) says which step the store stands at, which slot holds each piece's current numbers, what sums
+their bytes have and, after a backward pass, that the gradient file (or what gradients are made of, `boundaries.py`) is
+whole: with it, the update of that step can be made or finished at any later time: it is a redo log. An updated piece is
+written to a free slot; then the record, replaced by a rename, says so.
 A process killed at any point leaves a store that stands at one step, or at one step and part of the next update with
 all that the rest of it needs.
 """
 
 from __future__ import annotations
 
-import json
 import shutil
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from crystal.backends.weight_streaming.io import Buffer, DiskFile, File, Line, MemoryFile, Ticket
+from crystal.backends.weight_streaming.checksums import Checksums, note_unchecked
+from crystal.backends.weight_streaming.io import Buffer, DiskFile, File, Line, MemoryFile, Ticket, expect_size
+from crystal.backends.weight_streaming.lock import expect_free, hold
 from crystal.backends.weight_streaming.planes import decode_m, decode_v, encode_m, encode_v, join, split
+from crystal.backends.weight_streaming.record import (
+    RECORD,
+    Identity,
+    Record,
+    Update,
+    as_text,
+    expect_the_runs,
+    new_identity,
+    read_identity,
+    read_record,
+    write_identity,
+)
 from crystal.backends.weight_streaming.store_layout import HIGH, LOW, Piece, Plane, layout
 from crystal.errors import CheckpointError, ConfigError, RunError
 from crystal.files import replacing, sync
 from crystal.mup.plan import Plan
 
-RECORD = "store.json"
-FORMAT = 1
 PART = 1 << 22  # elements of a whole tensor that pass at a time; the scales of a part begin at a page
-
-
-@dataclass(frozen=True)
-class Update:
-    """An update that is due: gradients x scale (None: as they are), AdamW's step number from 1, base lr."""
-
-    number: int
-    optimizer_step: int
-    lr: float
-    scale: float | None
-
-
-@dataclass
-class Record:
-    """What store.json holds. result: of the step; slots, updates: where each piece lies, how many it has had."""
-
-    owner: str
-    moments: str
-    gradients: str
-    step: int | None = None
-    optimizer_step: int = 0
-    update: Update | None = None
-    result: dict | None = None
-    slots: dict[str, int] = field(default_factory=dict)
-    updates: dict[str, int] = field(default_factory=dict)
-    spilled: bool = True
-
-    @property
-    def due(self) -> bool:
-        """Whether a piece has not had the update yet."""
-        return self.update is not None and any(n < self.update.number for n in self.updates.values())
 
 
 class Store:
@@ -67,16 +48,29 @@ class Store:
 
     def __init__(
         self, plan: Plan, directory: Path | None, moments: str, gradients: torch.dtype, owner: str = "",
-        spilled: bool = True,
+        spilled: bool = True, reads_only: bool = False, identity: Path | None = None,
     ):  # fmt: skip
-        self.directory = directory
+        """reads_only: whole tensors of a store that is there, which nothing here writes to or locks. identity: the
+        file, of a run, that says which store is its own.
+
+        Raises ConfigError for a store made with other settings, CheckpointError for one that is not the run's or whose
+        files do not fit its record, RunError for one that another process trains in.
+        """
+        self.directory, self.reads_only, self.identity = directory, reads_only, identity
         self.layout = layout(plan, moments, gradients, spilled)
         dtype = str(gradients).removeprefix("torch.")
         self.record = Record(owner, moments, dtype, spilled=spilled)
+        if directory is not None and not reads_only:
+            expect_free(directory)
+        self._found = self._on_disk()
         found = None if directory is None else read_record(directory)
+        known = None if directory is None or identity is None else read_identity(identity)
+        if identity is not None and directory is not None:
+            expect_the_runs(directory, found, identity, known)
         if found is not None:
             for key, wanted in (
-                ("owner", owner), ("moments", moments), ("gradients", dtype), ("spilled", spilled)
+                ("owner", owner), ("moments", moments), ("gradients", dtype), ("spilled", spilled),
+                ("layout", self.layout.fingerprint if found.layout else ""),
             ):  # fmt: skip
                 if getattr(found, key) != wanted:
                     raise ConfigError(
@@ -84,8 +78,34 @@ class Store:
                         f"{wanted}; set another backend.path, or go on from a full checkpoint"
                     )
             self.record = found
+            self._expect_files()
+            if not reads_only and any("high" not in found.sums.get(piece.name, {}) for piece in self.layout.pieces):
+                note_unchecked(directory)
+        self.record.layout = self.layout.fingerprint
+        self.sums, self.record.sums = Checksums(self.record.sums), {}  # kept by the threads; a record gets a copy
+        self.record.identity = self.record.identity or (known.identity if known else new_identity())
+        self._known = known  # what is in that file
         self.files: dict[str, File] = {}
         self._place()
+
+    def _on_disk(self) -> bytes | None:
+        """The record's bytes as they are now."""
+        path = None if self.directory is None else self.directory / RECORD
+        return path.read_bytes() if path is not None and path.is_file() else None
+
+    def _expect_files(self) -> None:
+        """Raise CheckpointError unless the record fits the layout and the files fit the record."""
+        record, where = self.record, self.directory / RECORD
+        for key in ("slots", "updates"):
+            if getattr(record, key).keys() != {piece.name for piece in self.layout.pieces}:
+                raise CheckpointError(f"{where}: {key}: expected the model's pieces, got another model's")
+        for _, pieces in self.layout.slots():
+            slots = {record.slots[piece.name] for piece in pieces}
+            if len(slots) < len(pieces) or not slots <= set(range(len(pieces) + 1)):
+                raise CheckpointError(f"{where}: slots: expected one of its own for each piece, got {sorted(slots)}")
+        expect_size(self.directory / "store.bin", self.layout.store_bytes)
+        if record.due and self.layout.spilled:
+            expect_size(self.directory / "gradients.bin", self.layout.gradient_bytes)
 
     def _place(self) -> None:
         """Byte offsets of all slots and gradients; a fresh store has its last slot of each size free."""
@@ -129,80 +149,144 @@ class Store:
         if self.files:
             return
         sizes = {"store": self.layout.store_bytes}
+        if self.reads_only:
+            self.files = {name: DiskFile(self._path(name), size, "read") for name, size in sizes.items()}
+            return
         if self.layout.spilled:
             sizes["gradients"] = self.layout.gradient_bytes
+        let_go = None
         if self.directory is None:
             self.files = {name: MemoryFile(size) for name, size in sizes.items()}
         else:
             self.check_room()
             self.directory.mkdir(parents=True, exist_ok=True)
-            self.files = {name: DiskFile(self.directory / f"{name}.bin", size) for name, size in sizes.items()}
+            let_go = hold(self.directory)
+            try:
+                if self._on_disk() != self._found:
+                    raise RunError(f"{self.directory}: another process has trained in this store since it was opened")
+                self.files = {name: DiskFile(self._path(name), size, self._kind(name)) for name, size in sizes.items()}
+            except OSError as error:
+                let_go()
+                raise RunError(f"{self.directory}: the store cannot be opened: {error}") from None
+            except BaseException:
+                let_go()
+                raise
         self.reader, self.writer = Line("store reads"), Line("store writes")
+        # a store that nobody knows of any more does not keep others out
+        self._end = weakref.finalize(self, _end, self.reader, self.writer, list(self.files.values()), let_go)
+        self._end.atexit = False
+
+    def _path(self, name: str) -> Path:
+        return self.directory / f"{name}.bin"
+
+    def _kind(self, name: str) -> str:
+        """How a file is opened: what counts is there, what does not is made as it should be."""
+        counts = self.record.step is not None and (name == "store" or self.record.due)
+        return "write" if counts else "make"
 
     def close(self) -> None:
-        if self.files:
-            self.reader.close()
-            self.writer.close()
+        """Finish what is queued; nothing in the process holds the store's files or its lock afterwards."""
+        if not self.files:
+            return
+        if self.reads_only:
             for file in self.files.values():
                 file.close()
-            self.files = {}
+        else:
+            self.reader.close()
+            self.writer.close()
+            self._found = self._on_disk()
+            self._end()
+        self.files = {}
 
     # --- the record
 
     def unseal(self) -> None:
         """From now on nothing in the store counts, until the next `seal`."""
         self.open()
+        self.sums.forget()
         if self.directory is not None:
+            self._identify(filled=False)
             (self.directory / RECORD).unlink(missing_ok=True)
             sync(self.directory)
 
-    def seal(self, step: int, optimizer_step: int, update: Update | None, result: dict | None) -> None:
-        """The store stands at `step`; with `update`, once that is made. Returns when this will last."""
+    def seal(
+        self, step: int, optimizer_step: int, update: Update | None, result: dict | None, boundaries: int | None = None
+    ) -> None:
+        """The store stands at `step`; with `update`, once that is made. Returns when this will last.
+
+        boundaries: the CRC-32 of the file of what the update is made of, where gradients are not spilled.
+        """
+        self.open()
         self.record.step, self.record.optimizer_step = step, optimizer_step
-        self.record.update, self.record.result = update, result
-        text = self._text()
-        self.writer.submit(lambda: self._put(text, *self.files)).wait()
+        self.record.update, self.record.result, self.record.boundaries = update, result, boundaries
+        body = asdict(self.record)
+        self.writer.submit(lambda: self._put(body, *self.files)).wait()
 
     def commit(self, piece: Piece, slot: int, number: int) -> Ticket:
         """Behind the writes queued so far: `piece` has had update `number` and lies in `slot`, its old one is free."""
         self.free[piece.numel] = self.record.slots[piece.name]
         self.record.slots[piece.name], self.record.updates[piece.name] = slot, number
-        text = self._text()
-        return self.writer.submit(lambda: self._put(text, "store"))
+        body = asdict(self.record)
 
-    def _text(self) -> str:
-        return json.dumps({"format": FORMAT} | asdict(self.record))
+        def put() -> None:
+            self.sums.settle(piece, self.layout.planes)
+            self._put(body, "store")
 
-    def _put(self, text: str, *files: str) -> None:
+        return self.writer.submit(put)
+
+    def _put(self, body: dict, *files: str) -> None:
+        """Replace the record by `body` and today's sums, behind what was written to `files`."""
         for name in files:
             self.files[name].sync()
         if self.directory is None:
             return
         with replacing(self.directory / RECORD) as aside:
-            aside.write_text(text, encoding="utf-8")
+            aside.write_text(as_text(body | {"sums": self.sums.copy()}), encoding="utf-8")
+        self._identify(filled=True)
+
+    def _identify(self, filled: bool) -> None:
+        """Have the run know that this is its store; filled: that it is lost when it is not there."""
+        now = Identity(self.record.identity, filled)
+        if self.identity is not None and self._known != now:
+            write_identity(self.identity, now)
+            self._known = now
 
     # --- transfers, queued
 
     def read(self, piece: Piece, plane: Plane, begin: int, into: memoryview, after: Ticket | None = None) -> Ticket:
         """Fill `into` (whole pages) with the plane's numbers of elements from `begin` on."""
-        name, offset = self._at(piece, plane, begin, self.record.slots[piece.name])
-        return self.reader.submit(lambda: self.files[name].pread(offset, into), after)
+        slot = self.record.slots[piece.name]
+        return self.reader.submit(lambda: self._read(piece, plane, begin, slot, into), after)
 
     def write(self, piece: Piece, plane: Plane, begin: int, source: memoryview, slot: int | None = None) -> Ticket:
         """Write them; weights and moments go to `slot`."""
-        name, offset = self._at(piece, plane, begin, slot)
-        return self.writer.submit(lambda: self.files[name].pwrite(offset, source))
+        return self.writer.submit(lambda: self._write(piece, plane, begin, slot, source))
 
-    def _at(self, piece: Piece, plane: Plane, begin: int, slot: int | None) -> tuple[str, int]:
-        """(file, byte) of element `begin` of a plane."""
+    def _read(self, piece: Piece, plane: Plane, begin: int, slot: int, into: memoryview) -> None:
+        name, offset, inside = self._at(piece, plane, begin, slot)
+        self.files[name].pread(offset + inside, into)
+        if self.directory is not None:
+            self.sums.read(piece, plane, inside, into, self._path(name))
+
+    def _write(self, piece: Piece, plane: Plane, begin: int, slot: int | None, source: memoryview) -> None:
+        name, offset, inside = self._at(piece, plane, begin, slot)
+        if self.directory is not None:
+            self.sums.wrote(piece, plane, inside, source)
+        self.files[name].pwrite(offset + inside, source)
+        if plane is self.layout.gradient:
+            self.sums.settle(piece, (plane,))
+
+    def _at(self, piece: Piece, plane: Plane, begin: int, slot: int | None) -> tuple[str, int, int]:
+        """(file, byte at which a plane begins, bytes from there to element `begin`)."""
         inside = begin // plane.per * plane.dtype.itemsize
         if plane is self.layout.gradient:
-            return "gradients", self.gradient_at[piece.name] + inside
+            return "gradients", self.gradient_at[piece.name], inside
+        offset = self.bases[piece.numel] + slot * self.layout.slot_bytes(piece.numel)
         for before in self.layout.planes:
             if before.name == plane.name:
                 break
-            inside += before.bytes(piece.numel)
-        return "store", self.bases[piece.numel] + slot * self.layout.slot_bytes(piece.numel) + inside
+            offset += before.bytes(piece.numel)
+        return "store", offset, inside
 
     # --- whole tensors, for checkpoints: at once, in the caller's thread
 
@@ -242,11 +326,20 @@ class Store:
             else:
                 (encode_m if kind == "optimizer.exp_avg" else encode_v)(part, views, chance[:n])
             for plane in planes:
-                name, offset = self._at(piece, plane, begin, self.record.slots[piece.name])
-                self.files[name].pwrite(offset, memory[plane.name].bytes[: plane.bytes(n)])
+                slot = self.record.slots[piece.name]
+                self._write(piece, plane, begin, slot, memory[plane.name].bytes[: plane.bytes(n)])
+        self.sums.settle(piece, planes)
 
     def tensors(self, kind: str, fresh: bool) -> Iterator[tuple[str, Tensor]]:
-        """All tensors of a kind, fp32, a piece's at a time; fresh: the moments are zeros, whatever the planes say."""
+        """All tensors of a kind, fp32; fresh: the moments are zeros, whatever the planes say.
+
+        Raises CheckpointError for a piece whose bytes are not those that were written.
+        """
+        for piece in self.pieces(kind, fresh):
+            yield from piece.items()
+
+    def pieces(self, kind: str, fresh: bool) -> Iterator[dict[str, Tensor]]:
+        """The same, each piece's by name."""
         planes = self._planes(kind)
         memory = {p.name: Buffer(p.bytes(PART)) for p in planes}
         for piece in self.layout.pieces:
@@ -256,54 +349,26 @@ class Store:
                 part = flat[begin : begin + PART]
                 n = part.numel()
                 for plane in planes:
-                    name, offset = self._at(piece, plane, begin, self.record.slots[piece.name])
-                    self.files[name].pread(offset, memory[plane.name].bytes[: plane.bytes(n)])
+                    slot = self.record.slots[piece.name]
+                    self._read(piece, plane, begin, slot, memory[plane.name].bytes[: plane.bytes(n)])
                 views = {p.name: memory[p.name].tensor(p.dtype, 0, n // p.per) for p in planes}
                 if kind == "model":
                     join(views["high"], views["low"], part)
                 else:
                     (decode_m if kind == "optimizer.exp_avg" else decode_v)(views, part)
-            yield from piece.views(flat).items()
+            yield piece.views(flat)
 
-    def _planes(self, kind: str) -> list[Plane]:
+    def _planes(self, kind: str) -> tuple[Plane, ...]:
         if kind == "model":
-            return [HIGH, LOW]
+            return HIGH, LOW
         initial = "m" if kind == "optimizer.exp_avg" else "v"
-        return [p for p in self.layout.planes if p.name in (initial, f"{initial}_scale")]
+        return tuple(p for p in self.layout.planes if p.name in (initial, f"{initial}_scale"))
 
 
-def read_record(directory: Path) -> Record | None:
-    """The record of a store, or None where there is none. Raises CheckpointError when it cannot be understood."""
-    path = directory / RECORD
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        if found.pop("format") != FORMAT:
-            raise CheckpointError(f"{path}: expected format {FORMAT}")
-        record = Record(**found)
-        record.update = Update(**found["update"]) if found["update"] else None
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path}: expected a store's record: {error}") from None
-    return record
-
-
-def sealed_tensors(directory: Path, plan: Plan, step: int, kind: str) -> Iterator[tuple[str, Tensor]]:
-    """Tensors of a kind out of the store in `directory`, which a checkpoint of `step` refers to.
-
-    Raises CheckpointError when the store is gone, has moved on, or stands in the middle of an update.
-    """
-    record = read_record(directory)
-    if record is None:
-        raise CheckpointError(f"{directory}: expected the store that holds step {step}, none is there")
-    if record.step != step or record.due:
-        raise CheckpointError(
-            f"{directory}: expected the store at step {step}, it is {'in the update of' if record.due else 'at'} step "
-            f"{record.step}; `crystal train` goes on from there"
-        )
-    store = Store(plan, directory, record.moments, getattr(torch, record.gradients), record.owner, record.spilled)
-    store.open()
-    try:
-        yield from store.tensors(kind, record.optimizer_step == 0)
-    finally:
-        store.close()
+def _end(reader: Line, writer: Line, files: list[File], let_go: Callable[[], None] | None) -> None:
+    for line in (reader, writer):
+        line.close(wait=False)
+    for file in files:
+        file.close()
+    if let_go is not None:
+        let_go()

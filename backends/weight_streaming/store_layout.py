@@ -8,9 +8,11 @@ pieces of a size, so that an updated piece is written beside its old self.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 
@@ -96,6 +98,13 @@ class Layout:
 
     def slot_bytes(self, numel: int) -> int:
         return sum(plane.bytes(numel) for plane in self.planes)
+
+    @property
+    def fingerprint(self) -> str:
+        """Of where each tensor's numbers lie, and of what kind they are: two layouts with one have the same bytes."""
+        places = [[piece.name, piece.numel, [asdict(place) for place in piece.places]] for piece in self.pieces]
+        planes = [[plane.name, str(plane.dtype), plane.per] for plane in (*self.planes, self.gradient)]
+        return hashlib.sha256(json.dumps([places, planes]).encode()).hexdigest()[:16]
 
     @property
     def store_bytes(self) -> int:

@@ -137,7 +137,7 @@ def _names(ledger: Ledger, without: str) -> tuple[list[str], str]:
         raise DataError(f"{file}: expected an id of a document a line, it is empty", file=file)
     for number, name in enumerate(ids, 1):
         with _naming(file, number):
-            ledger.store.rows_of_document(name)
+            ledger.store.occurrences(name)
     ids = sorted(set(ids))
     digest = hashlib.sha256("\n".join(ids).encode()).hexdigest()[:8]
     stem = "".join(c if c.isascii() and (c.isalnum() or c in "._-") else "-" for c in file.stem)
@@ -157,7 +157,7 @@ class _LeftOut:
 
     def __init__(self, ledger: Ledger, names: Sequence[str]):
         self.source = names[0] if names[0] in ledger.store.sources else None
-        owners = [] if self.source else [ledger.store.rows_of_document(name) for name in names]
+        owners = [] if self.source else [found for name in names for found in ledger.store.occurrences(name)]
         self.rows = sorted({(source, index) for source, own in owners for index in own})
         self._known = set(self.rows)
         self.count = ledger.store.rows(self.source) if self.source else len(self.rows)

@@ -101,6 +101,21 @@ def read_manifest(directory: Path) -> Manifest | None:
     return parse(Manifest, mapping, str(file))
 
 
+def verify_index(store: TokenStore) -> list[str]:
+    """Compare every file of a store's index with its sha256; their names, none where there is no index.
+
+    Raises DataError for the first that is damaged.
+    """
+    directory = index_directory(store)
+    manifest = read_manifest(directory)
+    files = {name: file for shard in manifest.shards for name, file in shard.files.items()} if manifest else {}
+    for name, file in files.items():
+        if damage := damage_of(directory / name, file):
+            message = f"{directory / name}: {damage}; `crystal data index RUN` builds it again"
+            raise DataError(message, file=directory / name)
+    return list(files)
+
+
 def build(store: TokenStore, shard_tokens: int | None = None, console: Console | None = None) -> dict:
     """Build the index of a store, or what is missing, damaged or out of date of it; JSON-ready facts about it.
 

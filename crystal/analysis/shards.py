@@ -91,7 +91,7 @@ def _extents(store: TokenStore, source: str) -> Iterator[tuple[int, int, int]]:
 
 
 def _lines(store: TokenStore, source: str, line: int) -> Iterator[bytes]:
-    with (store.directory / source / "documents.jsonl").open("rb") as file:
+    with store.documents_file(source).open("rb") as file:
         file.seek(line)
         yield from file
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -10,8 +10,11 @@ from crystal.cli.contamination import contamination
 from crystal.cli.help import Commands
 from crystal.cli.options import Json, Overrides, Run, Step, console, print_result
 from crystal.cli.trace import index, trace
-from crystal.errors import CrystalError
+from crystal.errors import DataError
 from crystal.output.printable import printable, printable_line
+
+if TYPE_CHECKING:
+    from crystal.run import RunFile
 
 data = Commands(
     help="""The token store and the ledger of a run.
@@ -28,21 +31,50 @@ data.command()(trace)
 
 @data.command()
 def verify(run: Run, overrides: Overrides = None, as_json: Json = False) -> None:
-    """Compare every file of the run's token store with its sha256.
+    """Compare all that a run's data is kept in with its checksums: token store, extracted corpora, index.
+
+    What was found right before is read again. Nothing is repaired; a store that is not there is made.
 
     Examples:
         crystal data verify demo
         crystal data verify mine.yaml --json
     """
-    store = _ledger(run, overrides).store
+    from crystal.run import load_run
+
+    loaded = load_run(run, [*(overrides or ()), "data.verify=never"])
+    found: dict = {}
     try:
-        files = store.verify(console())
-    except CrystalError as mismatch:
-        result = {"verdict": "FAIL", "store": str(store.directory), "message": str(mismatch)}
-        print_result(result, as_json, f"FAIL {mismatch}")
+        _verify(loaded, found)
+    except DataError as mismatch:
+        where = {"store": found["store"]} if "store" in found else {}
+        print_result({"verdict": "FAIL", **where, "message": str(mismatch)}, as_json, f"FAIL {mismatch}")
         raise typer.Exit(1) from None
-    result = {"verdict": "PASS", "store": str(store.directory), "files": files}
-    print_result(result, as_json, f"PASS {store.directory}: {len(files)} files verified")
+    more = "".join(f", {len(found[key])} of {what}" for key, what in _BESIDE.items() if found[key])
+    text = f"PASS {found['store']}: {len(found['files'])} files verified{more}"
+    print_result({"verdict": "PASS", **found}, as_json, text)
+
+
+_BESIDE = {"corpora": "the extracted corpus", "index": "the index"}
+
+
+def _verify(run: RunFile, found: dict) -> None:
+    """Verify a run's data; `found` takes the store and the files as they are done. Raises DataError."""
+    from crystal.analysis.index import verify_index
+    from crystal.data.corpus.build import verify as verify_corpus
+    from crystal.data.store import TokenStore
+    from crystal.files import cache_dir
+    from crystal.run import corpus_of, prepare_run
+
+    directory = prepare_run(run, console(), repair=False)
+    found["store"] = str(directory)
+    store = TokenStore.open(directory)
+    if not directory.name.endswith(f"-{store.manifest['fingerprint'][:16]}"):
+        message = f"fingerprint: expected the one that {directory.name} ends with, got {store.manifest['fingerprint']}"
+        raise DataError(f"{directory / 'manifest.json'}: {message}", file=directory / "manifest.json")
+    found["files"] = store.verify(console())
+    store.check_frames()
+    found["corpora"] = verify_corpus(corpus_of(run), store.sources, cache_dir(), console())
+    found["index"] = verify_index(store)
 
 
 @data.command()
@@ -102,7 +134,8 @@ def when(
     """
     result = _ledger(run, overrides).when(doc)
     steps = " ".join(map(str, result["steps"])) or "never"
-    print_result(result, as_json, f"{result['document']} ({result['source']}): steps {steps}")
+    sources = ", ".join(found["source"] for found in result.get("occurrences", [result]))
+    print_result(result, as_json, f"{result['document']} ({sources}): steps {steps}")
 
 
 def _ledger(run: str, overrides: list[str] | None):

@@ -14,7 +14,6 @@ documents.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import heapq
 import json
@@ -23,18 +22,19 @@ import shutil
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Annotated, Self
 
 import numpy as np
 from pydantic import Field, model_validator
 
-from crystal.config import Strict, cache_dir, nearest
-from crystal.data import holdout, pack, store
+from crystal.config import Seed, Strict, Tally, cache_dir, nearest, within
+from crystal.data import holdout, pack, store, store_check
+from crystal.data.cached import expect_checksum, made_aside, only_one, write_checksum
 from crystal.data.corpus import build as corpus
 from crystal.data.corpus import user_files
 from crystal.data.tokenizer import Tokenizer, VocabularyError, padded, train_tokenizer
 from crystal.errors import ConfigError, CrystalError, DataError
-from crystal.files import locked, sha256_of, sync
+from crystal.files import sha256_of
 from crystal.output.progress import Bar, note
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ class TrainTokenizer(Strict):
     """A vocabulary trained here, on a sample of every source."""
 
     vocab_size: int = Field(ge=300, le=1 << 20, description="pieces to train, before added tokens and padding")
-    bytes_per_source: int = Field(default=10_000_000, gt=0, description="text of each source to train on")
+    bytes_per_source: Tally = Field(default=10_000_000, description="text of each source to train on")
 
 
 class TokenizerConfig(Strict):
@@ -75,11 +75,18 @@ class DataConfig(Strict):
     tokenizer: TokenizerConfig
     bos: bool = Field(True, description="whether a document starts with the BOS token")
     overlap: bool = Field(True, description="whether a row starts with the last token of the row before")
-    min_tokens: int = Field(default=10, ge=0, description="shorter documents are left out")
+    min_tokens: Annotated[int, within(0, 1 << 48)] = Field(
+        default=10, ge=0, description="shorter documents are left out"
+    )
     val_fraction: float = Field(default=0.01, ge=0, lt=1, description="share of documents held out for validation")
-    val_rows: int = Field(default=256, ge=0, description="validation rows of each source at most")
-    shuffle_seed: int = Field(0, description="of the order in which documents are packed into rows")
+    val_rows: Annotated[int, within(0, 1 << 31)] = Field(
+        default=256, ge=0, description="validation rows of each source at most"
+    )
+    shuffle_seed: Seed = Field(0, description="of the order in which documents are packed into rows")
     dir: Path | None = Field(None, description="where token stores are kept; null: in the cache")
+    verify: store.Verify = Field(
+        "first", description="when a token store's files are compared with their checksums: on first use, always, never"
+    )
 
 
 def vocab_size(config: TokenizerConfig) -> int | None:
@@ -96,13 +103,15 @@ def prepare(
     sources: list[str] | None = None,
     where: str = "config",
     console: Console | None = None,
+    repair: bool = True,
 ) -> Path:
-    """Make the token store of a run, unless it is there, and return its directory.
+    """Make the token store of a run, unless it is there, check it as `data.verify` says, and return its directory.
 
     seq_len: tokens a row (a stored row has one more, the last label). sources: those to prepare, all by
     default; a tokenizer trained here is trained on them. where: the run's file, for messages. console:
-    progress (stderr). Raises ConfigError for an unknown source, a source too small for one row, or anything
-    wrong with the corpus.
+    progress (stderr). repair: a store whose manifest or files are not whole is made again, else left as it
+    is. Raises ConfigError for an unknown source, a source too small for one row, or anything wrong with the
+    corpus, DataError for a store that does not hold what it should.
     """
     recipe = corpus.load_recipe(data.corpus)
     known = list(recipe.sources)
@@ -115,15 +124,19 @@ def prepare(
     for line in tokenizer.notes if console is not None else ():
         note(console, f"{tokenizer.path}: {line}")
     parts = [_FORMAT, corpus_fingerprint, tokenizer.sha256, tokenizer.added_tokens, seq_len, names]
-    fingerprint = _digest([*parts, *tokenizer.notes, data.model_dump(exclude={"corpus", "tokenizer", "dir"})])
+    fingerprint = _digest([*parts, *tokenizer.notes, data.model_dump(exclude={"corpus", "tokenizer", "dir", "verify"})])
     directory = (data.dir or cache_dir() / "stores") / f"{recipe.name}-{seq_len}-{fingerprint[:16]}"
-    with _only_one(directory, console):
-        if not _opens(directory, tokenizer):
+    with only_one(directory, console):
+        origin = store.CorpusEntry(name=recipe.name, fingerprint=corpus_fingerprint)
+        wanted = {"seq_len": seq_len, "bos": data.bos, "overlap": data.overlap, "fingerprint": fingerprint}
+        if not _is_there(directory, tokenizer, wanted | {"corpus": origin.model_dump()}, repair, console):
             corpus.build(recipe, cache_dir(), names, console=console)
-            with Bar(console) as bar, _aside(directory) as partial:
+            with Bar(console) as bar, made_aside(directory) as partial:
                 build = _Build(data, seq_len, recipe, tokenizer, partial, where, bar)
                 entries = {name: build.source(name) for name in names}
-                build.seal(entries, store.CorpusEntry(name=recipe.name, fingerprint=corpus_fingerprint), fingerprint)
+                build.seal(entries, origin, fingerprint)
+        if data.verify != "never":
+            _check(store.TokenStore.open(directory, tokenizer), data.verify, console)
     return directory
 
 
@@ -140,7 +153,7 @@ def _tokenizer(
         return Tokenizer.load(config.path, added_tokens=config.added_tokens)
     key = _digest([_TOKENIZER_FORMAT, corpus_fingerprint, names, config.train.model_dump()])
     path = cache_dir() / "tokenizers" / f"{recipe.name}-{config.train.vocab_size}-{key[:16]}.model"
-    with _only_one(path, console):
+    with only_one(path, console):
         if not path.is_file():
             corpus.build(recipe, cache_dir(), names, console=console)
             with Bar(console) as bar:
@@ -149,6 +162,8 @@ def _tokenizer(
                     train_tokenizer(texts, config.train.vocab_size, path, bar)
                 except VocabularyError as error:
                     raise ConfigError(f"{where}: data.tokenizer.train: {error}") from None
+            write_checksum(path)
+        expect_checksum(path)
     return Tokenizer.load(path, added_tokens=config.added_tokens)
 
 
@@ -276,7 +291,7 @@ class _Build:
             corpus=origin,
             fingerprint=fingerprint,
             sources=entries,
-        )
+        ).sealed()
         with open(self.partial / "manifest.json", "w", encoding="utf-8") as file:
             file.write(manifest.model_dump_json(indent=1) + "\n")
             store.flush(file)
@@ -354,38 +369,27 @@ def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
         yield batch
 
 
-def _opens(directory: Path, tokenizer: Tokenizer) -> bool:
+def _is_there(directory: Path, tokenizer: Tokenizer, wanted: dict, repair: bool, console: Console | None) -> bool:
+    """Whether the store is there with its files, made of what is `wanted`; one that is not is made again."""
+    if not repair or not directory.exists():
+        return directory.exists()
     try:
-        store.TokenStore.open(directory, tokenizer)
-    except CrystalError:
+        manifest = store.TokenStore.open(directory, tokenizer).manifest
+        for key, value in wanted.items():
+            if manifest[key] != value:
+                raise DataError(f"{directory / 'manifest.json'}: {key}: expected {value}, got {manifest[key]}")
+    except CrystalError as error:
+        if console is not None:
+            note(console, f"{error}: the token store is made again")
         return False
     return True
 
 
-@contextlib.contextmanager
-def _only_one(path: Path, console: Console | None) -> Iterator[None]:
-    """Hold a lock beside `path`; a process that dies lets go of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lock = path.with_name(f".{path.name}.lock")
-    with contextlib.ExitStack() as held:
-        try:
-            held.enter_context(locked(lock, wait=False))
-        except BlockingIOError:
-            with Bar(console, f"waiting for another process, which makes {path.name}"):
-                held.enter_context(locked(lock))
-        yield
-
-
-@contextlib.contextmanager
-def _aside(directory: Path) -> Iterator[Path]:
-    """A new directory beside `directory`: renamed to it when the block ends well, else removed."""
-    partial = directory.with_name(f".{directory.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+def _check(made: store.TokenStore, verify: store.Verify, console: Console | None) -> None:
+    if verify == "first" and made.bytes > store_check.WHOLE_BYTES:  # each shard is checked when it is first read
+        return
     try:
-        yield partial
-        shutil.rmtree(directory, ignore_errors=True)
-        partial.rename(directory)
-        sync(directory.parent)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        made.check(verify == "always", console)
+    except DataError as error:
+        again = f"delete {made.directory} and `crystal prepare RUN.yaml` makes it again"
+        raise DataError(f"{error}; {again}", file=error.file) from None

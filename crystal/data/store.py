@@ -1,32 +1,40 @@
 """The token store: packed rows on disk, memory-mapped, with the documents that each row came from.
 
-    DIR/manifest.json                     what this is, and the sha256 of every other file
-    DIR/tokenizer.model (or .json)        the vocabulary, so a store can be read without the run that made
-    it DIR/SOURCE/{train,val}-NNNNN.bin      little-endian uint16 (uint32 above 65,536 ids), [rows, seq_len
-    + 1] DIR/SOURCE/documents.jsonl            a line a document in token order, train first: id, path,
-    license, bytes,
-                                          tokens, split, start (its offset in the stream of its source and
-                                          split)
+    DIR/manifest.json                     what this is, the sha256 of every other file, and a seal over both
+    DIR/tokenizer.model (or .json)        the vocabulary, so a store can be read without the run that made it
+    DIR/SOURCE/{train,val}-NNNNN.bin      little-endian uint16 (uint32 above 65,536 ids), [rows, seq_len + 1]
+    DIR/SOURCE/documents.jsonl            a line a document in token order, train first: id, path, license, bytes,
+                                          tokens, split, start (its offset in the stream of its source and split)
 
 Rows are found from stream offsets and back by arithmetic (`crystal.data.pack`), so the ledger is exact,
-including the token that two neighbouring rows share. Opening checks names and sizes, which costs nothing;
-`verify` reads all.
+including the token that two neighbouring rows share. Opening checks the manifest, names and sizes, which costs
+nothing. A file's content is checked when it is first read on a machine (`crystal.data.store_check`), all of a small
+store's before training (`check`); `verify` reads all, whatever was read before.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
-from bisect import bisect_left, bisect_right
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Literal
 
 import numpy as np
 
-from crystal.config import Strict, nearest, parse
-from crystal.data import pack
+from crystal.config import nearest
+from crystal.data import pack, store_check
+from crystal.data.document_index import Documents, read_documents
+from crystal.data.store_manifest import (
+    SPLITS,
+    VERSION,
+    CorpusEntry,
+    Manifest,
+    Shard,
+    SourceEntry,
+    TokenizerEntry,
+    read_manifest,
+)
 from crystal.data.tokenizer import Tokenizer
 from crystal.errors import ConfigError, DataError
 from crystal.files import sha256_of
@@ -35,59 +43,9 @@ from crystal.output.progress import Bar
 if TYPE_CHECKING:
     from rich.console import Console
 
-VERSION = 1
-SPLITS = ("train", "val")
+Verify = Literal["first", "always", "never"]
 _SHARD_BYTES = 1 << 28
-
-
-class Shard(Strict):
-    file: str
-    rows: int
-    sha256: str
-
-
-class SourceEntry(Strict):
-    """One source: counts over its train and val documents; `text_bytes` are UTF-8 bytes of text."""
-
-    licenses: list[str]
-    documents: int
-    val_documents: int
-    tokens: int
-    val_tokens: int
-    text_bytes: int
-    train_rows: int
-    val_rows: int
-    documents_sha256: str
-    shards: list[Shard]
-
-
-class TokenizerEntry(Strict):
-    """The vocabulary of a store; `path` is inside the store."""
-
-    sha256: str
-    vocab_size: int
-    n_base: int
-    added_tokens: bool
-    path: str
-
-
-class CorpusEntry(Strict):
-    name: str
-    fingerprint: str
-
-
-class Manifest(Strict):
-    """manifest.json."""
-
-    version: Literal[1]
-    seq_len: int
-    overlap: bool
-    bos: bool
-    dtype: Literal["uint16", "uint32"]
-    tokenizer: TokenizerEntry
-    corpus: CorpusEntry
-    fingerprint: str
-    sources: dict[str, SourceEntry]
+__all__ = ["SPLITS", "VERSION", "CorpusEntry", "Manifest", "Shard", "SourceEntry", "TokenStore", "TokenizerEntry"]
 
 
 class ShardWriter:
@@ -130,36 +88,36 @@ def flush(file: IO) -> None:
 
 
 class TokenStore:
-    """A store opened for reading. `manifest` is manifest.json as a dict; `sources` the names in it."""
+    """A store opened for reading. `manifest` is manifest.json as a dict; `sources` the names in it.
 
-    def __init__(self, directory: Path, manifest: Manifest) -> None:
+    verify: what is done with a file that is read for the first time: "never" nothing, else it is checked.
+    """
+
+    def __init__(self, directory: Path, manifest: Manifest, verify: Verify = "first") -> None:
         self.directory = directory
-        self.manifest = manifest.model_dump(mode="json")
+        self._checks = verify != "never"
+        self.manifest = manifest.model_dump(mode="json", exclude_none=True)
         self.seq_len, self.overlap = manifest.seq_len, manifest.overlap
         self.sources = list(manifest.sources)
         self._entries = manifest.sources
         self._dtype = np.dtype(manifest.dtype).newbyteorder("<")
         self._maps: dict[str, np.memmap] = {}
-        self._documents: dict[tuple[str, str], _Documents] = {}
-        self._source_of: dict[str, str] | None = None
+        self._right: set[str] = set()  # shards that were found right since the store was opened
+        self._documents: dict[str, dict[str, Documents]] = {}
 
     @classmethod
-    def open(cls, directory: str | Path, tokenizer: Tokenizer | None = None) -> TokenStore:
-        """Open a store and check that every file is there with its right size.
+    def open(cls, directory: str | Path, tokenizer: Tokenizer | None = None, verify: Verify = "first") -> TokenStore:
+        """Open a store and check that its manifest is whole and every file there with its right size.
 
-        tokenizer: the vocabulary the caller goes on with; it must be the store's.
+        tokenizer: the vocabulary the caller goes on with; it must be the store's. verify: of files that are read later.
         Raises DataError naming the file that is missing, damaged or does not fit.
         """
         directory = Path(directory)
-        file = directory / "manifest.json"
-        try:
-            mapping = json.loads(file.read_text(encoding="utf-8"))
-        except OSError:
-            raise DataError(f"{file}: not found; `crystal prepare RUN.yaml` makes it") from None
-        except ValueError:
-            raise DataError(f"{file}: expected JSON; run `crystal prepare` again") from None
-        store = cls(directory, parse(Manifest, mapping, str(file)))
+        manifest = read_manifest(directory / "manifest.json")
+        store = cls(directory, manifest, verify)
         store._check_sizes()
+        if wrong := manifest.miscount():
+            raise DataError(f"{directory / 'manifest.json'}: {wrong}", file=directory / "manifest.json")
         if tokenizer is not None:
             store.check_tokenizer(tokenizer)
         return store
@@ -180,22 +138,61 @@ class TokenStore:
         entry = self.manifest["tokenizer"]
         tokenizer = Tokenizer.load(self.directory / entry["path"], added_tokens=entry["added_tokens"])
         self.check_tokenizer(tokenizer)
+        for key in ("vocab_size", "n_base"):
+            if entry[key] != getattr(tokenizer, key):
+                said = f"expected {getattr(tokenizer, key)}, as {entry['path']} has, got {entry[key]}"
+                raise DataError(f"{self.directory / 'manifest.json'}: tokenizer.{key}: {said}")
         return tokenizer
 
-    def verify(self, console: Console | None = None) -> list[str]:
-        """Compare every file's sha256; returns the names. Raises DataError for the first bad one."""
-        expected = {self.manifest["tokenizer"]["path"]: self.manifest["tokenizer"]["sha256"]}
+    def check(self, always: bool = False, console: Console | None = None) -> bool:
+        """Read the whole store, unless it was found right before; whether it was read now.
+
+        Beside what `verify` compares: that documents are framed in the rows as the manifest says. always: read it
+        whatever is remembered. Raises DataError naming the file.
+        """
+        files = [self.directory / name for name in ("manifest.json", *self._files())]
+        key = store_check.identity(files, "all of it")
+        if not always and store_check.known(key):
+            return False
+        self.verify(console, remember=not always)
+        self.check_frames()
+        if store_check.identity(files, "all of it") == key:
+            store_check.keep(key)
+        return True
+
+    def check_frames(self) -> None:
+        """Raise DataError unless the documents stand in the rows as the manifest says, with `bos` and `overlap`."""
+        file, tokenizer = self.directory / "manifest.json", self.tokenizer()
         for source, entry in self._entries.items():
-            expected |= {shard.file: shard.sha256 for shard in entry.shards}
-            expected[f"{source}/documents.jsonl"] = entry.documents_sha256
-        sizes = {name: (self.directory / name).stat().st_size for name in expected}
+            store_check.expect_derived(self.directory / source / "documents.jsonl", entry, self._index(source))
+            for split, documents in self._index(source).items():
+                maps = [self._map(shard) for shard in self._shards(source, split)]
+                frames = self.overlap, tokenizer.bos_id, self.manifest["bos"], tokenizer.eos_id
+                store_check.expect_frames(file, maps, documents, *frames)
+
+    def verify(self, console: Console | None = None, remember: bool = False) -> list[str]:
+        """Compare every file's sha256, ids with the vocabulary and documents with the manifest; returns the names.
+
+        remember: believe what was found right before. Raises DataError for the first bad one.
+        """
+        self._check_sizes()
+        vocabulary = self.manifest["tokenizer"]
+        names = self._files()
+        sizes = {name: (self.directory / name).stat().st_size for name in names}
         with Bar(console, "verifying", sum(sizes.values()), unit="bytes") as bar:
-            for name, sha256 in expected.items():
-                found = sha256_of(self.directory / name)
-                bar.advance(sizes[name])
-                if found != sha256:
-                    raise DataError(f"{self.directory / name}: expected sha256 {sha256}, got {found}")
-        return list(expected)
+            self._check_file(vocabulary["path"], vocabulary["sha256"])
+            for source, entry in self._entries.items():
+                for shard in entry.shards:
+                    self._check_shard(shard, remember, bar.advance)
+                self._check_file(f"{source}/documents.jsonl", entry.documents_sha256)
+                self._documents[source] = read_documents(self.directory / source / "documents.jsonl", entry, False)
+                bar.reach(sum(sizes[name] for name in names[: names.index(f"{source}/documents.jsonl") + 1]))
+        return names
+
+    @property
+    def bytes(self) -> int:
+        """The size of all files but the manifest."""
+        return sum((self.directory / name).stat().st_size for name in self._files())
 
     def rows(self, source: str, split: str = "train") -> int:
         """Rows of a source in a split."""
@@ -218,27 +215,41 @@ class TokenStore:
         span = pack.span_of_row(index, self.seq_len, self.overlap)
         return self._documents_of(source, split).between(span.start, span.stop)
 
-    def rows_of_document(self, document_id: str, split: str = "train") -> tuple[str, range]:
-        """(source, rows): where a document's tokens are; none when in the other split or the dropped end.
+    def rows_of_document(self, document_id: str, split: str = "train") -> tuple[str, Sequence[int]]:
+        """(source, rows): where a document's tokens are; none when in the other split or the dropped end. Of an id
+        that several sources have, those of the first: `occurrences` gives all.
 
-        Raises DataError when no source has the document.
+        Raises ConfigError when no source has the document.
         """
-        if self._source_of is None:
-            self._source_of = {
-                i: source for source in self.sources for s in SPLITS for i in self._documents_of(source, s).position
-            }
-        source = self._source_of.get(document_id)
-        if source is None:
+        return self.occurrences(document_id, split)[0]
+
+    def occurrences(self, document_id: str, split: str = "train") -> list[tuple[str, list[int]]]:
+        """(source, rows) of every source that has a document of this id: the rows of all of them, each once.
+
+        Raises ConfigError when no source has one.
+        """
+        found = []
+        for source in self.sources:
+            if any(document_id in self._documents_of(source, s).position for s in SPLITS):
+                rows: set[int] = set()
+                for document in self._documents_of(source, split).get(document_id):
+                    span, count = (document["start"], document["tokens"]), self.rows(source, split)
+                    rows.update(pack.rows_of_span(*span, self.seq_len, self.overlap, count))
+                found.append((source, sorted(rows)))
+        if not found:
             raise ConfigError(f"{self.directory}: no document {document_id}")
-        document = self._documents_of(source, split).get(document_id)
-        if document is None:
-            return source, range(0)
-        rows = self.rows(source, split)
-        return source, pack.rows_of_span(document["start"], document["tokens"], self.seq_len, self.overlap, rows)
+        return found
 
     def documents(self, source: str, split: str = "train") -> Iterable[dict]:
         """Every document of a source and split in token order."""
         return self._documents_of(source, split).between(0, None)
+
+    def documents_file(self, source: str) -> Path:
+        """documents.jsonl of a source, checked, for those who read it line by line."""
+        file = self.directory / source / "documents.jsonl"
+        if self._checks:
+            store_check.expect_file(file, self._entry(source).documents_sha256)
+        return file
 
     def _entry(self, source: str) -> SourceEntry:
         if source not in self._entries:
@@ -250,71 +261,50 @@ class TokenStore:
 
     def _map(self, shard: Shard) -> np.memmap:
         if shard.file not in self._maps:
+            if self._checks:
+                self._check_shard(shard)
             shape = (shard.rows, self.seq_len + 1)
             self._maps[shard.file] = np.memmap(self.directory / shard.file, self._dtype, "r", shape=shape)
         return self._maps[shard.file]
 
-    def _check_sizes(self) -> None:
-        sizes = {self.manifest["tokenizer"]["path"]: None}
+    def _check_shard(self, shard: Shard, remember: bool = True, say: Callable[[int], None] | None = None) -> None:
+        if remember and shard.file in self._right:
+            return
+        ids = self.manifest["tokenizer"]["vocab_size"]
+        store_check.expect_shard(self.directory / shard.file, shard.sha256, self._dtype, ids, remember, say)
+        self._right.add(shard.file)
+
+    def _check_file(self, name: str, sha256: str) -> None:
+        file = self.directory / name
+        try:
+            found = sha256_of(file)
+        except OSError as error:
+            raise DataError(f"{file}: cannot be read: {error.strerror or error}", file=file) from None
+        if found != sha256:
+            raise DataError(f"{file}: expected sha256 {sha256}, got {found}", file=file)
+
+    def _files(self) -> list[str]:
+        """Every file but the manifest."""
+        names = [self.manifest["tokenizer"]["path"]]
         for source, entry in self._entries.items():
-            sizes[f"{source}/documents.jsonl"] = None
-            for shard in entry.shards:
-                sizes[shard.file] = shard.rows * (self.seq_len + 1) * self._dtype.itemsize
-            for split in SPLITS:
-                listed = sum(shard.rows for shard in self._shards(source, split))
-                if listed != self.rows(source, split):
-                    raise DataError(
-                        f"{self.directory / 'manifest.json'}: sources.{source}: expected shards with "
-                        f"{self.rows(source, split)} {split} rows, got {listed}"
-                    )
-        for name, size in sizes.items():
-            file = self.directory / name
-            if not file.is_file():
-                raise DataError(f"{file}: missing from the token store; run `crystal prepare` again")
-            if size is not None and file.stat().st_size != size:
-                raise DataError(f"{file}: expected {size} bytes, got {file.stat().st_size}")
+            names += [*(shard.file for shard in entry.shards), f"{source}/documents.jsonl"]
+        return names
 
-    def _documents_of(self, source: str, split: str) -> _Documents:
-        self._entry(source)
-        if (source, split) not in self._documents:
-            for s in SPLITS:
-                self._documents[source, s] = _Documents(self.directory / source / "documents.jsonl", s)
-        return self._documents[source, split]
+    def _check_sizes(self) -> None:
+        row = (self.seq_len + 1) * self._dtype.itemsize
+        sizes = {shard.file: shard.rows * row for entry in self._entries.values() for shard in entry.shards}
+        for name in self._files():
+            store_check.expect_size(self.directory / name, sizes.get(name))
 
+    def _index(self, source: str) -> dict[str, Documents]:
+        entry = self._entry(source)
+        if source not in self._documents:
+            file = self.directory / source / "documents.jsonl"
+            try:
+                self._documents[source] = read_documents(file, entry, self._checks)
+            except OSError as error:
+                raise DataError(f"{file}: cannot be read: {error.strerror or error}", file=file) from None
+        return self._documents[source]
 
-class _Documents:
-    """The index of one source and split: starts and ids in memory, the rest read when asked for."""
-
-    def __init__(self, file: Path, split: str) -> None:
-        self.file = file
-        self.starts: list[int] = []
-        self.lines: list[int] = []
-        self.position: dict[str, int] = {}
-        offset = 0
-        with open(file, "rb") as lines:
-            for line in lines:
-                try:
-                    document = json.loads(line)
-                except ValueError:
-                    raise DataError(f"{file}: damaged at byte {offset}; see `crystal data verify RUN`") from None
-                if document["split"] == split:
-                    self.position[document["id"]] = len(self.starts)
-                    self.starts.append(document["start"])
-                    self.lines.append(offset)
-                offset += len(line)
-
-    def get(self, document_id: str) -> dict | None:
-        i = self.position.get(document_id)
-        return None if i is None else self._read(i, i + 1)[0]
-
-    def between(self, start: int, stop: int | None) -> list[dict]:
-        """Documents with a token at one of the stream positions start ... stop-1."""
-        first = max(0, bisect_right(self.starts, start) - 1)
-        return self._read(first, len(self.starts) if stop is None else bisect_left(self.starts, stop))
-
-    def _read(self, first: int, last: int) -> list[dict]:
-        if last <= first:
-            return []
-        with open(self.file, "rb") as file:
-            file.seek(self.lines[first])
-            return [json.loads(file.readline()) for _ in range(first, last)]
+    def _documents_of(self, source: str, split: str) -> Documents:
+        return self._index(source)[split]

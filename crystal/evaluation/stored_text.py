@@ -1,7 +1,7 @@
 """The text that a run was trained on, document by document, out of the token store: no corpus is needed for it.
 
-What the store dropped (the end of a source that filled no row) was trained on by nobody and is not here. Opening the
-store compares sizes; checksums are `crystal data verify RUN`'s business.
+What the store dropped (the end of a source that filled no row) was trained on by nobody and is not here. Files are
+compared with their checksums when they are first read on a machine.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def _tokens(store: TokenStore, source: str, split: str, start: int, stop: int, s
 
 def _listed(store: TokenStore, source: str, split: str) -> Iterator[dict]:
     """documents.jsonl, a line at a time."""
-    file = store.directory / source / "documents.jsonl"
+    file = store.documents_file(source)
     with open(file, "rb") as lines:
         for number, line in enumerate(lines, 1):
             try:

@@ -54,13 +54,15 @@ def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer | PlainTokenizer:
     """The tokenizer saved in a checkpoint, with CrystalCoder's added tokens where the checkpoint says that they are in
     use (older ones do not say: where the model has room for them).
 
-    Raises CheckpointError when there is none, or its vocabulary is larger than the model's.
+    Raises CheckpointError when there is none, when it is not the one that was saved, or its vocabulary is larger than
+    the model's.
     """
     state = checkpoint.state
     name = state.get("tokenizer")
     if not name:
         raise CheckpointError(f"{checkpoint.directory}: expected a tokenizer, the checkpoint was saved without")
-    path, vocab_size = checkpoint.directory / name, state["model"]["vocab_size"]
+    checkpoint.expect_files()
+    path, vocab_size = checkpoint.directory / name, model_config_of(checkpoint).vocab_size
     if state.get("tokenizer_kind", "plain" if "eos_id" in state else "llama") == "plain":
         return PlainTokenizer(path, state.get("eos_id"))
     said = state.get("added_tokens")
@@ -74,6 +76,7 @@ def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer | PlainTokenizer:
 
 def tokenizer_of(checkpoint: Checkpoint) -> Tokenizer | PlainTokenizer | None:
     """As `load_tokenizer`; None for a checkpoint that was saved without one."""
+    checkpoint.expect_files()
     return load_tokenizer(checkpoint) if checkpoint.state.get("tokenizer") else None
 
 

@@ -18,26 +18,41 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from crystal.backends.config import OptimizerConfig, load_preset
-from crystal.config import CONFIGS, Config, Strict, find, load_yaml, override, parse
+from crystal.config import (
+    CONFIGS,
+    Config,
+    Count,
+    Seed,
+    Strict,
+    called_by,
+    find,
+    load_yaml,
+    mistake,
+    override,
+    parse,
+    within,
+)
 from crystal.errors import ConfigError, WrongValue
 from crystal.kernels import tuning
 from crystal.mup.tolerances import MAX_REGRET, MAX_SHIFT
 from crystal.mup.transfer import Trial
 from crystal.run import RunFile, load_run
 from crystal.sweeps.trial import Length, Rows
-from crystal.zoo.config import ModelConfig, with_width
+from crystal.zoo.config import Depth, Factor, ModelConfig, MupConfig, Width, with_width
 
 Parametrization = Literal["sp", "mup", "crystalcoder", "completep"]
 Parameter = Literal["lr", "init_std", "embedding_multiplier", "output_alpha", "weight_decay"]
-Count = Annotated[int, Field(gt=0)]
+Log2 = Annotated[float, within(-60, 60)]
+MAX_MODELS, MAX_TRIALS = 500, 100_000  # more than a sweep of weeks has
+MAX_LR, MAX_WEIGHT_DECAY = 1000, 1000  # what a run may have, see CurriculumConfig and OptimizerConfig
 
 
 class Range(Strict):
     """Where a hyperparameter is searched: a list of values, or powers of two from low to high in steps."""
 
     values: tuple[float, ...] | None = None
-    log2: tuple[float, float] | None = None
-    step: float = Field(1.0, gt=0)
+    log2: tuple[Log2, Log2] | None = None
+    step: Annotated[float, Field(gt=0), within(0.01, 120)] = 1.0
 
     @model_validator(mode="after")
     def _one(self) -> Range:
@@ -47,6 +62,8 @@ class Range(Strict):
             raise WrongValue(f"expected [low, high], got {list(self.log2)}", "log2")
         if self.values is not None and (not self.values or min(self.values) <= 0):
             raise WrongValue("expected positive numbers", "values")
+        if self.values is not None and (min(self.values) < 2.0**-60 or max(self.values) > 2.0**60):
+            raise WrongValue("expected numbers from 2^-60 to 2^60", "values")
         return self
 
     def grid(self) -> list[float]:
@@ -67,28 +84,28 @@ class Target(Strict):
 class SweepConfig(Strict):
     """The whole of a sweep file."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9._-]+$")
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$"), called_by]
     run: str = Field(description="run file that gives corpus, tokenizer and mix: beside the sweep's, or packaged")
     set: dict[str, float | int | str | bool] = Field({}, description="overrides of the run")
     stage: Count = 1
     family: str
     parametrization: Parametrization
     beside: tuple[Parametrization, ...] = ()
-    base_d_model: Count
-    widths: tuple[Count, ...] = Field(min_length=1)
-    depths: tuple[Count, ...] = Field((2,), min_length=1)
+    base_d_model: Width
+    widths: tuple[Width, ...] = Field(min_length=1)
+    depths: tuple[Depth, ...] = Field((2,), min_length=1)
     model: dict[str, float | int | str | bool] = Field({}, description="settings of the models' mup section")
     steps: Count
     warmup_fraction: float = Field(0.1, ge=0, le=1)
     final_fraction: float = Field(0.1, ge=0, le=1)
     eval_rows: Count = 16
     dtype: Literal["auto", "bf16", "fp32"] = Field("auto", description="compute; auto: the faster where it begins")
-    seeds: tuple[int, ...] = Field((1, 2, 3), min_length=1)
+    seeds: tuple[Seed, ...] = Field((1, 2, 3), min_length=1)
     sampler: Literal["grid", "random", "tpe"] = "grid"
     trials: Count | None = Field(None, description="random and tpe: points of each width and depth")
     search: dict[Parameter, Range]
-    max_shift: float = Field(MAX_SHIFT, gt=0, description="octaves")
-    max_regret: float = Field(MAX_REGRET, gt=0)
+    max_shift: Factor = Field(MAX_SHIFT, description="octaves")
+    max_regret: Factor = MAX_REGRET
     target: Target | None = None
 
     @model_validator(mode="after")
@@ -105,6 +122,13 @@ class SweepConfig(Strict):
             )
         if self.sampler != "grid" and self.trials is None:
             raise WrongValue(f"expected a number with sampler: {self.sampler}", "trials")
+        models = len(self.widths) * len(self.depths) * (1 + len(self.beside))
+        if models > MAX_MODELS:
+            raise WrongValue(f"expected at most {MAX_MODELS:,} models in all, got {models:,}", "widths")
+        grid = math.prod(len(space.grid()) for space in self.search.values()) * len(self.seeds)
+        each = grid if self.sampler == "grid" else self.trials
+        if models * each > MAX_TRIALS:
+            raise WrongValue(f"expected at most {MAX_TRIALS:,} trials in all, got {models * each:,}", "search")
         return self
 
 
@@ -202,7 +226,20 @@ def sweep_of(source: Config, out: Path | None = None) -> Sweep:
     sweep = Sweep(config, source, run, target, out or Path("sweeps") / config.name)
     for shape in sweep.shapes():
         sweep.model(*shape)
+    _check_search(sweep)
     return sweep
+
+
+def _check_search(sweep: Sweep) -> None:
+    """Raise ConfigError for a search that goes where no run may, so that no trial ends there after hours of others."""
+    most = {"lr": MAX_LR, "weight_decay": MAX_WEIGHT_DECAY}
+    for name, space in sweep.config.search.items():
+        for value in (min(space.grid()), max(space.grid())):
+            if value > most.get(name, math.inf):
+                raise mistake(sweep.source, ("search", name), f"expected at most {most[name]:,}, got {value:g}")
+            if name not in most:
+                mup = sweep.model(*sweep.shapes()[0]).mup.model_dump() | {name: value}
+                parse(MupConfig, mup, f"{sweep.source.where(('search', name))}: search")
 
 
 def _run_file(source: Config, name: str, *loc: str) -> Path:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import yaml
 
-from crystal.config import Config, merge, parse
+from crystal.config import MAX_NAME, Config, merge, parse
 from crystal.errors import ConfigError
 from crystal.files import write_whole
 from crystal.run import RunConfig, load_run
@@ -35,7 +35,7 @@ def write_target(sweep: Sweep, result: dict, file: Path) -> None:
     run = sweep.target.config
     written = {
         "extends": name_from(file.parent, sweep.target.path),
-        "name": f"{run.name}-from-{sweep.config.name}",
+        "name": f"{run.name}-from-{sweep.config.name}"[:MAX_NAME],
         **_changes(sweep, result["best"]),
         "provenance": {
             "sweep": f"{sweep.config.name} {result['fingerprint'][:16]}",

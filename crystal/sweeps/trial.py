@@ -67,7 +67,7 @@ class Rows:
 
     @cached_property
     def store(self) -> TokenStore:
-        return TokenStore.open(prepare_run(self.run))
+        return TokenStore.open(prepare_run(self.run), verify=self.run.config.data.verify)
 
     def batches(self, seed: int) -> tuple[Batches, int]:
         """(batches, global step at which the stage starts) with rows in the seed's own order."""

@@ -53,7 +53,7 @@ class Batches:
             (source, index)
             for document in without
             if document not in self._sources_without
-            for source, rows in [store.rows_of_document(document)]
+            for source, rows in store.occurrences(document)
             for index in rows
         }
 

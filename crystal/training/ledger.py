@@ -22,7 +22,7 @@ class Ledger:
     """
 
     def __init__(self, run: RunFile, console=None, store: TokenStore | None = None):
-        self.store = store or TokenStore.open(prepare_run(run, console))
+        self.store = store or TokenStore.open(prepare_run(run, console), verify=run.config.data.verify)
         self.curriculum = resolve(run.config.curriculum, run.source, self.store.sources)
         train = run.config.train
         self.batches = Batches(self.curriculum, self.store, train.seed, train.micro_batch_size, train.without)
@@ -56,10 +56,14 @@ class Ledger:
         return {"step": step, "rows": rows}
 
     def when(self, document: str) -> dict:
-        """All steps at which a document is seen in the run, past or to come. Raises ConfigError for an unknown one."""
-        source, rows = self.store.rows_of_document(document)
-        steps = sorted({step for step, _, _ in self.sightings(source, rows)})
-        return {"document": document, "source": source, "rows": [*rows], "steps": steps}
+        """All steps at which a document is seen in the run, past or to come; of an id that several documents have, all
+        of theirs, and `occurrences` where they are of several sources. Raises ConfigError for an unknown one."""
+        found = self.store.occurrences(document)
+        steps = sorted({step for source, rows in found for step, _, _ in self.sightings(source, rows)})
+        source, rows = found[0]
+        answer = {"document": document, "source": source, "rows": rows, "steps": steps}
+        several = [{"source": source, "rows": rows} for source, rows in found]
+        return answer if len(found) == 1 else answer | {"occurrences": several}
 
     def sightings(self, source: str, rows: Iterable[int]) -> list[tuple[int, str, int]]:
         """When rows of a source are read, past or to come: (step, stage, epoch within the stage), in order."""

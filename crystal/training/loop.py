@@ -137,8 +137,9 @@ class Trainer:
             self.held = True
             return
         saved = checkpoint.read(checkpoint.step_directory(self.checkpoints, self.position))
-        if "backend" not in saved.state:
+        if saved.state.get("backend") is None:
             raise CheckpointError(f"{saved.directory}: expected a checkpoint of this run, it has no optimizer state")
+        saved.expect_model(self.config.model)
         with self.display.doing(f"reading {saved.directory.name}"):
             self.backend.load(saved.tensors, saved.state["backend"])
 

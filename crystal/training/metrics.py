@@ -1,7 +1,8 @@
 """The record of a run: metrics.jsonl, a line a step, and events.jsonl, a line an event. TensorBoard is a reader.
 
 A line is flushed when it is written, so a killed run loses at most a torn last line. Resuming at a step drops what
-was recorded after it: those steps are about to be made again, bit for bit.
+was recorded after it: those steps are about to be made again, bit for bit. A line that is damaged is left out by all
+readers, with a note, stays in the file as it is, and never keeps a run from going on.
 """
 
 from __future__ import annotations
@@ -9,11 +10,15 @@ from __future__ import annotations
 import datetime
 import json
 import math
+import os
+import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 from crystal.config import load_yaml
 from crystal.files import replacing
+from crystal.output.printable import printable_line
 
 
 class Metrics:
@@ -113,26 +118,81 @@ def _finite(value: object) -> object:
 
 
 def read_metrics(run_dir: Path) -> Iterator[dict]:
-    """The records of a run, in order; a torn line is left out."""
-    path = run_dir / "metrics.jsonl"
-    if not path.exists():
-        return
-    with path.open(encoding="utf-8") as lines:
-        for line in lines:
-            try:
-                yield json.loads(line)
-            except ValueError:
-                continue
+    """The records of a run, in order; a torn last line is left out, and a damaged one with a note on stderr."""
+    path, damaged = run_dir / "metrics.jsonl", []
+    for number, line, record in _lines(path):
+        if record is not None:
+            yield record
+        elif line.endswith(b"\n"):
+            damaged.append(number)
+    if damaged:
+        _note_damaged(path, damaged[0], len(damaged) - 1)
+
+
+def _lines(path: Path) -> Iterator[tuple[int, bytes, dict | None]]:
+    """(number from 1, line as it stands, record or None where it is none) of metrics.jsonl; nothing without a file."""
+    if path.exists():
+        with path.open("rb") as lines:
+            for number, line in enumerate(lines, 1):
+                yield number, line, _record(line)
+
+
+@cache  # once in a process
+def _note_damaged(path: Path, first: int, more: int) -> None:
+    others = f" and {more:,} more" if more else ""
+    print(
+        printable_line(f"crystal: {path}: line {first}{others}: expected a step's record; left out, and kept as it is"),
+        file=sys.stderr,
+    )
+
+
+_PLAIN = (int, float, type(None))
+
+
+def _record(line: bytes) -> dict | None:
+    """A line's record; None where it is damaged. What came later knows more keys, so those are taken as they are."""
+    try:
+        record = json.loads(line.decode(), parse_constant=_no_number)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(record, dict) or type(record.get("step")) is not int:
+        return None
+    numbers = [record.get(key) for key in ("loss", "lr", "grad_norm", "tokens_per_second", "tokens", "val_loss_mean")]
+    for key in ("source_loss", "val_loss"):
+        by_source = record.get(key, {})
+        if not isinstance(by_source, dict):
+            return None
+        numbers += by_source.values()
+    if any(type(value) not in _PLAIN or (value is not None and not -1e300 < value < 1e300) for value in numbers):
+        return None
+    kinds = type(record.get("stage", 1)) is int and type(record.get("applied", True)) is bool
+    return record if kinds and 0 <= record["step"] < 1 << 48 else None
+
+
+def _no_number(word: str) -> None:
+    raise ValueError(f"{word} is no number")
 
 
 def _keep(path: Path, last_step: int) -> None:
-    """Drop every record after `last_step`, atomically."""
-    with replacing(path) as aside, aside.open("w", encoding="utf-8") as out:
-        out.writelines(json.dumps(r) + "\n" for r in read_metrics(path.parent) if r["step"] <= last_step)
+    """Drop every record after `last_step`, and a torn last line, atomically; the rest stays byte for byte."""
+    reached = False
+    with replacing(path) as aside, aside.open("wb") as out:
+        for _, line, record in _lines(path):
+            if record is not None:
+                reached |= record["step"] >= last_step
+                keeps = record["step"] <= last_step
+            else:  # after the last step it is one of those that are about to be made again
+                keeps = line.endswith(b"\n") and not reached
+            if keeps:
+                out.write(line if line.endswith(b"\n") else line + b"\n")
 
 
 def event(run_dir: Path, kind: str, **details) -> None:
-    """Append one line to events.jsonl: what happened, when (UTC), and the details."""
+    """Append one line to events.jsonl: what happened, when (UTC), and the details. A torn line before it stays one."""
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    with (run_dir / "events.jsonl").open("a", encoding="utf-8") as file:
-        file.write(json.dumps({"time": now, "event": kind, **details}) + "\n")
+    with (run_dir / "events.jsonl").open("ab+") as file:
+        line = json.dumps({"time": now, "event": kind, **details}) + "\n"
+        if file.seek(0, os.SEEK_END):
+            file.seek(-1, os.SEEK_END)
+            line = line if file.read(1) == b"\n" else "\n" + line
+        file.write(line.encode())

@@ -10,17 +10,22 @@ import subprocess
 from pathlib import Path
 
 import yaml
+from pydantic import ConfigDict
 
 import crystal
 from crystal.backends.machine import with_dtype
-from crystal.config import load_yaml, parse
+from crystal.bounded_yaml import shortened
+from crystal.checkpoint import steps
+from crystal.config import Strict, load_yaml, parse
 from crystal.data.store import TokenStore
 from crystal.errors import ConfigError, RunError
 from crystal.files import write_whole
 from crystal.kernels import tuning
 from crystal.mup.plan import Plan
+from crystal.output.printable import printable_line
 from crystal.run import RunConfig, RunFile
 
+FORMAT = 1  # of a run directory; those of 0.1.0 do not say it
 _PACKAGES = ("torch", "numpy", "mup", "sentencepiece", "transformers", "safetensors", "triton")
 # what may change between two starts of one run, beside where its steps run (`backend`, all but its dtype);
 # where its text and vocabulary lie counts for nothing, what they hold does (manifest.json)
@@ -29,11 +34,34 @@ _FREE = {
     ("data", "corpus"),
     ("data", "tokenizer", "path"),
     ("data", "dir"),
+    ("data", "verify"),
     ("train", "checkpoint_every"),
     ("train", "keep_checkpoints"),
     ("train", "max_bad_steps"),
     ("train", "evaluate"),
 }
+
+
+class _Data(Strict):
+    model_config = ConfigDict(extra="allow")
+
+    store: str | None = None
+    tokenizer_sha256: str | None = None
+
+
+class _Choices(Strict):
+    identity: dict
+    choices: dict
+
+
+class _Manifest(Strict):
+    """What a run is gone on with by; the rest of manifest.json is for people."""
+
+    model_config = ConfigDict(extra="allow")
+
+    format: int = FORMAT
+    data: _Data
+    tuning: tuple[_Choices, ...] = ()
 
 
 def with_recorded_dtype(run: RunFile) -> RunFile:
@@ -59,7 +87,8 @@ def open_run(run: RunFile, plan: Plan, store: TokenStore, backend: dict, choices
     """Make the run directory, or check that the one there belongs to this run. Returns it.
 
     backend: what it says of itself; choices: those to record, of `crystal.backends.machine`.
-    Raises ConfigError naming the first key (or the data) that differs from when the run began.
+    Raises ConfigError naming the first key (or the data) that differs from when the run began, RunError where its
+    manifest is gone or damaged: what the run was made from is not guessed.
     """
     directory = run.config.directory
     config_path, manifest_path = directory / "config.yaml", directory / "manifest.json"
@@ -83,7 +112,9 @@ def open_run(run: RunFile, plan: Plan, store: TokenStore, backend: dict, choices
         if manifest.get("tuning", []) != choices:  # the run has moved to another kind of machine
             write_whole(manifest_path, json.dumps(manifest | {"tuning": choices}, indent=1))
         return directory
+    _expect_no_run(directory, manifest_path)
     manifest = {
+        "format": FORMAT,
         "name": run.config.name,
         "code": {"crystal": crystal.__version__, "commit": _commit()},
         "python": platform.python_version(),
@@ -104,13 +135,35 @@ def open_run(run: RunFile, plan: Plan, store: TokenStore, backend: dict, choices
     return directory
 
 
+def _expect_no_run(directory: Path, manifest_path: Path) -> None:
+    """Raise RunError where a directory without a manifest holds a run's records."""
+    recorded = [name for name in ("metrics.jsonl", "events.jsonl") if (directory / name).exists()]
+    found = steps(directory / "checkpoints")
+    if found or recorded:
+        what = f"the checkpoint of step {found[-1]}" if found else recorded[0]
+        raise RunError(
+            f"{manifest_path}: expected the manifest of the run that {what} is of, it is not there; nothing else says "
+            f"what data and code that was: restore it, or set another run_dir",
+            file=manifest_path,
+        )
+
+
 def _read_manifest(path: Path) -> dict:
-    """Its "data" is there. Raises ConfigError."""
+    """Raises RunError where it is damaged or of a newer format."""
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        return manifest | {"data": dict(manifest["data"])}
-    except (OSError, ValueError, KeyError, TypeError):
-        raise RunError(f"{path}: expected a run's manifest; restore it or set another run_dir") from None
+        manifest = json.loads(path.read_bytes().decode(), parse_constant=float)
+        parse(_Manifest, manifest, str(path))
+    except (OSError, ValueError, RecursionError, ConfigError) as error:
+        why = error if isinstance(error, ConfigError) else "it cannot be read"
+        reason = printable_line(shortened(str(why).removeprefix(f"{path}: "), 300))
+        raise RunError(
+            f"{path}: expected a run's manifest: {reason}; restore it or set another run_dir", file=path
+        ) from None
+    if manifest.get("format", FORMAT) != FORMAT:
+        raise RunError(
+            f"{path}: format: expected {FORMAT}, got {manifest['format']}: another crystal wrote it", file=path
+        )
+    return manifest
 
 
 def _version(package: str) -> str | None:

@@ -71,7 +71,7 @@ def start(
     check_until(run, until)
     chosen = None if stage is None else resolve(run.config.curriculum, run.source).numbered(stage)
     with alone_in(run.config.directory) if is_first() else contextlib.nullcontext():
-        store = TokenStore.open(prepare_run(run, console))
+        store = TokenStore.open(prepare_run(run, console), verify=run.config.data.verify)
         with Bar(console, "building the model", lines=20, unit="step") as bar:
             trainer = Trainer(run, store, _Screen(bar), evaluator, like)
             outcome = trainer.train(chosen, until)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 import yaml
 
+from crystal.bounded_yaml import shortened
+from crystal.config import MAX_NAME, RESERVED
 from crystal.data.corpus.sniff import Found, is_code, sources_of
 from crystal.errors import ConfigError
 from crystal.files import write_whole
@@ -37,7 +40,7 @@ def init(directory: Path, data: Sequence[Path], name: str | None) -> dict:
     sizes = {source: sum(f.size for f in found) for source, found in sources.items()} or SAMPLE
     if sum(sizes.values()) < SMALLEST:
         raise ConfigError(f"--data: expected {SMALLEST:,} bytes of text or more, found {sum(sizes.values()):,}")
-    name = name or directory.resolve().name or "mine"
+    name = _checked(name) if name else _plain(directory.resolve().name)
     steps = max(FEWEST, min(MOST, round(EPOCHS * sum(sizes.values()) / BYTES_PER_TOKEN / (SEQ_LEN * BATCH))))
     texts = {
         "curriculum.yaml": _curriculum(sizes, steps),
@@ -64,6 +67,21 @@ def init(directory: Path, data: Sequence[Path], name: str | None) -> dict:
             f'crystal generate runs/{name} --prompt "The " --temperature 0.8',
         ],
     }
+
+
+def _checked(name: str) -> str:
+    """A run's name that was asked for. Raises ConfigError."""
+    if _plain(name) != name:
+        kinds = "letters, digits, '.', '_' and '-'"
+        message = f"expected {kinds}, the first no '.' or '-', {MAX_NAME} at most, and no file's name"
+        raise ConfigError(f"--name: {message}, got {shortened(name)!r}")
+    return name
+
+
+def _plain(text: str) -> str:
+    """A text as a name that run files and recipes take."""
+    plain = re.sub(r"[^A-Za-z0-9._-]+", "-", text).lstrip("-.")[:MAX_NAME] or "mine"
+    return plain.replace(".", "-") if plain.lower() in RESERVED else plain
 
 
 def _quoted(text: str) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from crystal.mup.plan import Plan, TensorPlan, make_plan
 from crystal.mup.rules import Tuning
@@ -17,9 +18,19 @@ RESIDUAL_OUT = ("attn.out.weight", "mlp.down.weight")
 _NEUTRAL = Multipliers(1.0, 1.0, 1.0, 1.0)
 
 
+class _LeftAsTheyAre(TorchFunctionMode):
+    """Tensors are not initialized: on the meta device that does nothing, and imports torch._dynamo for seconds."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return kwargs.get("tensor", args[0] if args else None)
+        return func(*args, **kwargs)
+
+
 def meta_decoder(config: ModelConfig, multipliers: Multipliers = _NEUTRAL) -> Decoder:
     """The decoder on the meta device: shapes and structure, no memory."""
-    with torch.device("meta"):
+    with torch.device("meta"), _LeftAsTheyAre():
         return Decoder(config, multipliers)
 
 

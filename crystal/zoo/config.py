@@ -5,12 +5,19 @@ from __future__ import annotations
 import re
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from crystal.config import CONFIGS, Config, Strict, layer, load_yaml, merge, nearest, parse
+from crystal.config import CONFIGS, Config, Count, Strict, layer, load_yaml, merge, nearest, parse, within
 from crystal.errors import ConfigError, WrongValue
+
+Width = Annotated[int, Field(gt=0), within(1, 1 << 20)]  # a matrix of such sides has 4 TB in fp32
+Hidden = Annotated[int, Field(gt=0), within(1, 1 << 24)]
+Depth = Annotated[int, Field(gt=0), within(1, 4096)]  # blocks are objects: a plan of so many takes seconds to make
+Factor = Annotated[float, Field(gt=0), within(1e-9, 10**9)]  # on activations and weights: fp32 holds its square
+Cut = Annotated[float, Field(gt=0), within(0.1, 1000)]  # draws are repeated until they are inside: of 0.1 sigma, 8%
+Eps = Annotated[float, Field(gt=0), within(1e-30, 1)]  # fp32 holds it, and norms make variances of 1
 
 
 class MupConfig(Strict):
@@ -19,14 +26,14 @@ class MupConfig(Strict):
     parametrization: Literal["sp", "mup", "crystalcoder", "completep"] = Field(
         "sp", description="standard, muP, muP in Cerebras' form, or CompleteP"
     )
-    base_d_model: int = Field(256, gt=0, description="width at which lr and init_std were tuned")
-    base_n_layers: int | None = Field(None, gt=0, description="depth at which they were tuned (completep only)")
+    base_d_model: Width = Field(256, description="width at which lr and init_std were tuned")
+    base_n_layers: Depth | None = Field(None, description="depth at which they were tuned (completep only)")
     depth_alpha: float = Field(1.0, ge=0.5, le=1.0, description="CompleteP: residual branches x m_L^-alpha")
-    embedding_multiplier: float = Field(1.0, gt=0, description="embedding output x this")
-    output_alpha: float = Field(1.0, gt=0, description="logits x output_alpha / m")
+    embedding_multiplier: Factor = Field(1.0, description="embedding output x this")
+    output_alpha: Factor = Field(1.0, description="logits x output_alpha / m")
     attention_scale: Literal["1/d", "1/sqrt_d"] = Field("1/sqrt_d", description="attention scores x this; d: of a head")
-    init_std: float = Field(0.02, gt=0, description="parent-normal sigma at the base width")
-    init_truncate: float | None = Field(None, gt=0, description="cut the normal at this many sigmas")
+    init_std: Factor = Field(0.02, description="parent-normal sigma at the base width")
+    init_truncate: Cut | None = Field(None, description="cut the normal at this many sigmas")
     residual_init_2l: bool = Field(False, description="residual-out matrices: sigma / sqrt(2 n_layers)")
     weight_decay: Literal["coupled", "independent"] = Field(
         "coupled", description="coupled: one lambda for all; independent: lambda x m where lr is / m"
@@ -42,18 +49,22 @@ class MupConfig(Strict):
 class ModelConfig(Strict):
     """One decoder-only transformer. Sizes in elements; see `docs/models.md` for the presets."""
 
-    d_model: int = Field(gt=0, description="width of the residual stream")
-    n_layers: int = Field(gt=0, description="blocks")
-    n_heads: int = Field(gt=0, description="attention heads, of d_model / n_heads each")
-    n_kv_heads: int | None = Field(None, gt=0, description="heads of keys and values; null: as many as n_heads")
-    d_ff: int = Field(gt=0, description="width of the feed-forward layer (SwiGLU)")
-    vocab_size: int = Field(gt=0, description="token ids, the tokenizer's padded vocabulary; in a run also auto")
-    max_seq_len: int = Field(2048, gt=0, description="longest sequence that it is built for, in tokens")
+    d_model: Width = Field(description="width of the residual stream")
+    n_layers: Depth = Field(description="blocks")
+    n_heads: Width = Field(description="attention heads, of d_model / n_heads each")
+    n_kv_heads: Width | None = Field(None, description="heads of keys and values; null: as many as n_heads")
+    d_ff: Hidden = Field(description="width of the feed-forward layer (SwiGLU)")
+    vocab_size: Count = Field(description="token ids, the tokenizer's padded vocabulary; in a run also auto")
+    max_seq_len: Annotated[int, within(1, 1 << 27)] = Field(
+        2048, gt=0, description="longest sequence that it is built for, in tokens"
+    )
     norm: Literal["layernorm", "rmsnorm"] = Field("rmsnorm", description="before attention, feed-forward and head")
-    norm_eps: float = Field(1e-6, gt=0, description="added to the variance in the norms")
+    norm_eps: Eps = Field(1e-6, description="added to the variance in the norms")
     bias: bool = Field(False, description="whether every linear but the head has a bias")
     rotary_fraction: float = Field(1.0, gt=0, le=1, description="part of each head that is rotated by position")
-    rotary_base: float = Field(10000.0, gt=0, description="of the rotation's wavelengths (theta)")
+    rotary_base: Annotated[float, within(1, 10**12)] = Field(
+        10000.0, gt=0, description="of the rotation's wavelengths (theta)"
+    )
     rotary_style: Literal["interleaved", "half"] = Field(
         "half", description="which dimensions are pairs: 2i, 2i+1 or i, i+d/2"
     )
@@ -111,7 +122,7 @@ def with_width(config: ModelConfig, d_model: int) -> ModelConfig:
     changed = {"d_model": d_model, "n_heads": heads, "d_ff": d_ff_at(config, d_model)}
     if config.n_kv_heads is not None:
         changed["n_kv_heads"] = int(kv_heads)
-    return ModelConfig(**(config.model_dump(exclude=set(changed) | {"mup"}) | changed), mup=config.mup)
+    return parse(ModelConfig, config.model_dump() | changed, f"width {d_model}")
 
 
 LADDER = re.compile(r"(?P<family>[a-z0-9-]+?)-w(?P<width>\d{1,6})(?:-l(?P<layers>\d{1,4}))?")

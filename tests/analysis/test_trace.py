@@ -289,11 +289,13 @@ def test_an_index_that_is_missing_or_damaged_and_another_tokenizer_are_refused(r
         aside.rename(directory)
     other = tmp_path / "other"
     shutil.copytree(run / "checkpoints" / "step-0000014", other)
-    name = json.loads((other / "checkpoint.json").read_text())["state"]["tokenizer"]
+    seal = json.loads((other / "checkpoint.json").read_text())
+    name = seal["state"]["tokenizer"]
     assert "--run: expected one, the checkpoint is not in a run directory" in refused(
         crystal("data", "trace", other, "--prompt", "x")
     )
     (other / name).write_bytes((other / name).read_bytes() + b"\x9a\x01\x00")  # a field that nobody knows
+    (other / "checkpoint.json").write_text(json.dumps(seal | {"files": None, "sha256": None}))  # nor is it under a sum
     message = refused(crystal("data", "trace", other, "--prompt", "x", "--run", run))
     assert "expected the tokenizer of" in message
 

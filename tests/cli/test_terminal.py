@@ -414,7 +414,7 @@ OTHERS = {
     "data stats": "crystal.data.order.StageOrder.counts_at",
     "data show --step 3": "crystal.data.tokenizer.Tokenizer.decode",
     "data where --step 3": "crystal.data.store.TokenStore.documents_in_row",
-    "data when --doc x": "crystal.data.store.TokenStore.rows_of_document",
+    "data when --doc x": "crystal.data.store.TokenStore.occurrences",
     "schedule": "crystal.planning.describe.schedule",
     "train --dry-run": "crystal.planning.describe.dry_run",
     "plan": "crystal.planning.report.plan_run",

@@ -194,4 +194,4 @@ def test_the_ledger_is_exact_both_ways(tokenizer, train, val, seq_len, overlap):
                 assert source == "web"
                 assert list(found) == [r for r, tokens in rows.items() if mine & tokens]
                 other = "val" if split == "train" else "train"
-                assert opened.rows_of_document(i, other) == ("web", range(0))
+                assert opened.rows_of_document(i, other) == ("web", [])

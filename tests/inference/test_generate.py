@@ -216,7 +216,7 @@ def test_a_checkpoint_that_is_not_the_models_is_one_line(tmp_path):
         load_decoder(checkpoint(tmp_path / "a", skip="blocks.1.attn.q.weight"))
     named = [(f"model.{n}", t[:1] if n == "norm.bias" else t) for n, t in tensors(CRYSTAL)]
     write(tmp_path / "b", named, {"model": CRYSTAL.model_dump(mode="json")})
-    with pytest.raises(CheckpointError, match=r"norm\.bias \[1\]: expected each tensor of the model once"):
+    with pytest.raises(CheckpointError, match=r"norm\.bias: expected \[\d+\] in F32, got \[1\]"):
         load_decoder(tmp_path / "b")
     write(tmp_path / "c", named, {})
     with pytest.raises(ConfigError, match=r"c: model"):

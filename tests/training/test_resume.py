@@ -194,9 +194,9 @@ def test_two_processes_do_not_train_in_one_directory(make_run, train):
 
 def test_weights_that_may_be_ruined_replace_nothing_good(make_run, train):
     path = make_run(**{"train.max_bad_steps": 4, "train.checkpoint_every": 1, "train.keep_checkpoints": 1})
-    changes = {"curriculum.stages.english.lr": "[{from: 0.01, to: 0.01, steps: 3}, {from: 1e30, to: 1e30, jump: true}]"}
+    jump = "curriculum.stages.english.lr=[{from: 0.01, to: 0.01, steps: 3}, {from: 1000, to: 1000, jump: true}]"
     with pytest.raises(RunError, match="not finite"):
-        train(path, *(f"{k}={v}" for k, v in changes.items()))
+        train(path, jump, "optimizer.weight_decay=1000")  # which multiplies weights by a million a step
     run_dir = path.parent / "run"
     last_applied = max(r["step"] for r in read_metrics(run_dir) if r.get("applied"))
     assert checkpoint.steps(run_dir / "checkpoints") == [last_applied]

@@ -16,14 +16,15 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from crystal.config import Strict, cache_dir, find, load_yaml, nearest, parse
+from crystal.config import Name, Strict, cache_dir, find, load_yaml, nearest, parse
 from crystal.data.corpus import extract, filters, packages, user_files
+from crystal.data.corpus.lines import MAX_LINE
 from crystal.data.corpus.recipe import Entry, Source
 from crystal.errors import ConfigError, CrystalError, DataError
 from crystal.output.interrupts import shielded
@@ -47,8 +48,8 @@ class Document:
 class Recipe(Strict):
     """A corpus: named sources in order."""
 
-    name: str = Field(pattern=r"^[\w.-]+$")
-    sources: dict[Annotated[str, Field(pattern=r"^[\w.-]+$")], Source] = Field(min_length=1)
+    name: Name
+    sources: dict[Name, Source] = Field(min_length=1)
 
     @property
     def fingerprint(self) -> str:
@@ -71,7 +72,7 @@ def load_recipe(name_or_path: str | Path) -> Recipe:
 def _placed(entry: Entry, base: Path) -> Entry:
     if entry.files is None:
         return entry
-    return entry.model_copy(update={"files": os.path.normpath(base / Path(entry.files).expanduser())})
+    return entry.model_copy(update={"files": os.path.normpath(base / os.path.expanduser(entry.files))})
 
 
 def fetch(recipe: Recipe, cache: Path, console: Console | None = None) -> None:
@@ -130,7 +131,21 @@ def documents(
     build(recipe, cache, [source])
     file = _built(source, recipe.sources[source], cache)
     reading.total = file.stat().st_size
-    return _read(file, reading)
+    return _read(file, source, reading)
+
+
+def verify(recipe: Recipe, sources: list[str], cache: Path, console: Console | None = None) -> list[str]:
+    """Read what was extracted of these sources from end to end, each document and the whole compared with their
+    checksums; the files' names. Raises DataError for the first that is damaged."""
+    files = {name: _built(name, recipe.sources[name], cache) for name in sources if _copied(recipe.sources[name])}
+    files = {name: file for name, file in files.items() if file.exists()}
+    reading = user_files.Reading()
+    reading.total = sum(file.stat().st_size for file in files.values())
+    with Bar(console if files else None, f"verifying {recipe.name}", 1) as bar:
+        for name, file in files.items():
+            for _ in _read(file, name, reading):
+                bar.reach(reading.share)
+    return [str(file) for file in files.values()]
 
 
 def build(
@@ -207,18 +222,33 @@ def _build(job: tuple[str, Source, Path, Path], bar: Bar | None = None) -> None:
 
     name, source, cache, aside = job
     with aside.open("wb") as file:
-        with zstandard.ZstdCompressor(level=3).stream_writer(file, closefd=False) as stream:
+        packer = zstandard.ZstdCompressor(level=3, write_checksum=True)  # of the content; whoever reads it compares it
+        with packer.stream_writer(file, closefd=False) as stream:
             for document in _made(name, source, cache, bar=bar):
-                stream.write(json.dumps(asdict(document), ensure_ascii=False).encode("utf-8") + b"\n")
+                line = json.dumps(asdict(document), ensure_ascii=False).encode("utf-8") + b"\n"
+                if len(line) > MAX_LINE:
+                    raise DataError(f"{document.path}: expected a document of at most {MAX_LINE:,} bytes, found more")
+                stream.write(line)
         file.flush()
         os.fsync(file.fileno())
     aside.replace(_built(name, source, cache))
 
 
-def _read(file: Path, reading: user_files.Reading) -> Iterator[Document]:
+def _read(file: Path, source: str, reading: user_files.Reading) -> Iterator[Document]:
+    """The documents of a file in cache/corpora, each compared with its id, which is a hash of it."""
     entry = Entry(license="as recorded", files=str(file))
-    for _, row in user_files.read(file, entry, reading):
+    names = {field.name for field in fields(Document)}
+    for number, row in user_files.read(file, entry, reading):
+        whole = isinstance(row, dict) and row.keys() == names and all(isinstance(value, str) for value in row.values())
+        if not whole or row["source"] != source or row["id"] != _ident(source, row["path"], row["text"]):
+            message = f"expected a document of {source} and its id, found another; delete it to have it made again"
+            raise DataError(f"{file}:{number}: {message}", file=file)
         yield Document(**row)
+
+
+def _ident(source: str, path: str, text: str) -> str:
+    said = f"{source}\0{path}\0{text}"
+    return hashlib.sha256(said.encode("utf-8", "replace")).hexdigest()[:16]
 
 
 def _made(
@@ -246,8 +276,7 @@ def _made(
             if entry.max_bytes and size + length > entry.max_bytes:
                 break
             size, total = size + length, total + length
-            ident = hashlib.sha256(f"{name}\0{path}\0{text}".encode()).hexdigest()[:16]
-            yield Document(ident, text, name, path, license_)
+            yield Document(_ident(name, path, text), text, name, path, license_)
         if bar is not None:
             bar.advance()
     if not total:

@@ -27,6 +27,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from crystal.data.corpus.lines import MAX_EXPANSION
 from crystal.data.corpus.recipe import PACKAGE, Entry
 from crystal.errors import CrystalError, DataError
 from crystal.output.interrupts import child, end_children
@@ -62,6 +63,8 @@ _BACKENDS = (
     "maturin",
 )
 _SMALL = 1 << 18  # bytes below which a file is read again, for a hash of each of very many would fill the cache
+MAX_MEMBER = 1 << 28  # bytes of a member that is read: a dictionary is the largest, of 40 MB
+MAX_ARCHIVE = 1 << 32  # and of all members, beside MAX_EXPANSION times the archive's size
 _NO_NETWORK = "no network, or the package index does not answer"
 
 
@@ -262,7 +265,8 @@ def members(file: Path, include: str, excludes: list[str]) -> list[tuple[str, by
     """(path, content) of the archive's members whose path matches, sorted by path.
 
     Reads .whl, .zip, .tar.gz, .tgz, .deb and their like. The folder that sdists and npm wrap around
-    everything is taken off the paths. Raises DataError for a damaged archive.
+    everything is taken off the paths. Raises DataError for a damaged archive, and for one whose members are larger than
+    MAX_MEMBER, or all together than MAX_ARCHIVE or MAX_EXPANSION times the archive.
     """
     want, unwanted = re.compile(include), [re.compile(pattern) for pattern in excludes]
 
@@ -282,9 +286,11 @@ _DAMAGE = (OSError, EOFError, ValueError, tarfile.TarError, zipfile.BadZipFile, 
 def _members_of_zip(file: Path, wanted: Callable[[str], bool]) -> Iterator[tuple[str, bytes]]:
     wrapped = file.suffix != ".whl"
     with zipfile.ZipFile(file) as archive:
+        room = _Room(file)
         for info in archive.infolist():
             path = info.filename.partition("/")[2] if wrapped else info.filename
             if not info.is_dir() and wanted(path):
+                room.take(info.filename, info.file_size)
                 yield path, archive.read(info)
 
 
@@ -294,11 +300,34 @@ def _members_of_tar(file: Path, wanted: Callable[[str], bool]) -> Iterator[tuple
         _debian_data(file) if debian else file.open("rb") as stream,
         tarfile.open(fileobj=stream, mode="r|*") as archive,
     ):
+        room = _Room(file)
         for member in archive:
+            room.take(member.name, member.size)  # also where it is not wanted: all before the next is unpacked
             path = member.name.removeprefix("./")
             path = path if debian else path.partition("/")[2]
             if member.isfile() and wanted(path):
                 yield path, archive.extractfile(member).read()
+
+
+class _Room:
+    """How much an archive may still unpack to."""
+
+    def __init__(self, file: Path) -> None:
+        self.file, self.left = file, _most(file)
+
+    def take(self, member: str, size: int) -> None:
+        """Raise DataError where a member is too large, or with it all of them are."""
+        self.left -= size
+        if size > MAX_MEMBER:
+            message = f"member {member!r}: expected at most {MAX_MEMBER:,} bytes, got {size:,}"
+            raise DataError(f"{self.file}: {message}", file=self.file)
+        if self.left < 0:
+            message = f"expected members of at most {_most(self.file):,} bytes in all"
+            raise DataError(f"{self.file}: {message}", file=self.file)
+
+
+def _most(file: Path) -> int:
+    return min(max(MAX_MEMBER, MAX_EXPANSION * file.stat().st_size), MAX_ARCHIVE)
 
 
 def _debian_data(file: Path) -> io.BytesIO:
@@ -315,6 +344,9 @@ def _debian_data(file: Path) -> io.BytesIO:
                 return data
             import zstandard
 
-            return io.BytesIO(zstandard.ZstdDecompressor().stream_reader(data).read())
+            unpacked = zstandard.ZstdDecompressor().stream_reader(data).read(_most(file) + 1)
+            if len(unpacked) > _most(file):
+                raise DataError(f"{file}: expected data of at most {_most(file):,} bytes", file=file)
+            return io.BytesIO(unpacked)
         at += 60 + size + size % 2  # members begin at even offsets
     raise ValueError("no data.tar inside")

@@ -8,27 +8,41 @@ text that is taken from it, so that each document can carry one.
 from __future__ import annotations
 
 import re
+import warnings
 from typing import Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from crystal.config import Strict
+from crystal.bounded_yaml import shortened
+from crystal.config import Strict, Tally
 
 PACKAGE = re.compile(
     r"pypi:(?P<pypi>[A-Za-z0-9][\w.-]*)==(?P<pypi_version>[\w.!+]+)"
     r"|deb:(?P<deb>[a-z0-9][a-z0-9+.-]+)(?:=(?P<deb_version>[\w.:~+-]+))?"
-    r"|npm:(?P<npm>(?:@[\w.-]+/)?[\w.-]+)@(?P<npm_version>[\w.+-]+)"
+    # npm takes a word that begins with - for an option, one with . for a directory
+    r"|npm:(?P<npm>(?:@\w[\w.-]*/)?\w[\w.-]*)@(?P<npm_version>\w[\w.+-]*)",
+    re.ASCII,
 )
 _FILES_ONLY = {"text_key", "id_key", "license_key", "where", "skip_bad"}
 _PACKAGE_ONLY = {"archive", "sha256", "include", "exclude", "extract", "start", "stop", "split"}
 
 
+LONGEST = 2000  # characters of a regular expression
+LONGEST_NAME = 200  # of a package with its version: a folder of the cache is called by it
+
+
 def _regex(value: str | None) -> str | None:
+    if value is not None and len(value) > LONGEST:
+        raise ValueError(f"expected a regular expression of at most {LONGEST:,} characters, got {len(value):,}")
     if value is not None:
         try:
-            re.compile(value)
-        except re.error as error:
-            raise ValueError(f"expected a regular expression, got {value!r} ({error})") from None
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                re.compile(value)
+        except (re.error, OverflowError) as error:
+            raise ValueError(f"expected a regular expression, got {shortened(value)!r} ({error})") from None
+        except RecursionError:
+            raise ValueError(f"expected a regular expression with fewer brackets, got {shortened(value)!r}") from None
     return value
 
 
@@ -36,7 +50,7 @@ class Entry(Strict):
     """One place documents come from: exactly one of `package` and `files`."""
 
     license: str = Field(min_length=1)  # SPDX
-    max_bytes: int | None = Field(default=None, gt=0)
+    max_bytes: Tally | None = None
 
     package: str | None = None  # pypi:NAME==VERSION, npm:NAME@VERSION, deb:NAME, deb:NAME=VERSION
     archive: Literal["wheel", "sdist"] = "wheel"  # which of the two of a pypi: package
@@ -48,7 +62,9 @@ class Entry(Strict):
     stop: str | None = None  # … and ends before the next match of this
     split: str | None = None  # a document is cut before every match
 
-    files: str | None = None  # a file, a directory (of rows) or a glob, relative to the recipe
+    files: str | None = Field(
+        default=None, min_length=1
+    )  # a file, a directory (of rows) or a glob, relative to the recipe
     text_key: str = "text"  # keys of a row, dotted where nested
     id_key: str | None = None
     license_key: str | None = None
@@ -60,9 +76,9 @@ class Entry(Strict):
     @field_validator("package")
     @classmethod
     def _known_index(cls, value: str | None) -> str | None:
-        if value is not None and not PACKAGE.fullmatch(value):
+        if value is not None and (len(value) > LONGEST_NAME or not PACKAGE.fullmatch(value)):
             forms = "pypi:NAME==VERSION, npm:NAME@VERSION, deb:NAME or deb:NAME=VERSION"
-            raise ValueError(f"expected {forms}, got {value!r}")
+            raise ValueError(f"expected {forms}, got {shortened(value)!r}")
         return value
 
     @model_validator(mode="after")
@@ -82,7 +98,7 @@ class Source(Strict):
 
     filter: Literal["english", "code", "html", "none"] = "none"  # crystal.data.corpus.filters
     exclude: str | None = None  # of every package here, beside the entry's own
-    max_bytes: int | None = Field(default=None, gt=0)
+    max_bytes: Tally | None = None
     entries: tuple[Entry, ...] = Field(min_length=1)
 
     _regexes = field_validator("exclude")(_regex)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable
@@ -11,7 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from crystal.data.corpus import user_files
+from crystal.config import MAX_NAME, RESERVED
+from crystal.data.corpus import links, user_files
 from crystal.errors import ConfigError, DataError
 
 LANGUAGES = {  # plain files by suffix; code is what FIM and StarCoder's rules are for
@@ -94,7 +94,7 @@ def _groups(path: Path, passed_over: Counter) -> dict[tuple[str, str], list[Path
     """(source, what a recipe calls its files) → files."""
     groups: dict[tuple[str, str], list[Path]] = defaultdict(list)
     base = path.resolve()
-    for file in [base] if base.is_file() else _files_under(base):
+    for file in [base] if base.is_file() else links.files_under(base, hidden=False):
         suffix = _whole_suffix(file)
         rows = user_files.row_format(file) is not None
         language = None if rows else _LANGUAGE_OF.get(f".{suffix.split('.')[1]}" if suffix else "")  # .txt of .txt.gz
@@ -111,15 +111,6 @@ def _groups(path: Path, passed_over: Counter) -> dict[tuple[str, str], list[Path
     return groups
 
 
-def _files_under(directory: Path) -> list[Path]:
-    """Every file below a directory, but hidden ones, which a glob does not see either."""
-    found = []
-    for folder, names, files in os.walk(directory):
-        names[:] = sorted(name for name in names if not name.startswith("."))
-        found += [Path(folder) / name for name in sorted(files) if not name.startswith(".")]
-    return [file for file in found if file.is_file()]
-
-
 def _whole_suffix(file: Path) -> str:
     """The suffix with what it is packed in: .jsonl.zst, .txt.gz."""
     packed = file.suffix.lower() in (".gz", ".zst")
@@ -129,7 +120,9 @@ def _whole_suffix(file: Path) -> str:
 def _name(text: str) -> str:
     """A source's name: letters, digits, dots, underscores and dashes, without a shard's number."""
     plain = re.sub(r"[^A-Za-z0-9._-]+", "-", text)
-    return re.sub(r"[-_.]*\d+([-_.]*of[-_.]*\d+)?$", "", plain).strip("-_.").lower() or plain.strip("-_.") or "data"
+    name = re.sub(r"[-_.]*\d+([-_.]*of[-_.]*\d+)?$", "", plain).strip("-_.").lower() or plain.strip("-_.") or "data"
+    name = name[:MAX_NAME]
+    return name.replace(".", "-") if name.lower() in RESERVED else name
 
 
 def _keys(files: list[Path]) -> dict[str, str]:

@@ -8,22 +8,23 @@ is ever held whole.
 from __future__ import annotations
 
 import codecs
-import contextlib
 import csv
 import errno
 import glob
-import gzip
 import json
+import os
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from crystal.data.corpus import links
+from crystal.data.corpus.lines import MAX_EXPANSION, MAX_LINE, PACKED, Reading, lines, too_large
 from crystal.data.corpus.recipe import Entry
 from crystal.errors import ConfigError, CrystalError, DataError
 
 ROW_FORMATS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
-_PACKED = (".gz", ".zst")  # before which any other suffix but .parquet's may stand
+_BATCH_BYTES = 1 << 30  # of a table's rows that are unpacked at a time, at most
 _PIECE = 32_000  # characters of a plain file that make a document; it is cut at the next empty line
 _KINDS = {".gz": "gzip", ".zst": "zstandard", ".parquet": "Parquet"}
 
@@ -31,58 +32,38 @@ _KINDS = {".gz": "gzip", ".zst": "zstandard", ".parquet": "Parquet"}
 def row_format(file: Path) -> str | None:
     """The suffix in ROW_FORMATS of a file that holds rows; None for a plain file, which is text itself."""
     name = file.name.lower()
-    for packed in _PACKED:
+    for packed in PACKED:  # before which any other suffix but .parquet's may stand
         name = name.removesuffix(packed)
     return next((suffix for suffix in ROW_FORMATS if name.endswith(suffix)), None)
-
-
-class Reading:
-    """How much of some files has been read, for a progress bar: `share` goes from 0 to 1 with their bytes.
-
-    skipped: how many rows and files without text were passed over; first: what was wrong with the first of them.
-    """
-
-    def __init__(self) -> None:
-        self.total = 0
-        self.skipped, self.first = 0, ""
-        self._done = 0
-        self._at: Callable[[], float] = lambda: 0
-
-    @contextlib.contextmanager
-    def of(self, file: Path, at: Callable[[], float]) -> Iterator[None]:
-        """While `file` is read; at() is how many of its bytes have been."""
-        self._at = at
-        try:
-            yield
-        finally:  # also where the rest of a file is not wanted
-            self._done, self._at = self._done + file.stat().st_size, lambda: 0
-
-    def skip(self, what: str) -> None:
-        """Count something that was passed over."""
-        self.first = self.first or what
-        self.skipped += 1
-
-    @property
-    def share(self) -> float:
-        return min((self._done + self._at()) / max(self.total, 1), 1.0)
 
 
 def files(entry: Entry) -> list[tuple[str, Path]]:
     """(name, file) of each file meant by `entry.files`, sorted by name. Of a directory those are its files of rows.
 
     Names are relative to the directory, or to the part of a glob before its first wildcard, so that they do
-    not tell where the data lies. Raises DataError when there is none.
+    not tell where the data lies. Symbolic links are followed (`crystal.data.corpus.links`). Raises ConfigError when
+    there is none, DataError for a link that leads nowhere.
     """
+    try:
+        return _files(entry)
+    except OSError as error:
+        raise DataError(f"{entry.files}: cannot be read: {error.strerror}", file=entry.files) from None
+
+
+def _files(entry: Entry) -> list[tuple[str, Path]]:
     place = Path(entry.files)
     if place.is_dir():
-        base, found = place, [p for p in place.rglob("*") if row_format(p) and p.is_file()]
+        base, found = place, [p for p in links.files_under(place) if row_format(p)]
         if not found:
             raise ConfigError(f"{place}: expected {', '.join(ROW_FORMATS)} files, {_held_by(place)}")
     elif place.is_file():
         base, found = place.parent, [place]
     else:
         base = next((parent for parent in place.parents if not glob.has_magic(str(parent))), Path())
-        found = [p for p in map(Path, glob.glob(entry.files, recursive=True)) if p.is_file()]
+        if "**" in place.parts and base.is_dir():
+            found = links.matches(base, os.path.relpath(place, base))
+        else:
+            found = links.there(map(Path, glob.glob(entry.files)))
         if not found:
             raise ConfigError(f"{place}: {'matches no file' if glob.has_magic(entry.files) else 'does not exist'}")
     return sorted((file.relative_to(base).as_posix(), file) for file in found)
@@ -90,7 +71,7 @@ def files(entry: Entry) -> list[tuple[str, Path]]:
 
 def _held_by(directory: Path) -> str:
     """What a directory without rows has instead, and how to name it."""
-    suffixes = Counter(p.suffix for p in directory.rglob("*") if p.is_file())
+    suffixes = Counter(p.suffix for p in links.files_under(directory))
     if not suffixes:
         return "it has no file"
     (suffix, count), *others = suffixes.most_common()
@@ -234,7 +215,7 @@ def _reason(file: Path, number: int, error: Exception) -> str:
 
 def _json_rows(file: Path, entry: Entry, reading: Reading) -> Iterator[tuple[int, Any]]:
     blank = 0  # the first of the blank lines just read; at the end of a file they do no harm
-    for number, line in enumerate(_lines(file, reading), 1):
+    for number, line in enumerate(lines(file, reading), 1):
         if not line.strip():
             blank = blank or number
             continue
@@ -260,11 +241,24 @@ def _no_json(line: bytes, number: int, error: json.JSONDecodeError) -> str:
 
 
 def _csv_rows(file: Path, entry: Entry, reading: Reading, delimiter: str, whole: bool) -> Iterator[tuple[int, Any]]:
-    csv.field_size_limit(1 << 30)  # a document is a field
-    table = csv.DictReader((line for _, line in _text_lines(file, reading)), delimiter=delimiter, restkey="")
+    csv.field_size_limit(MAX_LINE)  # a document is a field
+    number = size = 0
+
+    def row_lines() -> Iterator[str]:
+        """Lines of the file, counted since the last row: quoted fields may hold ends of lines, and go on."""
+        nonlocal size
+        for _, line in _text_lines(file, reading, None):
+            size += len(line)
+            if size > MAX_LINE:
+                raise DataError(f"{file}:{number + 1}: expected a row of at most {MAX_LINE:,} characters, found more")
+            yield line
+
+    table = csv.DictReader(row_lines(), delimiter=delimiter, restkey="")
     if not whole:
         _check_columns(file, entry, table.fieldnames or [])
-    yield from enumerate(table, 1)
+    for row in table:
+        number, size = number + 1, 0
+        yield number, row
 
 
 def _check_columns(file: Path, entry: Entry, names: list[str]) -> None:
@@ -284,11 +278,27 @@ def _parquet_rows(file: Path, entry: Entry, reading: Reading, whole: bool) -> It
         wanted = {key for key in keys if key} | {key.partition(".")[0] for key in keys if key}
         columns = [name for name in names if whole or name in wanted]
         number, each = 0, file.stat().st_size / max(table.metadata.num_rows, 1)
+        most = _rows_at_a_time(file, table.metadata, columns)
         with reading.of(file, lambda: number * each):
-            for batch in table.iter_batches(batch_size=256, columns=columns):
+            for batch in table.iter_batches(batch_size=most, columns=columns):
                 for row in batch.to_pylist():
                     number += 1
+                    if any(isinstance(value, str | bytes) and len(value) > MAX_LINE for value in row.values()):
+                        raise DataError(f"{file}:{number}: expected values of at most {MAX_LINE:,} bytes, found more")
                     yield number, row
+
+
+def _rows_at_a_time(file: Path, metadata: Any, columns: list[str]) -> int:
+    """How many rows of a table may be unpacked together: where a value is stored once for many rows, each of them may
+    be as large as all that is stored. Raises DataError where more is stored than the file's size allows for."""
+    groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
+    chunks = [group.column(i) for group in groups for i in range(group.num_columns)]
+    chunks = [chunk for chunk in chunks if chunk.path_in_schema.partition(".")[0] in columns]
+    size, most = file.stat().st_size, max(MAX_LINE, MAX_EXPANSION * file.stat().st_size)
+    if sum(max(chunk.total_uncompressed_size, 0) for chunk in chunks) > most or metadata.num_rows > max(size, MAX_LINE):
+        raise too_large(file, 1)
+    largest = max((chunk.total_uncompressed_size for chunk in chunks), default=0)
+    return min(max(_BATCH_BYTES // max(largest, 1), 1), 256)
 
 
 def _pieces(file: Path, reading: Reading) -> Iterator[tuple[int, str]]:
@@ -304,10 +314,10 @@ def _pieces(file: Path, reading: Reading) -> Iterator[tuple[int, str]]:
         yield start, "".join(held)
 
 
-def _text_lines(file: Path, reading: Reading) -> Iterator[tuple[int, str]]:
-    """(number, line) of a text file, line ends as \\n, without a byte order mark; very long lines come in parts."""
+def _text_lines(file: Path, reading: Reading, most: int | None = 1 << 16) -> Iterator[tuple[int, str]]:
+    """(number, line) of a text file, line ends as \\n, without a byte order mark; lines longer than `most` in parts."""
     decoder, number = codecs.getincrementaldecoder("utf-8-sig")(), 1
-    for line in _lines(file, reading, 1 << 16):
+    for line in lines(file, reading, most):
         try:
             text = decoder.decode(line)
         except UnicodeDecodeError as error:
@@ -323,40 +333,3 @@ def _text_lines(file: Path, reading: Reading) -> Iterator[tuple[int, str]]:
 
 def _not_text(byte: int) -> str:
     return f"expected UTF-8 text, found the byte 0x{byte:02x}" + (": is it a binary file?" if byte == 0 else "")
-
-
-def _lines(file: Path, reading: Reading, most: int = -1) -> Iterator[bytes]:
-    """Lines with their ends; most: of about so many bytes at most, longer ones come in parts."""
-    if file.suffix.lower() != ".zst":
-        with file.open("rb") as raw, reading.of(file, raw.tell):
-            stream = gzip.GzipFile(fileobj=raw) if file.suffix.lower() == ".gz" else raw
-            while line := stream.readline(most):
-                yield line
-        return
-    rest = b""
-    for chunk in _zstandard_chunks(file, reading):
-        *lines, rest = (rest + chunk).split(b"\n")
-        for line in lines:
-            yield line + b"\n"
-        if 0 <= most < len(rest):
-            yield rest
-            rest = b""
-    if rest:
-        yield rest
-
-
-def _zstandard_chunks(file: Path, reading: Reading) -> Iterator[bytes]:
-    """The content of all frames. The library's own reader takes a file cut short for a whole one."""
-    import zstandard
-
-    frame = zstandard.ZstdDecompressor().decompressobj()
-    inside = False
-    with file.open("rb") as stream, reading.of(file, stream.tell):
-        while block := stream.read(1 << 18):
-            while block:
-                yield frame.decompress(block)
-                inside, block = not frame.eof, frame.unused_data if frame.eof else b""
-                if frame.eof:
-                    frame = zstandard.ZstdDecompressor().decompressobj()
-    if inside:
-        raise EOFError("the file ends inside a frame")

@@ -1,0 +1,115 @@
+"""What a hostile input is and what became of it: the common shape of the generators here.
+
+A generator is a function `cases(seed, count)` of Cases, the same for the same seed; a Case makes its input under a
+directory of its own and says what became of it. `judged` runs a command, or any callable, and says that.
+"""
+
+import contextlib
+import io
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+from unittest.mock import patch
+
+from crystal.cli.main import main
+from crystal.errors import CrystalError
+
+Word = Literal["fine", "refused", "verdict", "silent", "traceback", "hang"]
+CPU_SECONDS, SECONDS = 5, 60  # of this process, and of the clock: for a machine that does much else besides
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """fine: the same as from the undamaged input, or nothing to compare with. refused: one line, exit 2. verdict: exit
+    1. silent: another result, and no word of it. traceback: anything else. hang: no end in time."""
+
+    word: Word
+    message: str = ""
+    cpu_seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Case:
+    """run: makes the input under a directory and judges. expected: the words that are right."""
+
+    kind: str
+    name: str
+    run: Callable[[Path], Outcome]
+    expected: tuple[Word, ...] = ("refused",)
+
+
+class _TooLong(BaseException):
+    """Nothing of the program's own catches this."""
+
+
+def command(*words: object) -> Callable[[], None]:
+    """The `crystal` command with these words, in this process; for `judged`."""
+
+    def run() -> None:
+        with patch.object(sys, "argv", ["crystal", *map(str, words)]):
+            main()
+
+    return run
+
+
+def judged(call: Callable[[], object], expected_same: Callable[[str, object], bool] | None = None) -> Outcome:
+    """Run, and say what became of it.
+
+    expected_same: given what was printed on stdout and what the call returned, whether that is what the undamaged
+    input gives; None: nothing is compared.
+    """
+    out, err, result, code = (io.StringIO(), io.StringIO(), None, 0)
+    began = time.process_time()
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), _alarm():
+            result = call()
+    except _TooLong:
+        return Outcome("hang", f"no end after {CPU_SECONDS} s of work, or {SECONDS} s", time.process_time() - began)
+    except SystemExit as stop:
+        code = stop.code or 0
+    except CrystalError as error:  # of a callable that is no command: `main` would print it
+        code, line = 2, f"crystal: {error}\n"
+        err.write(line)
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
+        return Outcome("traceback", f"{type(error).__name__}: {error}"[:2000], time.process_time() - began)
+    return _outcome(code, out.getvalue(), err.getvalue(), result, expected_same, time.process_time() - began)
+
+
+def _outcome(code, out, err, result, expected_same, cpu: float) -> Outcome:
+    lines = err.splitlines()
+    if code == 2:
+        one = len(lines) == 1 and lines[0].startswith("crystal: ")
+        return Outcome("refused" if one else "traceback", err[:2000].removeprefix("crystal: ").rstrip("\n"), cpu)
+    if code == 1:
+        return Outcome("verdict", out[:2000], cpu)
+    if code != 0:
+        return Outcome("traceback", f"exit {code}: {err[:2000]}", cpu)
+    same = expected_same is None or expected_same(out, result)
+    return Outcome("fine" if same else "silent", out[:2000], cpu)
+
+
+@contextlib.contextmanager
+def _alarm():
+    """Raise _TooLong when it takes too long. What never comes back from C, nothing here can end."""
+
+    def too_long(*_) -> None:
+        raise _TooLong
+
+    before = signal.signal(signal.SIGPROF, too_long)  # SIGALRM is the command's own
+    by_the_clock = threading.Timer(SECONDS, signal.pthread_kill, (threading.get_ident(), signal.SIGPROF))
+    by_the_clock.daemon = True
+    by_the_clock.start()
+    signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        by_the_clock.cancel()
+        signal.signal(signal.SIGPROF, before)

@@ -1,0 +1,18 @@
+"""No damaged store is trained from or read without a word."""
+
+from collections import Counter
+
+import pytest
+from hostile.streaming import DAMAGES, cases
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_damaged_store_is_refused_in_one_line_or_gives_the_undamaged_ones_bits(tmp_path, seed):
+    words, wrong = Counter(), []
+    for number, case in enumerate(cases(seed, 6 * len(DAMAGES))):
+        outcome = case.run(tmp_path / str(number))
+        words[case.kind, outcome.word] += 1
+        if outcome.word not in case.expected:
+            wrong.append(f"{case.name}: {outcome.word}: {outcome.message}")
+    assert not wrong, "\n".join(wrong)
+    assert all(words[kind, "refused"] for kind in DAMAGES)
