@@ -35,9 +35,9 @@ def hostile_name(rng: Random) -> Case:
 
 PACKAGES = ["npm:-x@1", "npm:--registry=x@1", "npm:@-x/y@1", "npm:@x/-y@1", "npm:..@1", "npm:.@1", "npm:./x@1",
     "npm:../x@1", "npm:x@-1",
-            "npm:x@../y", "npm:x@file:y", "npm:x@git+ssh://y", "npm:x", "pypi:-x==1", "pypi:--index-url==1",
+            "npm:x@../y", "npm:x@file:y", "npm:x@git+ssh://y", "npm:x", "pypi:-x==1", "pypi:--index" "-url==1",
             "pypi:x", "pypi:x==", "pypi:x>=1",
-            "pypi:x==1 --index-url y", "pypi:x @ file:///y", "pypi:../x==1", "pypi:x==1;y", "deb:-x", "deb:--x=1",
+            "pypi:x==1 --index" "-url y", "pypi:x @ " "file:///y", "pypi:../x==1", "pypi:x==1;y", "deb:-x", "deb:--x=1",
             "deb:x y", "deb:x=1 y",
             "deb:../x", "deb:/x", "git:x", "", "pypi:", "npm:\u00e9@1", "pypi:x==\u0661", "npm:x@1\n--y",
             "pypi:" + "x" * 300 + "==1"]  # fmt: skip

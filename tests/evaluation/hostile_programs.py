@@ -1,5 +1,5 @@
-"""Programs that try to get out, and the things outside that would notice. `python -m tests.evaluation.hostile` runs
-them behind what this machine offers and prints a table.
+"""Programs that try to get out, and the things outside that would notice.
+`python -m tests.evaluation.hostile_programs` runs them behind what this machine offers and prints a table.
 
 A sample ends as if all were well only when its attack worked: "passed" is itself a sign that it got out.
 """
