@@ -11,9 +11,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from crystal import checkpoint, checkpoint_seal
+from crystal import checkpoint
 from crystal.backends.base import Part
-from crystal.checkpoint_seal import DIGEST, KINDS, MOMENTS, SEAL, PartEntry, parameters, with_digest
+from crystal.checkpoint import seal_file
+from crystal.checkpoint.seal_file import DIGEST, KINDS, MOMENTS, SEAL, PartEntry, parameters, with_digest
 from crystal.errors import CheckpointError
 from crystal.inference.load import load_tokenizer, tokenizer_of
 from crystal.zoo.build import meta_decoder
@@ -171,14 +172,14 @@ def layouts(draw):
 
 @given(layouts(), st.data())
 def test_parts_make_up_a_tensor_without_a_gap_and_nothing_twice(parts, data):
-    assert checkpoint_seal._tile(parts)
+    assert seal_file._tile(parts)
     one = data.draw(st.sampled_from(parts))
     others = [part for part in parts if part is not one]
-    assert not checkpoint_seal._tile([*parts, one])
-    assert not others or not checkpoint_seal._tile(others)
+    assert not seal_file._tile([*parts, one])
+    assert not others or not seal_file._tile(others)
     moved = one.model_copy(update={"offset": [one.offset[0] + 1, *one.offset[1:]]})
-    assert not checkpoint_seal._tile([*others, moved])
-    assert not checkpoint_seal._tile([*others, one.model_copy(update={"shape": [*one.shape, 1]})])
+    assert not seal_file._tile([*others, moved])
+    assert not seal_file._tile([*others, one.model_copy(update={"shape": [*one.shape, 1]})])
 
 
 def test_a_process_whose_part_is_missing_is_noticed_before_anything_is_read(tmp_path):

@@ -14,8 +14,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from crystal.bounded_yaml import shortened
 from crystal.config import Strict, found, no_longer, within
+from crystal.config.bounded_yaml import shortened
 from crystal.errors import WrongValue
 
 Rate = Annotated[float, Field(ge=0, le=1)]

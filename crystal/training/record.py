@@ -14,9 +14,9 @@ from pydantic import ConfigDict
 
 import crystal
 from crystal.backends.machine import with_dtype
-from crystal.bounded_yaml import shortened
 from crystal.checkpoint import steps
 from crystal.config import Strict, load_yaml, parse
+from crystal.config.bounded_yaml import shortened
 from crystal.data.store import TokenStore
 from crystal.errors import ConfigError, RunError
 from crystal.files import write_whole

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import yaml
 
-from crystal.bounded_yaml import shortened
 from crystal.config import MAX_NAME, RESERVED
+from crystal.config.bounded_yaml import shortened
 from crystal.data.corpus.sniff import Found, is_code, sources_of
 from crystal.errors import ConfigError
 from crystal.files import write_whole

@@ -19,7 +19,7 @@ from hostile.case import Case, Outcome, judged
 from rich.console import Console
 
 from crystal import checkpoint
-from crystal.checkpoint_seal import DIGEST, KINDS, SEAL, with_digest
+from crystal.checkpoint.seal_file import DIGEST, KINDS, SEAL, with_digest
 from crystal.inference.load import model_config_of, tokenizer_of
 from crystal.run import load_run
 from crystal.training.metrics import read_metrics

@@ -21,7 +21,7 @@ from hostile.config_names import (
     part_of_rows,
 )  # fmt: skip
 
-from crystal.bounded_yaml import yaml_value
+from crystal.config.bounded_yaml import yaml_value
 from crystal.run import load_run
 
 

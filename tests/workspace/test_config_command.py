@@ -7,9 +7,9 @@ import pytest
 import yaml
 from recorded import record_run
 
-from crystal.bounded_yaml import yaml_value
 from crystal.cli.config import keys_text
 from crystal.config import CONFIGS, Strict, load_yaml
+from crystal.config.bounded_yaml import yaml_value
 from crystal.run import RunConfig, load_run
 from crystal.workspace import config_keys as keys
 

@@ -13,8 +13,8 @@ from typing import Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from crystal.bounded_yaml import shortened
 from crystal.config import Strict, Tally
+from crystal.config.bounded_yaml import shortened
 
 PACKAGE = re.compile(
     r"pypi:(?P<pypi>[A-Za-z0-9][\w.-]*)==(?P<pypi_version>[\w.!+]+)"

@@ -19,13 +19,13 @@ from typing import Annotated, Any, NamedTuple, TypeVar
 import pydantic
 import yaml
 
-from crystal.bounded_yaml import MAX_BYTES, MAX_DEPTH, MAX_KEY, Room, problem, read_yaml, shortened, yaml_value
+from crystal.config.bounded_yaml import MAX_BYTES, MAX_DEPTH, MAX_KEY, Room, problem, read_yaml, shortened, yaml_value
 from crystal.errors import ConfigError
 from crystal.files import cache_dir as cache_dir
 from crystal.output.config_messages import explain, found, nearest
 from crystal.output.printable import printable_line
 
-CONFIGS = Path(__file__).resolve().parent / "configs"
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 COMMAND_LINE = "command line"  # how the origin of what an override set begins
 MAX_FILES = 40  # that a file extends, and those extend, each as often as it is named
 MAX_CHANGES = 256  # overrides of one command

@@ -12,7 +12,7 @@ Where the backend's weights lie on disk anyway, a checkpoint may refer to its st
 It is good until the store moves on, and is taken away then.
 
 A checkpoint is written aside, each file fsynced, `checkpoint.json` last, and the directory then renamed into
-place: what carries its final name is whole. Opening checks the seal (`crystal.checkpoint_seal`), that nothing is
+place: what carries its final name is whole. Opening checks the seal (`crystal.checkpoint.seal_file`), that nothing is
 missing and every size; reading checks the sha256 of what is read.
 """
 
@@ -33,7 +33,16 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from crystal.backends.base import Part
-from crystal.checkpoint_seal import KINDS, SEAL, files_of, format_of, missing_seal, parameters, read_seal, with_digest
+from crystal.checkpoint.seal_file import (
+    KINDS,
+    SEAL,
+    files_of,
+    format_of,
+    missing_seal,
+    parameters,
+    read_seal,
+    with_digest,
+)
 from crystal.config import parse
 from crystal.errors import CheckpointError
 from crystal.files import sha256_of, sync

@@ -24,8 +24,8 @@ import pydantic
 from pydantic import AfterValidator, Field
 
 from crystal.backends.config import OptimizerConfig
-from crystal.bounded_yaml import shortened
 from crystal.config import Strict, load_yaml, parse
+from crystal.config.bounded_yaml import shortened
 from crystal.errors import CheckpointError, ConfigError
 from crystal.output.printable import printable_line
 from crystal.zoo.build import meta_decoder
