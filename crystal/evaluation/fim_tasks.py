@@ -64,18 +64,11 @@ class FimHumanEval:
     """
 
     name = "fim-humaneval"
+    sampling = Sampling(samples=1, temperature=0.0, top_p=0.95, max_new_tokens=128, seed=0)
 
-    def __init__(
-        self,
-        items: Items,
-        samples: int = 1,
-        temperature: float = 0.0,
-        top_p: float = 0.95,
-        max_new_tokens: int = 128,
-        seed: int = 0,
-        unsafe: bool = False,
-    ):
-        self._sampling, self._unsafe = Sampling(samples, temperature, top_p, max_new_tokens, seed), unsafe
+    def __init__(self, items: Items, unsafe: bool = False, **changed):
+        """changed: of `sampling`, by its names."""
+        self._sampling, self._unsafe = dataclasses.replace(self.sampling, **changed), unsafe
         self.part = part_of(self._sampling)
         rows = items.local("humaneval_infilling", "MIT")
         if rows is not None:

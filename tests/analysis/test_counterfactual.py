@@ -6,7 +6,6 @@ import shutil
 import pytest
 import torch
 from command import crystal
-from overtrained import shared_run
 
 from crystal import checkpoint
 from crystal.analysis.counterfactual import _compared, twin_of
@@ -17,16 +16,6 @@ from crystal.errors import ConfigError
 from crystal.run import load_run
 from crystal.training.batches import Batches
 from crystal.training.metrics import read_metrics
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    return shared_run(tmp_path_factory)
-
-
-@pytest.fixture
-def cache(run, monkeypatch):
-    monkeypatch.setenv("CRYSTAL_CACHE", str(run.parent / "cache"))
 
 
 def batches(ledger, without, micro=4):

@@ -10,7 +10,7 @@ import torch
 from command import crystal
 from hypothesis import given
 from hypothesis import strategies as st
-from overtrained import bigram, shared_run, small
+from overtrained import bigram, small
 
 from crystal import checkpoint
 from crystal.analysis.dynamics import recorded
@@ -19,16 +19,6 @@ from crystal.analysis.token_curves import Surprisals, by_rank, curve, curves, fi
 from crystal.analysis.weight_norms import weight_norms
 from crystal.backends.base import MicroBatch
 from crystal.training.metrics import read_metrics
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    return shared_run(tmp_path_factory)
-
-
-@pytest.fixture
-def cache(run, monkeypatch):
-    monkeypatch.setenv("CRYSTAL_CACHE", str(run.parent / "cache"))
 
 
 def batch(ids, weight=None) -> MicroBatch:

@@ -10,7 +10,7 @@ import torch
 from command import crystal
 from hypothesis import given
 from hypothesis import strategies as st
-from overtrained import STEPS, bigram, shared_run, small
+from overtrained import STEPS, bigram, small
 
 from crystal.analysis.extraction import Extracted, discoverable, extract, samples_needed
 from crystal.analysis.intervals import share_difference, wilson
@@ -133,16 +133,6 @@ def test_correlation_is_over_what_both_had_seen():
     assert correlation([1, 2, 3, 9], [2, 4, 6, None]) == pytest.approx(1.0)
     assert math.isnan(correlation([1, 1, 1], [1, 2, 3]))
     assert math.isnan(correlation([None, 1], [1, None]))
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    return shared_run(tmp_path_factory)
-
-
-@pytest.fixture
-def cache(run, monkeypatch):
-    monkeypatch.setenv("CRYSTAL_CACHE", str(run.parent / "cache"))
 
 
 def test_a_draw_is_of_its_chunk_and_is_what_the_step_trained_on(run, cache):

@@ -9,23 +9,13 @@ import torch
 from command import crystal
 from hypothesis import given
 from hypothesis import strategies as st
-from overtrained import bigram, shared_run, small
+from overtrained import bigram, small
 
 from crystal.analysis.perplexity import figures, text_nats, windows
 from crystal.evaluation.bits_per_byte import BitsPerByte
 from crystal.evaluation.evaluate import Evaluation, where
 from crystal.evaluation.items import Items
 from crystal.output.progress import Bar
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    return shared_run(tmp_path_factory)
-
-
-@pytest.fixture
-def cache(run, monkeypatch):
-    monkeypatch.setenv("CRYSTAL_CACHE", str(run.parent / "cache"))
 
 
 @given(st.integers(1, 200), st.integers(1, 20), st.integers(1, 30), st.data())

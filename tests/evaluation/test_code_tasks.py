@@ -49,17 +49,6 @@ MBXP_SQUARE = {
 
 
 @pytest.fixture
-def own(tmp_path):
-    """own(name, rows) → Items of a directory with that file."""
-
-    def write(name, rows):
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        return Items(tmp_path)
-
-    return write
-
-
-@pytest.fixture
 def says(monkeypatch):
     """says(texts) → the model writes these, one after the other, whatever it is asked; returns what it was asked."""
 

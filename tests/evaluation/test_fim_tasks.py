@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from programs_run import plainly, unconfined  # noqa: F401
 from rich.console import Console
-from test_code_tasks import ADD, own  # noqa: F401
+from test_code_tasks import ADD
 from tiny_subject import run, subject  # noqa: F401
 
 import crystal.evaluation.code_tasks as code_tasks

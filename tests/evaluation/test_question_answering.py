@@ -14,7 +14,6 @@ from tiny_subject import run, subject  # noqa: F401
 
 import crystal.evaluation.question_answering as question_answering
 from crystal.errors import DataError
-from crystal.evaluation.items import Items
 from crystal.evaluation.multiple_choice import encoded
 from crystal.evaluation.question_answering import drop, drop_score, gsm8k, gsm8k_score, trivia_score, triviaqa
 from crystal.evaluation.scorer import score_tokens
@@ -37,17 +36,6 @@ def passage(number, answers=(("the Lions",), ("Lions", "Bears"))):
 
 ROWS = {"triviaqa": trivia, "gsm8k": sum_of, "drop": passage}
 MAKE = {"triviaqa": triviaqa, "gsm8k": gsm8k, "drop": drop}
-
-
-@pytest.fixture
-def own(tmp_path):
-    """own(name, rows) → Items of a directory with that file, and those written before."""
-
-    def write(name, rows):
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        return Items(tmp_path)
-
-    return write
 
 
 @pytest.fixture
