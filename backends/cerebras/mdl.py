@@ -11,8 +11,8 @@ groups. cstorch does not write down which name is which place, so the text `crys
 
 from __future__ import annotations
 
+import hashlib
 import json
-import struct
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,26 +20,45 @@ from typing import Any
 
 import h5py
 import numpy as np
-import pyarrow
 import torch
 from torch import Tensor
 
+from crystal.backends.cerebras.disk import Disk
+from crystal.backends.cerebras.hdf5 import LZ4 as LZ4
+from crystal.backends.cerebras.hdf5 import array_of, datasets, expect_own_data, expect_sound_texts
+from crystal.config.bounded_yaml import shortened
 from crystal.errors import CheckpointError
-from crystal.files import replacing
+from crystal.files import reason, replacing
+from crystal.output.printable import printable_line
 
 VERSION = 0.5
-LZ4 = "32004"  # the filter's registered number
 CSTORCH = "2.10.0"
+_FORMAT = ("v108", "v108")  # of HDF5 1.8: all that is no data has checksums
 _NAMES = {torch.float32: ("torch.float32", 11), torch.int64: ("torch.int64", 5)}  # and their number in Cerebras' types
+_STORED = {  # types of tensors, and what they lie in the file as
+    torch.float32: np.dtype("<f4"),
+    torch.bfloat16: np.dtype("<i2"),
+    torch.float16: np.dtype("<f2"),
+    torch.float64: np.dtype("<f8"),
+    torch.int64: np.dtype("<i8"),
+    torch.int32: np.dtype("<i4"),
+    torch.int16: np.dtype("<i2"),
+    torch.uint8: np.dtype("u1"),
+}
+EXACT = (torch.float32, torch.bfloat16, torch.float16)
+"""Types that weights and moments may come in: fp32 holds their numbers."""
+_DAMAGED = (OSError, RuntimeError, KeyError, ValueError, TypeError, AttributeError, UnicodeError, OverflowError)
+"""What h5py raises for a damaged file, each for one kind of damage."""
 _SCALARS = (("scalar_value", "ScalarSerializer"), ("string_value", "StringSerializer"))
 
 
 @dataclass(frozen=True)
 class Mdl:
-    """An opened checkpoint: the file, its tensors' paths with their shapes, its numbers and texts by path."""
+    """An opened checkpoint: the file, its tensors' paths with their shapes and types, its numbers and texts by path."""
 
     file: Path
     shapes: dict[str, tuple[int, ...]]
+    dtypes: dict[str, torch.dtype]
     values: dict[str, Any]
     aliases: dict[str, str]  # tied tensors: path → path of the dataset
 
@@ -48,92 +67,114 @@ class Mdl:
         path = self.aliases.get(path, path)
         if path not in self.shapes:
             raise CheckpointError(f"{self.file}: expected the tensor {path}, it is not there")
+        dtype = self.dtypes[path]
         try:
             with h5py.File(self.file, "r") as file:
-                dataset = file[path]
-                dtype = str(dataset.attrs["dtypes"][0]).removeprefix("torch.")
-                if dataset.attrs.get("compressed", False):
-                    raise OSError("it is compressed by Cerebras' own weight format")
-                array = _unpacked(dataset) if set(dataset._filters) == {LZ4} else np.asarray(dataset[()])
-        except (OSError, ValueError) as error:  # a filter that h5py lacks, or a damaged file
-            raise CheckpointError(f"{self.file}: {path}: cannot be read: {error}") from None
-        tensor = torch.from_numpy(array.reshape(self.shapes[path]))
+                expect_own_data(file[path], _STORED[dtype])
+                array = array_of(file[path]).reshape(self.shapes[path])
+        except _DAMAGED as error:
+            raise _damaged(self.file, path, error) from None
+        tensor = torch.from_numpy(array)
         # bf16 lies in the file as int16 with the same bits
-        return tensor.view(torch.bfloat16) if dtype == "bfloat16" else tensor
+        return tensor.view(torch.bfloat16) if dtype == torch.bfloat16 else tensor
 
 
 def read(file: Path) -> Mdl:
-    """Open a .mdl. Raises CheckpointError when it is not one, or was never finished."""
+    """Open a .mdl. Raises CheckpointError naming file and key: it is none, was never finished, has tensors whose data
+    are not in it (links, external storage) or that are not what they say."""
+    if Path(file).exists() and not Path(file).is_file():  # a pipe would be waited for
+        raise CheckpointError(f"{file}: expected a Cerebras checkpoint (HDF5): it is no file")
+    shapes, dtypes = {}, {}
     try:
         with h5py.File(file, "r") as opened:
-            attributes = dict(opened.attrs)
+            finished = {"__spec__", "__SUCCESS__"} <= set(opened.attrs)
+            if finished:
+                found = datasets(opened)
+                expect_sound_texts(Path(file), found)
+                attributes = dict(opened.attrs)
+            if not finished or not np.all(attributes["__SUCCESS__"]):
+                what = "expected a finished Cerebras checkpoint, its __spec__ or __SUCCESS__ is not there"
+                raise CheckpointError(f"{file}: {what}")
             # a path's dots are part of its name: datasets lie flat
-            shapes = {
-                key: tuple(item.shape)
-                for key, item in opened.items()
-                if isinstance(item, h5py.Dataset) and item.shape is not None and "dtypes" in item.attrs
-            }
-    except (OSError, RuntimeError, KeyError) as error:  # h5py's, for one kind of damage each
-        reason = "no such file" if not Path(file).exists() else str(error)
-        raise CheckpointError(f"{file}: expected a Cerebras checkpoint (HDF5): {reason}") from None
-    if "__spec__" not in attributes or not attributes.get("__SUCCESS__", False):
-        raise CheckpointError(
-            f"{file}: expected a finished Cerebras checkpoint, its __spec__ or __SUCCESS__ is not there"
-        )
+            for key, dataset in found.items():
+                if dataset.shape is not None and "dtypes" in dataset.attrs:
+                    shapes[key], dtypes[key] = _described(Path(file), key, dataset)
+    except _DAMAGED as error:
+        why = "no such file" if not Path(file).exists() else _line(error)
+        raise CheckpointError(f"{file}: expected a Cerebras checkpoint (HDF5): {why}") from None
+    values, aliases = _values(Path(file), attributes)
+    for path in aliases.keys() & shapes.keys():
+        raise CheckpointError(f"{file}: {path}: expected a tensor or a link to another, it is both")
+    return Mdl(Path(file), shapes, dtypes, values, {path: to for path, to in aliases.items() if to in shapes})
+
+
+def _described(file: Path, key: str, dataset: h5py.Dataset) -> tuple[tuple[int, ...], torch.dtype]:
+    """A tensor's shape and type, when it is as it was described."""
+    names = [str(name) for name in np.atleast_1d(dataset.attrs["dtypes"])]
+    dtype = next((known for known in _STORED if names == [str(known)]), None)
+    try:
+        if dtype is None:
+            raise ValueError(f"expected a tensor of a type that is known here, got {', '.join(names)[:60]}")
+        if np.any(dataset.attrs.get("compressed", False)):
+            raise ValueError("it is compressed by Cerebras' own weight format")
+        said = np.asarray(dataset.attrs.get("shapes", [dataset.shape]))
+        if said.shape != (1, len(dataset.shape)) or tuple(said[0].tolist()) != dataset.shape:
+            raise ValueError(f"expected the shape {said.tolist()} that it says, got {list(dataset.shape)}")
+        expect_own_data(dataset, _STORED[dtype])
+    except _DAMAGED as error:
+        raise _damaged(file, key, error) from None
+    return dataset.shape, dtype
+
+
+def _values(file: Path, attributes: dict) -> tuple[dict[str, Any], dict[str, str]]:
+    """Numbers and texts by path, and tied tensors; from the descriptions in the file's attributes."""
     values, aliases = {}, {}
     for key, text in attributes.items():
         path = key.removesuffix(".__metadata__")
         if path == key:
             continue
-        leaf = _mapping(file, key, text).get(key, {})
+        leaf = mapping_of(file, key, text).get(key, {})
+        if not isinstance(leaf, dict):
+            raise CheckpointError(f"{file}: {key}: expected a JSON mapping under it, it is damaged")
         if leaf.get("__LINKED__"):
+            if not isinstance(leaf.get("key"), str):
+                raise CheckpointError(f"{file}: {key}: expected the name of another tensor under `key`")
             aliases[path] = leaf["key"]
-        held = next((name for name, _ in _SCALARS if name in leaf), None)
-        if held:
-            values[path] = leaf[held]
+        for held, _ in _SCALARS:
+            if held in leaf:
+                kinds = (str,) if held == "string_value" else (int, float)
+                if not isinstance(leaf[held], kinds):
+                    wanted = "a text" if kinds == (str,) else "a number"
+                    raise CheckpointError(f"{file}: {path}: expected {wanted}, got {str(leaf[held])[:60]!r}")
+                values[path] = leaf[held]
     for path, target in aliases.items():
         if target in values:
             values[path] = values[target]
-    return Mdl(Path(file), shapes, values, {path: target for path, target in aliases.items() if target in shapes})
+    return values, aliases
 
 
-def _mapping(file: Path, key: str, text: str) -> dict:
-    """JSON that lies in a file's attribute."""
+def mapping_of(file: Path, key: str, text: Any) -> dict:
+    """JSON that lies in a file's attribute. Raises CheckpointError."""
     try:
-        found = json.loads(text)
-    except (TypeError, ValueError):
+        found = json.loads(text, parse_constant=_no_number)
+    except (TypeError, ValueError, RecursionError):
         found = None
     if not isinstance(found, dict):
         raise CheckpointError(f"{file}: {key}: expected a JSON mapping, it is damaged")
     return found
 
 
-def _unpacked(dataset: h5py.Dataset) -> np.ndarray:
-    """A dataset packed by HDF5's LZ4 filter, which cstorch writes with and h5py does not bring.
+def _no_number(word: str) -> None:
+    raise ValueError(f"{word} is no number")
 
-    A chunk is [bytes, 8][bytes of a block, 4] and blocks of [packed bytes, 4] and data, numbers big-endian; a block
-    that did not get smaller lies there as it is.
-    """
-    array = np.empty(dataset.shape, dataset.dtype)
-    codec = pyarrow.Codec("lz4_raw")
-    for i in range(dataset.id.get_num_chunks()):
-        offset = dataset.id.get_chunk_info(i).chunk_offset
-        skipped, packed = dataset.id.read_direct_chunk(offset)
-        plain = bytearray()
-        if skipped:
-            plain, total = packed, len(packed)
-        else:
-            total, size = struct.unpack_from(">QI", packed)
-            at = 12
-            while len(plain) < total:
-                (length,) = struct.unpack_from(">I", packed, at)
-                block, room = packed[at + 4 : at + 4 + length], min(size, total - len(plain))
-                plain += block if length == room else codec.decompress(block, room).to_pybytes()
-                at += 4 + length
-        chunk = np.frombuffer(plain, dataset.dtype).reshape(dataset.chunks)
-        there = tuple(slice(o, min(o + c, n)) for o, c, n in zip(offset, dataset.chunks, dataset.shape, strict=True))
-        array[there] = chunk[tuple(slice(0, s.stop - s.start) for s in there)]
-    return array
+
+def _damaged(file: Path, key: str, error: Exception) -> CheckpointError:
+    return CheckpointError(f"{file}: {printable_line(shortened(key, 200))}: cannot be read: {_line(error)}")
+
+
+def _line(error: Exception) -> str:
+    """What h5py says, in a line without quotes around it."""
+    return printable_line(shortened(str(error.args[0] if error.args else error), 300))
 
 
 def write(file: Path, tree: dict, tensors: Iterable[tuple[str, Tensor]], durable: bool = True) -> Path:
@@ -146,12 +187,17 @@ def write(file: Path, tree: dict, tensors: Iterable[tuple[str, Tensor]], durable
     leaves = dict(_leaves(tree, ()))
     waiting = {path for path, value in leaves.items() if value is None}
     try:
-        with replacing(file, durable) as aside, h5py.File(aside, "w") as opened:
+        with (
+            replacing(file, durable) as aside,
+            Disk(aside) as disk,
+            h5py.File(disk, "w", driver="fileobj", libver=_FORMAT) as opened,
+        ):
             for path, tensor in tensors:
                 if path not in waiting:
                     raise ValueError(f"{path}: no such tensor is expected")
                 waiting.remove(path)
                 _write_tensor(opened, path, tensor.detach().contiguous())
+                disk.expect_written()
             if waiting:
                 raise ValueError(f"{min(waiting)}: no tensor was given")
             for path, value in leaves.items():
@@ -163,7 +209,7 @@ def write(file: Path, tree: dict, tensors: Iterable[tuple[str, Tensor]], durable
             opened.attrs["__spec__"] = json.dumps([_stars(tree), json.dumps([1, _spec(tree)])])
             opened.attrs["__SUCCESS__"] = True
     except OSError as error:
-        raise CheckpointError(f"{file}: cannot be written: {error}") from None
+        raise CheckpointError(f"{file}: cannot be written: {reason(error)}", file=file) from None
     return file
 
 
@@ -259,7 +305,8 @@ def write_state(
                 for group in groups
             ],
         }
-    tree["crystal"] = json.dumps(about | {"optimizer_order": order})
+    about = json.loads(json.dumps(about | {"optimizer_order": order}))
+    tree["crystal"] = json.dumps(about | {"sha256": _digest(about)})
 
     def all_tensors() -> Iterator[tuple[str, Tensor]]:
         for name, tensor in tensors("model"):
@@ -291,9 +338,10 @@ def beta_power(beta: float, updates: int) -> Tensor:
 def state_tensors(mdl: Mdl) -> tuple[dict, Iterator[tuple[str, Tensor]]]:
     """(`crystal` as a mapping, (name, fp32 tensor) of weights and moments under our checkpoint's names).
 
-    Raises CheckpointError when the file does not say which moment belongs to which tensor.
+    Raises CheckpointError when the file does not say which moment belongs to which tensor, when `crystal` has changed,
+    and while iterating for numbers that are not finite.
     """
-    about = _mapping(mdl.file, "crystal", mdl.values.get("crystal", "{}"))
+    about = _about(mdl)
     order = about.get("optimizer_order")
     moments = any(path.startswith("optimizer.state.") for path in mdl.shapes)
     if moments and order is None:
@@ -302,9 +350,42 @@ def state_tensors(mdl: Mdl) -> tuple[dict, Iterator[tuple[str, Tensor]]]:
     def tensors() -> Iterator[tuple[str, Tensor]]:
         for path in [*mdl.shapes, *mdl.aliases]:
             if path.startswith("model."):
-                yield path, mdl.tensor(path).float()
+                yield path, _finite(mdl, path)
         for moment in ("exp_avg", "exp_avg_sq") if moments else ():
             for i, name in enumerate(order):
-                yield f"optimizer.{moment}.{name}", mdl.tensor(f"optimizer.state.{i}.{moment}").float()
+                yield f"optimizer.{moment}.{name}", _finite(mdl, f"optimizer.state.{i}.{moment}")
 
     return about, tensors()
+
+
+def _about(mdl: Mdl) -> dict:
+    """What crystal wrote into the file about it; empty where it did not."""
+    text = mdl.values.get("crystal", "{}")
+    about = mapping_of(mdl.file, "crystal", text)
+    if about.pop("sha256", None) not in (None, _digest(about)):  # none: before there was one
+        raise CheckpointError(f"{mdl.file}: crystal: expected what has the sha256 that is in it, it has changed")
+    step, order = about.get("optimizer_step", 0), about.get("optimizer_order", [])
+    if type(step) is not int or not 0 <= step < 1 << 63:
+        raise CheckpointError(f"{mdl.file}: crystal.optimizer_step: expected a count, got {str(step)[:60]!r}")
+    names = isinstance(order, list) and all(isinstance(name, str) for name in order)
+    if not names or len(set(order)) != len(order):
+        raise CheckpointError(f"{mdl.file}: crystal.optimizer_order: expected names of tensors, each once")
+    if not isinstance(about.get("state", {}), dict):
+        raise CheckpointError(f"{mdl.file}: crystal.state: expected a mapping, got {str(about['state'])[:60]!r}")
+    return about
+
+
+def _digest(about: dict) -> str:
+    return hashlib.sha256(json.dumps(about, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def _finite(mdl: Mdl, path: str) -> Tensor:
+    """A tensor in fp32, which holds its numbers exactly."""
+    tensor = mdl.tensor(path)
+    if tensor.dtype not in EXACT:
+        raise CheckpointError(f"{mdl.file}: {path}: expected fp32, bf16 or fp16, got {tensor.dtype}")
+    if not torch.isfinite(tensor).all():
+        raise CheckpointError(f"{mdl.file}: {path}: expected finite numbers, it has infinite ones or none")
+    if path.endswith(".exp_avg_sq") and path.startswith("optimizer.") and (tensor < 0).any():
+        raise CheckpointError(f"{mdl.file}: {path}: expected squares, it has numbers below 0")
+    return tensor.float()

@@ -14,7 +14,11 @@ from crystal.errors import ConfigError
 
 def import_(
     source: Annotated[
-        Path, typer.Argument(metavar="DIR|FILE", help="a Hugging Face directory, a .mdl, or Model Zoo YAML file(s)")
+        Path,
+        typer.Argument(
+            metavar="DIR|FILE",
+            help="a Hugging Face directory, a .mdl, or Model Zoo YAML: a file, a directory of them or of phaseN/",
+        ),
     ],
     to: Annotated[
         Path,

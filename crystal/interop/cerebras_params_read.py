@@ -1,105 +1,58 @@
 """Cerebras Model Zoo parameter files, of both forms that `modelzoo` writes, read into a run file.
 
-The published phase files of CrystalCoder are read as they are. A key that changes what is trained and that we have
-no word for is an error; keys of the machinery (workers, mounts, logging) are passed by.
+The published phase files of CrystalCoder are read as they are, in their directories. Every key is read, may only say
+what crystal does, or is on a list of those without bearing on what is trained (`cerebras_params_keys`).
 """
 
 from __future__ import annotations
 
-import math
+import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
 
-from crystal.backends.config import OptimizerConfig
-from crystal.config import load_yaml, parse
-from crystal.curriculum.config import CurriculumConfig
+from crystal.config import parse
+from crystal.config.bounded_yaml import Room, read_yaml
+from crystal.curriculum.resolve import resolve
 from crystal.errors import ConfigError, RunError
 from crystal.files import expect_new, write_whole
-from crystal.zoo.config import ModelConfig
+from crystal.interop import cerebras_params_keys as keys
+from crystal.interop.cerebras_params_model import model_of
+from crystal.interop.cerebras_params_node import NUMBER, Keys, Node, plain
+from crystal.output.config_messages import found
+from crystal.run import RunConfig
 
-# what a model must say if it says anything of it; None: any value, it does not change the function
-FIXED: dict[str, tuple] = {
-    "nonlinearity": ("swiglu",),
-    "position_embedding_type": ("rotary",),
-    "attention_type": ("scaled_dot_product",),
-    "dropout_rate": (0.0, 0),
-    "attention_dropout_rate": (0.0, 0, None),
-    "embedding_dropout_rate": (0.0, 0, None),
-    "use_bias_in_output": (False,),
-    "use_position_embedding": (True,),
-    "scale_glu_initialization": (True,),
-    "loss_scaling": ("batch_size",),
-    "scale_output_logits_by_d": (True, None),
-    "attention_logits_alpha": (1.0, 1, None),
-    "attention_module": ("aiayn_attention", "multiquery_attention"),
-}
-READ = """name vocab_size hidden_size num_hidden_layers num_heads filter_size max_position_embeddings rotary_dim
-    share_embedding_weights layer_norm_epsilon use_projection_bias_in_attention use_ffn_bias_in_attention use_ffn_bias
-    embeddings_scale scale_qk_dot_by_d embedding_initializer initializer output_layer_initializer
-    ffn_output_layer_initializer output_logits_scale loss_weight norm_type rope_theta mup_base_hidden_size
-    mup_base_filter_size output_logits_alpha extra_attention_params""".split()
-PASSED_BY = """attention_kernel attention_softmax_fp32 boundary_casting mixed_precision use_bfloat16 fp16_type
-    weight_initialization_seed compute_eval_metrics""".split()
 SHAPES = {"Linear": "linear", "LinearLR": "linear", "CosineDecay": "cosine", "CosineDecayLR": "cosine"}
-
-
-class Node(NamedTuple):
-    """A mapping in a file, and where it lies there."""
-
-    file: Path
-    path: str
-    mapping: dict
-
-    def error(self, key: str, what: str) -> ConfigError:
-        return ConfigError(f"{self.file}: {'.'.join(part for part in (self.path, key) if part)}: {what}")
-
-    def get(self, key: str, kind: type | tuple[type, ...], *default: Any) -> Any:
-        """The value under `key`, of the right kind; without a default it must be there."""
-        if key not in self.mapping and default:
-            return default[0]
-        value = self.mapping.get(key)
-        names = " or ".join(k.__name__ for k in (kind if isinstance(kind, tuple) else (kind,)))
-        if key not in self.mapping:
-            raise self.error(key, f"expected {names}, none given")
-        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-            raise self.error(key, f"expected {names}, got {value!r}")
-        return value
-
-    def inside(self, key: str) -> Node:
-        return Node(self.file, f"{self.path}.{key}" if self.path else key, self.get(key, dict))
+PHASES = 3  # directories that CrystalCoder's parameter files were published in
+_PHASE = re.compile(r"phase([1-9][0-9]{0,3})")
 
 
 class Parts(NamedTuple):
     """What the two forms say in different places."""
 
-    model: Node
+    model: dict
     optimizer: dict
-    decoder_kernel: float | None  # 1.9.1: learning-rate multiplier of matrices; None: not given
     lr: list[tuple[float, float, int, str]]
+    seq_len: int
     data: Node
     steps: int
     checkpoint_every: int
     seed: int
     weights_only: bool
-
-
-NUMBER = (int, float)
+    starts_from: str | None  # the key that names a checkpoint or asks for one
 
 
 def import_parameters(source: Path, to: Path) -> dict:
-    """A parameter file, or all *.yaml of a directory in the order of their names, as the run file `to`.
+    """A parameter file, all *.yaml of a directory in the order of their names, or a tree of phaseN/params.yaml, as
+    the run file `to`.
 
-    One file becomes one stage; they must agree on model, optimizer and batch. Returns {run, stages, parameters}.
+    One file becomes one stage; they must agree on model, optimizer and batch. Returns {run, stages}.
     Raises ConfigError naming file and key, or when `to` exists.
     """
     source, to = Path(source), Path(to)
     expect_new(to, "file")
-    files = sorted(source.glob("*.yaml")) if source.is_dir() else [source]
-    if not files:
-        raise ConfigError(f"{source}: expected Model Zoo parameter files (*.yaml), none there")
-    run = run_of(files, to.stem)
+    run = run_of(files_of(source), to.stem)
     head = (
         "# Read from Model Zoo parameter files. To fill in: data:, and curriculum.bind from sources to the corpus's.\n"
     )
@@ -110,26 +63,52 @@ def import_parameters(source: Path, to: Path) -> dict:
     return {"run": str(to), "stages": [stage["name"] for stage in run["curriculum"]["stages"]]}
 
 
+def files_of(source: Path) -> list[Path]:
+    """The parameter files to read, in order. Raises ConfigError for a directory that holds none, or a tree of phases
+    in which one is missing."""
+    if not source.is_dir():
+        return [source]
+    try:
+        inside = sorted(source.iterdir(), key=_by_number)
+    except OSError as error:
+        raise ConfigError(f"{source}: cannot be read: {error.strerror}", file=source) from None
+    files = [path for path in inside if path.suffix in (".yaml", ".yml")]
+    phases = {int(match[1]): path for path in inside if (match := _PHASE.fullmatch(path.name))}
+    if files and phases:
+        raise ConfigError(f"{source}: expected *.yaml or phaseN/params.yaml, found {files[0].name} beside phases")
+    if not files and not phases:
+        raise ConfigError(f"{source}: expected Model Zoo parameter files (*.yaml, or phaseN/params.yaml), none there")
+    if files:
+        return files
+    tree = [source / f"phase{n + 1}" / "params.yaml" for n in range(max(PHASES, *phases))]
+    for file in tree:
+        if not file.is_file():
+            others = "; stages of your own can lie side by side as *.yaml"
+            raise ConfigError(f"{file}: expected phase 1 to {len(tree)} of a run, this one is not there{others}")
+    return tree
+
+
 def run_of(files: list[Path], name: str) -> dict:
     """The run that these files describe together, as the mapping of a run file."""
     first, stages = None, []
     for file in files:
-        parts = _parts(Node(file, "", load_yaml(file).mapping))
+        parts = _parts(_top(file))
         shared = {
-            "model": model_of(parts),
+            "model": parts.model,
             "optimizer": parts.optimizer,
-            "seq_len": _seq_len(parts),
-            "global_batch_size": parts.data.get("batch_size", int),
+            "seq_len": parts.seq_len,
+            "global_batch_size": parts.data.above_zero("batch_size", int),
             "seed": parts.seed,
         }
+        if first is None and parts.starts_from is not None:
+            what = "expected none in the first stage, which starts from new weights; give all stages together"
+            raise ConfigError(f"{file}: {parts.starts_from}: {what}", file=file, key=parts.starts_from)
         first = first or shared
-        for key, value in shared.items():
-            if value != first[key]:
-                raise ConfigError(f"{file}: {key}: expected {first[key]} as in {files[0].name}, got {value}")
+        _expect_the_same(shared, first, file, files[0])
         carry = [] if not stages else ["weights"] if parts.weights_only else ["weights", "optimizer"]
         stages.append(
             {
-                "name": file.stem if len(files) > 1 else name,
+                "name": _stage_name(file, name if len(files) == 1 else None),
                 "steps": parts.steps,
                 "carry": carry,
                 "checkpoint_every": parts.checkpoint_every,
@@ -137,200 +116,247 @@ def run_of(files: list[Path], name: str) -> dict:
                 "sources": _sources(parts.data),
             }
         )
-    curriculum = {
-        "name": name,
-        "seq_len": first["seq_len"],
-        "global_batch_size": first["global_batch_size"],
-        "lr_counts_from": 0,  # Model Zoo's first step has lr(0)
-        "stages": stages,
-    }
-    parse(ModelConfig, first["model"], str(files[0]), ("model",))
-    parse(OptimizerConfig, first["optimizer"], str(files[0]), ("optimizer",))
-    parse(CurriculumConfig, curriculum, str(files[0]), ("curriculum",))
-    return {
+    run = {
         "name": name,
         "model": first["model"],
         "optimizer": first["optimizer"],
-        "curriculum": curriculum,
+        "curriculum": {
+            "name": name,
+            "seq_len": first["seq_len"],
+            "global_batch_size": first["global_batch_size"],
+            "lr_counts_from": 0,  # Model Zoo's first step has lr(0)
+            "stages": stages,
+        },
         "data": {"corpus": "corpus.yaml", "tokenizer": {"path": "tokenizer.json"}},
         "train": {"seed": first["seed"], "micro_batch_size": 1},
     }
+    where = str(files[0])
+    config = parse(RunConfig, run, where)
+    resolve(config.curriculum, where)
+    try:
+        config.plan()
+    except ConfigError as error:  # a base width without whole heads
+        raise ConfigError(f"{where}: {error}", file=where) from None
+    return run
+
+
+def _by_number(path: Path) -> list:
+    """stage2 before stage10."""
+    return [(part.zfill(12) if part.isdigit() else part) for part in re.split(r"([0-9]+)", path.name)]
+
+
+def _stage_name(file: Path, only: str | None) -> str:
+    if only is not None:
+        return only
+    return file.parent.name if file.name == "params.yaml" and _PHASE.fullmatch(file.parent.name) else file.stem
+
+
+def _top(file: Path) -> Node:
+    mapping = read_yaml(file, Room())
+    if not isinstance(mapping, dict):
+        raise ConfigError(f"{file}: expected a mapping of keys, got {found(mapping)}", file=file)
+    return Node(file, "", mapping)
+
+
+def _expect_the_same(shared: dict, first: dict, file: Path, first_file: Path) -> None:
+    """Both files of one model, optimizer, batch and seed. Raises ConfigError naming the first key that differs."""
+    depth = 2 if file.parent != first_file.parent else 1
+    ours, theirs = _flat(shared), _flat(first)
+    for key in {**theirs, **ours}:
+        if ours.get(key) != theirs.get(key):
+            as_in = "/".join(first_file.parts[-depth:])
+            raise ConfigError(
+                f"{file}: {key}: expected {plain(theirs.get(key))} as in {as_in}, got {plain(ours.get(key))}",
+                file=file,
+                key=key,
+            )
+
+
+def _flat(mapping: dict, at: str = "") -> dict[str, Any]:
+    """{dotted key: value}."""
+    flat = {}
+    for key, value in mapping.items():
+        flat |= _flat(value, f"{at}{key}.") if isinstance(value, dict) else {f"{at}{key}": value}
+    return flat
 
 
 def _parts(top: Node) -> Parts:
-    return _of_trainer(top.inside("trainer")) if "trainer" in top.mapping else _of_published(top)
+    return _of_trainer(top) if "trainer" in top.mapping else _of_published(top)
 
 
 def _of_published(top: Node) -> Parts:
+    """Release 1.9.1."""
+    top.expect(keys.PUBLISHED)
     model, optimizer, run = top.inside("model"), top.inside("optimizer"), top.inside("runconfig")
     if optimizer.get("optimizer_type", str) != "AdamW":
-        raise optimizer.error("optimizer_type", f"expected AdamW, got {optimizer.mapping['optimizer_type']}")
+        raise optimizer.error("optimizer_type", f"expected AdamW, got {plain(optimizer.mapping['optimizer_type'])}")
     adjusted = optimizer.get("adjust_learning_rate", dict, {})
     if adjusted.keys() - {"decoder_kernel"}:
-        raise optimizer.error("adjust_learning_rate", f"expected decoder_kernel alone, got {', '.join(adjusted)}")
-    betas = (optimizer.get("beta1", NUMBER), optimizer.get("beta2", NUMBER))
+        got = plain(", ".join(adjusted))
+        raise optimizer.error("adjust_learning_rate", f"expected decoder_kernel alone, got {got}")
+    kernel = optimizer.inside("adjust_learning_rate").above_zero("decoder_kernel", NUMBER) if adjusted else None
+    optimizer.expect(keys.OPTIMIZER)
+    run.expect(keys.RUNCONFIG)
+    seq_len = _seq_len(model)
+    betas = [optimizer.get("beta1", NUMBER), optimizer.get("beta2", NUMBER)]
+    weights_only = run.get("is_pretrained_checkpoint", bool, False)
+    path = run.get("checkpoint_path", str, None)
+    starts = "is_pretrained_checkpoint" if weights_only else "checkpoint_path" if path is not None else None
     return Parts(
-        model,
-        _optimizer(optimizer, betas, "weight_decay_rate", optimizer.mapping.get("max_gradient_norm")),
-        adjusted.get("decoder_kernel"),
-        [
-            _segment(optimizer, f"learning_rate.{i}", entry, "decay_steps", entry.get("scheduler"))
-            for i, entry in enumerate(optimizer.get("learning_rate", list))
-        ],
-        top.inside("train_input"),
-        run.get("max_steps", int),
-        run.get("checkpoint_steps", int),
+        model_of(model, kernel, trainer=False),
+        _optimizer(optimizer, betas, "weight_decay_rate", optimizer),
+        [_published_segment(entry) for entry in optimizer.entries("learning_rate")],
+        seq_len,
+        _data(top.inside("train_input"), model, seq_len),
+        run.above_zero("max_steps", int),
+        run.above_zero("checkpoint_steps", int),
         run.get("seed", int, 1),
-        run.get("is_pretrained_checkpoint", bool, False),
+        weights_only,
+        starts and f"runconfig.{starts}",
     )
 
 
-def _of_trainer(trainer: Node) -> Parts:
-    init = trainer.inside("init")
-    adamw, precision = init.inside("optimizer").inside("AdamW"), init.get("precision", dict, {})
-    schedulers = init.get("schedulers", list)
-    if len(schedulers) == 1 and "SequentialLR" in schedulers[0]:
-        schedulers = schedulers[0]["SequentialLR"].get("schedulers", [])
-    callbacks = [callback for callback in init.get("callbacks", list, []) if "LoadCheckpointStates" in callback]
+def _of_trainer(top: Node) -> Parts:
+    """Release 2.10."""
+    trainer = top.expect(keys.TRAINER_FILE).inside("trainer").expect(keys.TRAINER)
+    init, fit = trainer.inside("init").expect(keys.INIT), trainer.inside("fit").expect(keys.FIT)
+    adamw = init.inside("optimizer").expect(Keys("AdamW")).inside("AdamW").expect(keys.ADAMW)
+    precision = Node(init.file, f"{init.path}.precision", init.get("precision", dict, {})).expect(keys.PRECISION)
+    model, seq_len = init.inside("model"), _seq_len(init.inside("model"))
+    betas = adamw.get("betas", list)
+    if len(betas) != 2:
+        raise adamw.error("betas", f"expected two numbers, got {found(betas)}")
+    pair = Node(adamw.file, f"{adamw.path}.betas", dict(zip("01", betas, strict=True)))
+    states = _loaded_states(init)
+    path = fit.get("ckpt_path", str, None)
     return Parts(
-        init.inside("model"),
-        _optimizer(adamw, adamw.get("betas", list), "weight_decay", precision.get("max_gradient_norm")),
-        None,
-        [
-            _segment(init, f"schedulers.{i}.{kind}", entry, "total_iters", kind)
-            for i, scheduler in enumerate(schedulers)
-            for kind, entry in scheduler.items()
-        ],
-        trainer.inside("fit").inside("train_dataloader"),
-        init.inside("loop").get("max_steps", int),
-        init.inside("checkpoint").get("steps", int),
+        model_of(model, None, trainer=True),
+        _optimizer(adamw, [pair.get(i, NUMBER) for i in "01"], "weight_decay", precision),
+        _trainer_segments(init),
+        seq_len,
+        _data(fit.inside("train_dataloader"), model, seq_len),
+        init.inside("loop").expect(keys.LOOP).above_zero("max_steps", int),
+        init.inside("checkpoint").expect(keys.CHECKPOINT).above_zero("steps", int),
         init.get("seed", int, 1),
-        any(c["LoadCheckpointStates"].get("load_checkpoint_states") == "model" for c in callbacks),
+        states == "model",
+        "trainer.init.callbacks" if states is not None else "trainer.fit.ckpt_path" if path is not None else None,
     )
 
 
-def _optimizer(node: Node, betas: Any, decay: str, clip: float | None) -> dict:
-    """Cerebras' AdamW, and so by its formula; biases and norms do not decay there."""
-    if node.get("correct_bias", bool, True) is not True:
-        raise node.error("correct_bias", "expected true")
+def _loaded_states(init: Node) -> str | None:
+    """What a stage takes over from its checkpoint, `all` or `model`; None: the file does not say."""
+    states = None
+    for entry in init.entries("callbacks") if init.mapping.get("callbacks") is not None else ():
+        entry.expect(keys.CALLBACKS)
+        if "LoadCheckpointStates" in entry.mapping:
+            loading = entry.inside("LoadCheckpointStates").expect(Keys("load_checkpoint_states"))
+            states = loading.get("load_checkpoint_states", str, "all")
+            if states not in ("all", "model"):
+                raise loading.error("load_checkpoint_states", f"expected all or model, got {found(states)}")
+    return states
+
+
+def _optimizer(node: Node, betas: list, decay: str, clipping: Node) -> dict:
+    """Cerebras' AdamW, and so by its formula; biases and norms do not decay there. clipping: where its bound is."""
     return {
         "name": "adamw_cerebras",
-        "betas": list(betas),
-        "eps": node.get("eps", NUMBER),
+        "betas": betas,
+        "eps": node.above_zero("eps", NUMBER),
         "weight_decay": node.get(decay, NUMBER),
         "decay_norms_and_biases": False,
-        "grad_clip": clip,
+        "grad_clip": clipping.above_zero("max_gradient_norm", NUMBER, None),
     }
 
 
-def _segment(node: Node, path: str, entry: dict, length: str, kind: Any) -> tuple[float, float, int, str]:
-    here = Node(node.file, f"{node.path}.{path}", entry)
+def _published_segment(entry: Node) -> tuple[float, float, int, str]:
+    entry.expect(keys.LEARNING_RATE)
+    # 1.9.1 takes either; the published phases have both, or one of them
+    length = "decay_steps" if entry.mapping.get("decay_steps") is not None else "steps"
+    if length == "steps" and entry.mapping.get("steps") is None:
+        length = "decay_steps"
+    segment = _segment(entry, length, entry.get("scheduler", str))
+    if entry.get("steps", int, segment[2]) != segment[2]:
+        raise entry.error("steps", f"expected {length} {segment[2]}, got {entry.mapping['steps']}")
+    for key in ("base_lr", "learning_rate"):  # what Model Zoo itself adds to a file that it has read
+        if entry.get(key, NUMBER, segment[0]) != segment[0]:
+            raise entry.error(key, f"expected initial_learning_rate {segment[0]:g}, got {entry.mapping[key]}")
+    return segment
+
+
+def _trainer_segments(init: Node) -> list[tuple[float, float, int, str]]:
+    """One scheduler, or one sequence of them; several in the list would all act at once."""
+    listed = init.entries("schedulers")
+    if len(listed) != 1:
+        raise init.error("schedulers", f"expected one scheduler, or one SequentialLR, got {len(listed)}")
+    if "SequentialLR" not in listed[0].mapping:
+        return [_trainer_segment(listed[0])]
+    sequence = listed[0].expect(Keys("SequentialLR")).inside("SequentialLR").expect(keys.SEQUENCE)
+    segments = [_trainer_segment(entry) for entry in sequence.entries("schedulers")]
+    ends = [sum(steps for _, _, steps, _ in segments[: i + 1]) for i in range(len(segments) - 1)]
+    milestones = sequence.get("milestones", list, ends)
+    if milestones != ends or any(isinstance(end, bool) for end in milestones):
+        raise sequence.error("milestones", f"expected {ends}, where each scheduler ends, got {found(milestones)}")
+    return segments
+
+
+def _trainer_segment(listed: Node) -> tuple[float, float, int, str]:
+    if len(listed.mapping) != 1:
+        raise listed.error("", f"expected one scheduler, got {plain(', '.join(listed.mapping) or 'none')}")
+    (kind,) = listed.mapping
     if kind not in SHAPES:
-        raise here.error("", f"expected one of {', '.join(SHAPES)}, got {kind}")
-    if length not in entry and "steps" in entry:  # 1.9.1 takes either; the published phases have both, or one of them
-        length = "steps"
-    steps = here.get(length, int)
-    if entry.get("steps", steps) != steps:
-        raise here.error("steps", f"expected {length} {steps}, got {entry['steps']}")
-    return here.get("initial_learning_rate", NUMBER), here.get("end_learning_rate", NUMBER), steps, SHAPES[kind]
+        raise listed.error(kind, f"expected one of {', '.join(SHAPES)}, got {plain(kind)}")
+    return _segment(listed.inside(kind).expect(keys.SCHEDULER), "total_iters", kind)
+
+
+def _segment(entry: Node, length: str, kind: str) -> tuple[float, float, int, str]:
+    if kind not in SHAPES:
+        raise entry.error("scheduler", f"expected one of {', '.join(SHAPES)}, got {plain(kind)}")
+    ends = entry.get("initial_learning_rate", NUMBER), entry.get("end_learning_rate", NUMBER)
+    return (*ends, entry.above_zero(length, int), SHAPES[kind])
+
+
+def _data(data: Node, model: Node, seq_len: int) -> Node:
+    """The training data's section, which must be of the model's vocabulary and rows."""
+    data.expect(keys.DATA)
+    vocab_size = model.above_zero("vocab_size", int)
+    if data.above_zero("vocab_size", int, vocab_size) != vocab_size:
+        raise data.error("vocab_size", f"expected the model's {vocab_size}, got {data.mapping['vocab_size']}")
+    if data.above_zero("max_sequence_length", int, seq_len) != seq_len:
+        got = data.mapping["max_sequence_length"]
+        raise data.error("max_sequence_length", f"expected {seq_len}, as 1 / the model's loss_weight, got {got}")
+    return data
 
 
 def _sources(data: Node) -> dict:
-    """{source: weight or {weight, subset}} by the directories' names behind /path/to/; one directory is all."""
-    if "mixture" not in data.mapping:
-        return {_source(data, data.mapping): {"weight": 1.0}}
-    found = {}
-    for i, entry in enumerate(data.get("mixture", list)):
-        here = Node(data.file, f"{data.path}.mixture.{i}", entry)
-        subset = {"subset": here.get("data_subset", str)} if "data_subset" in entry else {}
-        found[_source(here, entry)] = {"weight": here.get("weight", NUMBER)} | subset
-    return found
+    """{source: {weight, subset}} by the directories' names behind /path/to/; one directory is all."""
+    if data.mapping.get("mixture") is None:
+        return {_source(data): {"weight": 1.0} | _subset(data)}
+    for key in ("data_dir", "data_subset"):
+        if data.mapping.get(key) is not None:
+            raise data.error(key, "expected it or mixture, not both")
+    sources: dict = {}
+    for entry in data.entries("mixture"):
+        entry.expect(keys.MIXED)
+        name = _source(entry)
+        if name in sources:
+            raise entry.error("data_dir", f"expected each directory once, got {plain(name)} again")
+        sources[name] = {"weight": entry.get("weight", NUMBER)} | _subset(entry)
+    return sources
 
 
-def _source(node: Node, entry: dict) -> str:
+def _source(node: Node) -> str:
     return node.get("data_dir", str).removeprefix("/path/to/").strip("/")
 
 
-def _seq_len(parts: Parts) -> int:
+def _subset(node: Node) -> dict:
+    subset = node.get("data_subset", str, None)
+    return {} if subset is None else {"subset": subset}
+
+
+def _seq_len(model: Node) -> int:
     """The rows' length is what the loss is divided by."""
-    weight = parts.model.get("loss_weight", NUMBER)
-    length = round(1 / weight) if weight > 0 else 0
+    weight = model.get("loss_weight", NUMBER)
+    length = round(1 / weight) if 1e-12 < weight <= 1 else 0
     if not length or abs(weight * length - 1) > 1e-6:
-        raise parts.model.error("loss_weight", f"expected 1 / the rows' length, got {weight}")
+        raise model.error("loss_weight", f"expected 1 / the rows' length, got {weight}")
     return length
-
-
-def model_of(parts: Parts) -> dict:
-    """The `model:` section of a run file. Raises ConfigError for what our decoder does not compute."""
-    node = parts.model
-    for key, value in node.mapping.items():
-        if key in FIXED and value not in FIXED[key]:
-            raise node.error(key, f"expected {FIXED[key][0]}, which is what this decoder does, got {value}")
-        if key not in FIXED and key not in READ and key not in PASSED_BY and value is not None:
-            raise node.error(key, "not a key that crystal has a word for")
-    biases = {node.get(f"use_{k}", bool) for k in ("projection_bias_in_attention", "ffn_bias_in_attention", "ffn_bias")}
-    if len(biases) > 1:
-        raise node.error("use_ffn_bias", "expected all of the biases or none")
-    d_model, n_heads = node.get("hidden_size", int), node.get("num_heads", int)
-    name = node.get("name", str, "gpt2")
-    if name not in ("gpt2", "gpt3", "llama"):
-        raise node.error("name", f"expected gpt2, gpt3 or llama, got {name}")
-    model = {
-        "d_model": d_model,
-        "n_layers": node.get("num_hidden_layers", int),
-        "n_heads": n_heads,
-        "d_ff": node.get("filter_size", int),
-        "vocab_size": node.get("vocab_size", int),
-        "max_seq_len": node.get("max_position_embeddings", int),
-        "norm": node.get("norm_type", str, "layernorm"),
-        "norm_eps": node.get("layer_norm_epsilon", NUMBER),
-        "bias": biases.pop(),
-        "rotary_fraction": node.get("rotary_dim", int) / (d_model // n_heads),
-        "rotary_base": float(node.get("rope_theta", NUMBER, 10000.0)),
-        "rotary_style": "half" if name == "llama" else "interleaved",
-        "tie_embeddings": node.get("share_embedding_weights", bool),
-    }
-    groups = node.get("extra_attention_params", dict, {}).get("num_kv_groups", n_heads)
-    if groups != n_heads:
-        model["n_kv_heads"] = groups
-    return model | {"mup": _mup(parts, model["n_layers"])}
-
-
-def _mup(parts: Parts, n_layers: int) -> dict:
-    """The `mup:` section: undo what the form has worked out already, and see that its numbers fit together."""
-    node, d_model = parts.model, parts.model.get("hidden_size", int)
-    base = node.get("mup_base_hidden_size", NUMBER, None)
-    m = 1.0 if base is None else d_model / base
-    if parts.decoder_kernel is not None:
-        m = 1 / parts.decoder_kernel
-    scaled = base is not None or parts.decoder_kernel is not None
-    embedding, hidden, residual = (
-        node.inside(key) for key in ("embedding_initializer", "initializer", "output_layer_initializer")
-    )
-    std = embedding.get("std", NUMBER)
-    worked_out = 1.0 if base is not None else m**-0.5  # 1.9.1 gives sigmas as they are drawn, 2.10 those of the base
-    if not math.isclose(hidden.get("std", NUMBER), std * worked_out, rel_tol=1e-9):
-        raise hidden.error("std", f"expected {std * worked_out:g}, from embedding_initializer's {std:g}")
-    ratio = residual.get("std", NUMBER) / hidden.get("std", NUMBER)
-    smaller, larger = (1 / math.sqrt(2 * n_layers), 1.0) if base is None else (1.0, math.sqrt(2 * n_layers))
-    if not any(math.isclose(ratio, expected, rel_tol=1e-9) for expected in (smaller, larger)):
-        raise residual.error("std", f"expected initializer's std x {smaller:g} or {larger:g}, got x {ratio:g}")
-    alpha = node.get("output_logits_alpha", NUMBER, None)
-    if alpha is None:
-        alpha = float(f"{node.get('output_logits_scale', NUMBER, 1.0 / m) * m:.12g}")
-    cut = embedding.get("b", NUMBER) / std if embedding.get("name", str) == "truncated_normal" else None
-    mup = {
-        "parametrization": "crystalcoder" if scaled else "sp",
-        "embedding_multiplier": node.get("embeddings_scale", NUMBER, 1.0),
-        "output_alpha": alpha,
-        "attention_scale": "1/d" if node.get("scale_qk_dot_by_d", bool, False) else "1/sqrt_d",
-        "init_std": std,
-        "init_truncate": None if cut is None else float(f"{cut:.12g}"),
-        "residual_init_2l": math.isclose(ratio, smaller, rel_tol=1e-9),
-    }
-    if scaled:
-        width = round(d_model / m)
-        if not math.isclose(d_model / m, width, rel_tol=1e-9):
-            raise node.error("hidden_size", f"expected a whole base width, got {d_model} / {m:g}")
-        mup["base_d_model"] = width
-    return mup

@@ -238,6 +238,7 @@ def _shape(model: ModelConfig) -> dict:
         "use_bias_in_output": False,
         "embeddings_scale": model.mup.embedding_multiplier,
         "scale_qk_dot_by_d": model.mup.attention_scale == "1/d",
+        **({} if model.tie_embeddings else {"initializer_range": model.mup.init_std}),  # the head's
     }
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from crystal.data.tokenizer import ADDED_TOKENS, Tokenizer
 from crystal.data.tokenizer_engines import SPACE, switched_off, symbols_of
+from crystal.files import from_json
 
 
 def tokenizer_files(tokenizer, file: Path, bos: bool, eos_id: int | None, max_length: int) -> dict[str, dict]:
@@ -28,14 +29,14 @@ def tokenizer_files(tokenizer, file: Path, bos: bool, eos_id: int | None, max_le
     }
     content = file.read_bytes()
     if not isinstance(tokenizer, Tokenizer):
-        spec, _ = switched_off(json.loads(content))
+        spec, _ = switched_off(from_json(content))
         names = {token["id"]: token["content"] for token in spec.get("added_tokens") or []}
         names |= {i: piece for piece, i in spec["model"]["vocab"].items()}
         if eos_id in names:
             config["eos_token"] = names[eos_id]
         return {"tokenizer.json": spec, "tokenizer_config.json": config}
     if file.suffix == ".json":
-        spec, _ = switched_off(json.loads(content))
+        spec, _ = switched_off(from_json(content))
         symbols = [token["content"] for token in symbols_of(spec)]
     else:
         spec, symbols = of_sentencepiece(content, tokenizer.dummy_prefix)

@@ -7,7 +7,6 @@ stay together for each piece, as they do in every json that was made of a Senten
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 from crystal.data.tokenizer import Tokenizer
 from crystal.data.tokenizer_engines import symbols_of
 from crystal.errors import ConfigError
+from crystal.files import from_json
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 _PADDING_SCORE = -1e4
@@ -67,9 +67,9 @@ def vocabulary(
         return Vocabulary("none")
     content = file.read_bytes()
     if not isinstance(tokenizer, Tokenizer):
-        found = _byte_level(json.loads(content))
+        found = _byte_level(from_json(content))
     elif file.suffix == ".json":
-        found = _of_json(json.loads(content), str(file))
+        found = _of_json(from_json(content), str(file))
     else:
         found = _of_sentencepiece(content)
     if isinstance(tokenizer, Tokenizer):

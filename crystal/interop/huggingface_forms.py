@@ -21,6 +21,7 @@ from typing import Literal, NamedTuple
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from crystal.config import parse
+from crystal.config.bounded_yaml import shortened
 from crystal.errors import ConfigError, WrongValue
 from crystal.interop.huggingface_rotary import check_fixed_base, rotary_base
 from crystal.zoo.build import meta_decoder, multipliers_for, plan_for
@@ -151,7 +152,7 @@ def config_from_json(mapping: dict, where: str) -> tuple[ModelConfig, Form]:
     """The model that a config.json describes. Raises ConfigError naming `where` and the key."""
     model_type = mapping.get("model_type")
     if model_type not in ("llama", "crystalcoder"):
-        raise ConfigError(f"{where}: model_type: expected llama or crystalcoder, got {model_type!r}")
+        raise ConfigError(f"{where}: model_type: expected llama or crystalcoder, got {shortened(repr(model_type), 60)}")
     if model_type == "llama":
         values = parse(_Llama, mapping, where).model() | {"rotary_base": rotary_base(mapping, where)}
     else:

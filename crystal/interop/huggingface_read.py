@@ -22,6 +22,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from crystal.config import nearest
+from crystal.config.bounded_yaml import shortened
 from crystal.errors import CheckpointError
 from crystal.interop.huggingface_forms import (
     BUFFERS,
@@ -32,6 +33,7 @@ from crystal.interop.huggingface_forms import (
     form_of,
     published_tensors,
 )
+from crystal.output.printable import printable_line
 from crystal.zoo.config import ModelConfig
 
 _EXACT = ("float32", "bfloat16", "float16", "F32", "BF16", "F16")  # dtypes that fp32 holds exactly
@@ -79,16 +81,36 @@ def to_published(config: ModelConfig, tensors: Iterable[tuple[str, Tensor]]) -> 
 
 
 def read_json(path: Path) -> dict:
-    """A file's JSON mapping. Raises CheckpointError naming it when there is none."""
+    """A file's JSON mapping, in which each key stands once and numbers are finite. Raises CheckpointError naming it
+    when there is none."""
     try:
-        mapping = json.loads(path.read_text(encoding="utf-8"))
+        if path.exists() and not path.is_file():  # a directory; a device or a pipe, which has no end
+            raise ValueError("it is no file")
+        text = path.read_text(encoding="utf-8")
+        mapping = json.loads(text, object_pairs_hook=_each_key_once, parse_constant=_no_number)
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file; expected a Hugging Face model directory") from None
+    except RecursionError:
+        raise CheckpointError(f"{path}: expected JSON: it is nested too deep") from None
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: expected JSON: {error}") from None
+        why = getattr(error, "strerror", None) or printable_line(shortened(str(error), 300))
+        raise CheckpointError(f"{path}: expected JSON: {why}") from None
     if not isinstance(mapping, dict):
         raise CheckpointError(f"{path}: expected a mapping of keys")
     return mapping
+
+
+def _each_key_once(pairs: list[tuple]) -> dict:
+    mapping = dict(pairs)
+    if len(mapping) != len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))
+        raise ValueError(f"key {twice!r} given twice")
+    return mapping
+
+
+def _no_number(word: str) -> None:
+    raise ValueError(f"{word} is no number")
 
 
 def _shards(directory: Path, mapping: dict) -> tuple[list[Path], Path]:
@@ -101,7 +123,8 @@ def _shards(directory: Path, mapping: dict) -> tuple[list[Path], Path]:
     if (named := mapping.get("transformers_weights")) is not None:  # transformers 5: then it is this file and no other
         if not isinstance(named, str) or named != Path(named).name or ".safetensors" not in named:
             where = directory / "config.json"
-            raise CheckpointError(f"{where}: transformers_weights: expected a safetensors file or index, got {named!r}")
+            got = shortened(repr(named), 60)
+            raise CheckpointError(f"{where}: transformers_weights: expected a safetensors file or index, got {got}")
         sets = [named]
     found = next((directory / name for name in sets if (directory / name).is_file()), None)
     if found is None:
@@ -123,7 +146,7 @@ class _Torch:
         self.tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=self.mapped)
         if not isinstance(self.tensors, Mapping):
             raise ValueError(f"expected a mapping of names to tensors, got {type(self.tensors).__name__}")
-        wrong = [name for name, tensor in self.tensors.items() if not isinstance(tensor, Tensor)]
+        wrong = [n for n, tensor in self.tensors.items() if not isinstance(n, str) or not isinstance(tensor, Tensor)]
         if wrong:
             raise ValueError(f"{wrong[0]}: expected a tensor")
 
@@ -163,7 +186,8 @@ def _open(path: Path) -> _Torch | _Safetensors:
         return _Torch(path) if path.suffix == ".bin" else _Safetensors(path)
     except Exception as error:  # a damaged or hostile file shows as any of a dozen classes
         reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise CheckpointError(f"{path}: cannot be read as weights: {reason[0]}") from None
+        why = printable_line(shortened(reason[0], 300))
+        raise CheckpointError(f"{path}: cannot be read as weights: {why}") from None
 
 
 def _check(
@@ -177,20 +201,21 @@ def _check(
     for path in shards:
         shard = _open(path)
         for name in shard.names():
+            where = f"{path}: {printable_line(shortened(str(name), 200))}"
             if BUFFERS.fullmatch(name):
                 continue
             shape, dtype = shard.describe(name)
             if name in home:
-                raise CheckpointError(f"{path}: {name}: expected once, but {home[name].name} has it too")
+                raise CheckpointError(f"{where}: expected once, but {home[name].name} has it too")
             home[name] = path
             tied = name in TIED.values() and config.tie_embeddings
             if name not in expected and not tied:
-                raise CheckpointError(f"{path}: {name}: not a tensor of this model{nearest(name, expected)}")
+                raise CheckpointError(f"{where}: not a tensor of this model{nearest(name, expected)}")
             wanted = (config.vocab_size, config.d_model) if tied else expected[name].shape
             if shape != wanted:
-                raise CheckpointError(f"{path}: {name}: expected shape {list(wanted)}, got {list(shape)}")
+                raise CheckpointError(f"{where}: expected shape {list(wanted)}, got {list(shape)}")
             if dtype not in _EXACT:
-                raise CheckpointError(f"{path}: {name}: expected fp32, bf16 or fp16, got {dtype}")
+                raise CheckpointError(f"{where}: expected fp32, bf16 or fp16, got {dtype}")
     for name in expected:
         if name in home:
             continue

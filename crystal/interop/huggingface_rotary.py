@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from crystal.config.bounded_yaml import shortened
 from crystal.errors import ConfigError
 
 DEFAULT_BASE = 10000.0
@@ -58,4 +59,4 @@ def _base(value: Any, where: str, key: str) -> float:
 
 
 def _wrong(where: str, key: str, expected: str, got: Any) -> ConfigError:
-    return ConfigError(f"{where}: {key}: expected {expected}, got {got!r}")
+    return ConfigError(f"{where}: {key}: expected {expected}, got {shortened(repr(got), 60)}")

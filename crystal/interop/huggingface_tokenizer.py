@@ -11,11 +11,13 @@ because a padded vocabulary would have room for them.
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from crystal.data.tokenizer import ADDED_TOKENS, Tokenizer, foreign_token
 from crystal.errors import CheckpointError, CrystalError
+from crystal.files import from_json
 from crystal.inference.load import PlainTokenizer
 from crystal.interop.huggingface_read import read_json
 
@@ -43,7 +45,7 @@ def choose(directory: Path, form: str, vocab_size: int) -> Chosen:
     that is not JSON.
     """
     listed, notes, usable = _listed(directory), [], {}
-    for path in [directory / name for name in TOKENIZERS if (directory / name).is_file()]:
+    for path in _those_of(directory, TOKENIZERS):
         try:
             usable[path] = Tokenizer.load(path, added_tokens=False)
         except CrystalError as error:
@@ -76,6 +78,28 @@ def choose(directory: Path, form: str, vocab_size: int) -> Chosen:
     else:
         return Chosen(_companions(directory), {}, notes)
     return Chosen(sorted(usable) + _companions(directory), state, notes)
+
+
+def _those_of(directory: Path, names: tuple[str, ...]) -> list[Path]:
+    """The files of these names that a directory has."""
+    return [expect_inside(directory, name) for name in names if os.path.lexists(directory / name)]
+
+
+def expect_inside(directory: Path, name: str) -> Path:
+    """A file of a directory, which is to be copied. Raises CheckpointError where it is none, or a link that leads
+    out of it.
+
+    Within are also the `blobs` beside the `snapshots` of Hugging Face's own cache, which its links lead to.
+    """
+    path, home = directory / name, directory.resolve()
+    homes = [home, home.parents[1] / "blobs"] if len(home.parents) > 1 and home.parent.name == "snapshots" else [home]
+    if not path.exists():
+        raise CheckpointError(f"{path}: expected a file, it is a link to nothing")
+    if not path.is_file():
+        raise CheckpointError(f"{path}: expected a file, it is none")
+    if not any(path.resolve().is_relative_to(allowed) for allowed in homes):
+        raise CheckpointError(f"{path}: expected a file of this directory, it is a link to one elsewhere; copy it here")
+    return path
 
 
 def _plain(path: Path) -> PlainTokenizer | None:
@@ -111,8 +135,8 @@ def _listed(directory: Path) -> dict[int, str]:
 def _mapping(path: Path) -> dict:
     """A tokenizer.json's mapping, empty where it is none: whoever loads it says so."""
     try:
-        mapping = json.loads(path.read_bytes())
-    except ValueError:
+        mapping = from_json(path.read_bytes())
+    except (ValueError, RecursionError):
         return {}
     return mapping if isinstance(mapping, dict) else {}
 
@@ -144,4 +168,4 @@ def _first(post_processor: object) -> object:
 
 
 def _companions(directory: Path) -> list[Path]:
-    return [directory / name for name in COMPANIONS if (directory / name).is_file()]
+    return _those_of(directory, COMPANIONS)

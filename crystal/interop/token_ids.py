@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from crystal.config.bounded_yaml import shortened
 from crystal.errors import ConfigError
 from crystal.interop.huggingface_read import read_json
 
@@ -24,9 +25,9 @@ def imported(directory: Path) -> dict[str, int | list[int] | None]:
         for ours, theirs in _KEYS.items():
             if theirs not in mapping or (mapping[theirs] is None and ours in state):
                 continue
-            if not _is_ids(mapping[theirs]):
+            if not _is_ids(mapping[theirs], -1 if ours == "pad_id" else 0):  # LLaMA was published with a pad of -1
                 wanted = "expected a token id, a list of them or null"
-                raise ConfigError(f"{directory / file}: {theirs}: {wanted}, got {mapping[theirs]!r}")
+                raise ConfigError(f"{directory / file}: {theirs}: {wanted}, got {shortened(repr(mapping[theirs]), 60)}")
             state[ours] = mapping[theirs]
     return state
 
@@ -55,7 +56,11 @@ def begins(state: dict, ids: dict[str, int | list[int] | None]) -> bool:
     return bool(state.get("bos", True)) and ids.get("bos_token_id") is not None
 
 
-def _is_ids(value: Any) -> bool:
+def _is_ids(value: Any, least: int) -> bool:
     if isinstance(value, list):
-        return bool(value) and all(isinstance(v, int) and not isinstance(v, bool) for v in value)
-    return value is None or (isinstance(value, int) and not isinstance(value, bool))
+        return bool(value) and all(_is_id(v, least) for v in value)
+    return value is None or _is_id(value, least)
+
+
+def _is_id(value: Any, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value < 1 << 31

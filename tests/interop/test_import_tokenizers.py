@@ -12,6 +12,7 @@ from vocabularies import BEGIN, added, base_size, model_bytes, put, spec
 
 from crystal.checkpoint import read
 from crystal.data.tokenizer import ADDED_TOKENS, Tokenizer
+from crystal.errors import CheckpointError
 from crystal.inference.generate import generate_text
 from crystal.inference.load import PlainTokenizer, end_tokens, load_tokenizer
 from crystal.interop.huggingface import export_published, import_published
@@ -250,3 +251,28 @@ def test_a_companion_that_is_no_json_is_one_line(tmp_path):
     put(d / "tokenizer_config.json", [])
     with pytest.raises(Exception, match=r"tokenizer_config\.json: expected a mapping"):
         import_published(d, tmp_path / "ckpt")
+
+
+def test_the_links_of_hugging_faces_own_cache_are_followed(tmp_path):
+    """snapshots/REVISION/FILE leads to blobs/HASH."""
+    made = directory(tmp_path / "made", {"tokenizer.model": MODEL, "chat_template.jinja": b"{{ x }}"})
+    (tmp_path / "snapshots").mkdir()
+    made.rename(tmp_path / "snapshots" / "abc")
+    (tmp_path / "blobs").mkdir()
+    for number, path in enumerate(sorted((tmp_path / "snapshots" / "abc").iterdir())):
+        path.rename(tmp_path / "blobs" / f"{number}")
+        path.symlink_to(f"../../blobs/{number}")
+    import_published(tmp_path / "snapshots" / "abc", tmp_path / "ckpt")
+    assert (tmp_path / "ckpt" / "tokenizer.model").read_bytes() == MODEL
+    assert (tmp_path / "ckpt" / "chat_template.jinja").read_bytes() == b"{{ x }}"
+
+
+@pytest.mark.parametrize("name", ["tokenizer.model", "tokenizer.json", "chat_template.jinja", "generation_config.json"])
+@pytest.mark.parametrize(("to", "why"), [("../secret", "a link to one elsewhere"), ("nowhere", "a link to nothing")])
+def test_a_link_out_of_the_directory_takes_nothing_along(tmp_path, name, to, why):
+    made = directory(tmp_path / "made")
+    (tmp_path / "secret").write_bytes(MODEL if name.endswith("model") else b"{}")
+    (made / name).symlink_to(to)
+    with pytest.raises(CheckpointError, match=rf"made/{name}: expected a file.*{why}"):
+        import_published(made, tmp_path / "ckpt")
+    assert not (tmp_path / "ckpt").exists()

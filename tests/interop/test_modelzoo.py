@@ -1,70 +1,16 @@
 """Model Zoo parameter files: the published ones field by field, both forms there and back, and what is refused."""
 
-import json
-from pathlib import Path
-
 import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from published_phases import MODEL, OPTIMIZER, PHASES, published, write_tree
 
 from crystal.config import Config, parse
 from crystal.errors import ConfigError
-from crystal.interop.cerebras_params_read import import_parameters, run_of
+from crystal.interop.cerebras_params_read import files_of, import_parameters, run_of
 from crystal.interop.cerebras_params_write import STYLES, export_parameters, stage_files
 from crystal.run import RunConfig, RunFile, load_run
-
-PHASES = json.loads((Path(__file__).parent / "crystalcoder-phases.json").read_text())
-
-# The published phase files (LLM360/crystalcoder-train, pretrain/params), the fields that say what is trained; the
-# model's are the same in all three. Machinery (mounts, workers, logging, kernels) is below.
-MODEL = {
-    "attention_dropout_rate": 0.0, "attention_type": "scaled_dot_product", "dropout_rate": 0.0,
-    "embedding_initializer": {"a": -0.146, "b": 0.146, "mean": 0.0, "name": "truncated_normal", "std": 0.073},
-    "embeddings_scale": 14.6, "filter_size": 10922, "hidden_size": 4096,
-    "initializer": {"a": -0.0365, "b": 0.0365, "mean": 0.0, "name": "truncated_normal", "std": 0.01825},
-    "layer_norm_epsilon": 1e-5, "loss_scaling": "batch_size", "loss_weight": 0.00048828125,
-    "max_position_embeddings": 2048, "mixed_precision": True, "nonlinearity": "swiglu", "num_heads": 32,
-    "num_hidden_layers": 32,
-    "output_layer_initializer": {
-        "a": -0.0045625, "b": 0.0045625, "mean": 0.0, "name": "truncated_normal", "std": 0.00228125,
-    },
-    "output_logits_scale": 0.13875, "position_embedding_type": "rotary", "rotary_dim": 32,
-    "scale_glu_initialization": True, "scale_qk_dot_by_d": True, "share_embedding_weights": True,
-    "use_bfloat16": True, "use_bias_in_output": False, "use_ffn_bias": True, "use_ffn_bias_in_attention": True,
-    "use_position_embedding": True, "use_projection_bias_in_attention": True, "vocab_size": 32032,
-    "weight_initialization_seed": 1,
-}  # fmt: skip
-OPTIMIZER = {
-    "adjust_learning_rate": {"decoder_kernel": 0.0625}, "beta1": 0.9, "beta2": 0.95, "correct_bias": True,
-    "eps": 1e-9, "max_gradient_norm": 1.0, "optimizer_type": "AdamW", "weight_decay_rate": 0.1,
-}  # fmt: skip
-MACHINERY = {"boundary_casting": False, "attention_kernel": "optimized_beta", "attention_softmax_fp32": True}
-
-
-def published(phase: str) -> dict:
-    """A phase file with all its fields that say what is trained."""
-    given = PHASES[phase]
-    mixture = [
-        {"data_dir": f"/path/to/{entry['source']}", "weight": entry["weight"]}
-        | ({"data_subset": entry["subset"]} if "subset" in entry else {})
-        for entry in given["mixture"]
-    ]
-    lr = [{"scheduler": "Linear", **segment} for segment in given["learning_rate"]]
-    return {
-        "cerebras": {"save_iter_state_path": "/path/to/save/dir"},
-        "train_input": {
-            "data_processor": "GptHDF5MapDataProcessor", "batch_size": given["batch_size"], "vocab_size": 32032,
-            "mixture": mixture, "shuffle": False, "shuffle_seed": 1, "repeat": True, "prefetch_factor": 10,
-        },
-        "model": MODEL | MACHINERY,
-        "optimizer": OPTIMIZER | {"learning_rate": lr, "log_summaries": True},
-        "runconfig": {
-            "max_steps": given["max_steps"], "checkpoint_steps": given["checkpoint_steps"], "seed": 1,
-            "is_pretrained_checkpoint": phase == "phase3", "use_cs_grad_accum": True, "log_steps": 1,
-            "save_initial_checkpoint": False,
-        },
-    }  # fmt: skip
 
 
 @pytest.mark.parametrize("number", [1, 2, 3])
@@ -74,7 +20,10 @@ def test_what_we_write_is_the_published_file_in_every_field_that_says_what_is_tr
     assert {key: ours["model"].get(key) for key in MODEL} == MODEL
     assert {key: ours["optimizer"].get(key) for key in OPTIMIZER} == OPTIMIZER
     for mine, segment in zip(ours["optimizer"]["learning_rate"], theirs["optimizer"]["learning_rate"], strict=True):
-        assert {key: mine[key] for key in segment} == segment
+        echoed = ("base_lr", "learning_rate")
+        assert {key: mine.get(key) for key in segment if key not in echoed} == {
+            key: value for key, value in segment.items() if key not in echoed
+        }
     assert ours["train_input"]["mixture"] == theirs["train_input"]["mixture"]
     for section, keys in (
         ("train_input", ("batch_size", "vocab_size", "data_processor", "shuffle", "shuffle_seed", "repeat")),
@@ -264,3 +213,92 @@ def test_files_that_do_not_belong_together_are_refused(tmp_path):
         ConfigError, match=r"phase2\.yaml: global_batch_size: expected 2112 as in phase1\.yaml, got 100"
     ):
         import_parameters(tmp_path / "in", tmp_path / "run.yaml")
+
+
+def test_the_published_tree_is_read_as_it_lies_there(tmp_path):
+    """phase1/params.yaml to phase3/params.yaml, with every key that was published: the run as it is packaged."""
+    result = import_parameters(write_tree(tmp_path / "params"), tmp_path / "crystal.yaml")
+    assert result == {"run": str(tmp_path / "crystal.yaml"), "stages": ["phase1", "phase2", "phase3"]}
+    ours, theirs = load_run("crystalcoder-7b").config, load_run(tmp_path / "crystal.yaml").config
+    assert (theirs.model, theirs.plan()) == (ours.model, ours.plan())
+    for mine, other in zip(ours.curriculum.stages, theirs.curriculum.stages, strict=True):
+        assert (mine.steps, mine.lr, list(mine.sources)) == (other.steps, other.lr, list(other.sources))
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_a_tree_in_which_a_phase_is_missing_is_refused_by_its_name(tmp_path, phase):
+    there = write_tree(tmp_path / "params") / phase
+    line = rf"params/{phase}/params\.yaml: expected phase 1 to 3 of a run, this one is not there"
+    (there / "params.yaml").unlink()
+    with pytest.raises(ConfigError, match=line):
+        import_parameters(tmp_path / "params", tmp_path / "run.yaml")
+    there.rmdir()
+    with pytest.raises(ConfigError, match=line):
+        import_parameters(tmp_path / "params", tmp_path / "run.yaml")
+    assert not (tmp_path / "run.yaml").exists()
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value", "line"),
+    [
+        ("model", "vocab_size", 32000, "model.vocab_size: expected 32032 as in phase1/params.yaml, got 32000"),
+        ("model", "layer_norm_epsilon", 1e-6, "model.norm_eps: expected 1e-05 as in phase1/params.yaml, got 1e-06"),
+        ("optimizer", "eps", 1e-8, "optimizer.eps: expected 1e-09 as in phase1/params.yaml, got 1e-08"),
+        ("train_input", "batch_size", 99, "global_batch_size: expected 2112 as in phase1/params.yaml, got 99"),
+    ],
+)
+def test_phases_that_contradict_one_another_are_refused_by_file_and_key(tmp_path, section, key, value, line):
+    mapping = published("phase2")
+    mapping[section][key] = value
+    if key == "vocab_size":
+        mapping["train_input"][key] = value
+    (write_tree(tmp_path / "params") / "phase2" / "params.yaml").write_text(yaml.safe_dump(mapping))
+    with pytest.raises(ConfigError) as error:
+        import_parameters(tmp_path / "params", tmp_path / "run.yaml")
+    assert str(error.value) == f"{tmp_path}/params/phase2/params.yaml: {line}"
+
+
+def test_a_stage_that_starts_from_a_checkpoint_cannot_be_the_first(tmp_path):
+    write_tree(tmp_path / "params")
+    with pytest.raises(ConfigError, match=r"runconfig\.is_pretrained_checkpoint: expected none in the first stage"):
+        import_parameters(tmp_path / "params" / "phase3" / "params.yaml", tmp_path / "run.yaml")
+
+
+def test_files_are_stages_in_the_order_of_their_numbers(tmp_path):
+    for number in (1, 2, 10):
+        (tmp_path / f"stage{number}.yaml").write_text(yaml.safe_dump(published("phase2")))
+    (tmp_path / "stage3.yml").write_text(yaml.safe_dump(published("phase2")))
+    run = run_of(files_of(tmp_path), "run")
+    assert [stage["name"] for stage in run["curriculum"]["stages"]] == ["stage1", "stage2", "stage3", "stage10"]
+
+
+def test_logits_that_no_key_scales_are_not_scaled(tmp_path):
+    """Model Zoo multiplies by output_logits_scale where it is there, whatever the learning rates are divided by."""
+    mapping = published("phase1")
+    del mapping["model"]["output_logits_scale"]
+    (tmp_path / "phase.yaml").write_text(yaml.safe_dump(mapping))
+    run = as_run(run_of([tmp_path / "phase.yaml"], "run"))
+    assert run.config.plan().logits_multiplier == pytest.approx(1.0)
+
+
+def test_under_mup_a_trainer_takes_1_over_d_by_itself(tmp_path):
+    (mapping,) = stage_files(as_run(MUP_RUN), "2.10").values()
+    del mapping["trainer"]["init"]["model"]["scale_qk_dot_by_d"]
+    (tmp_path / "a.yaml").write_text(yaml.safe_dump(mapping))
+    assert run_of([tmp_path / "a.yaml"], "run")["model"]["mup"]["attention_scale"] == "1/d"
+
+
+MUP_RUN = {
+    "name": "mup",
+    "model": {
+        "d_model": 32, "n_layers": 1, "n_heads": 2, "d_ff": 64, "vocab_size": 99, "max_seq_len": 64,
+        "norm": "layernorm", "rotary_style": "interleaved", "tie_embeddings": True,
+        "mup": {"parametrization": "crystalcoder", "base_d_model": 16, "init_truncate": 2.0},
+    },
+    "optimizer": {"name": "adamw_cerebras"},
+    "curriculum": {
+        "name": "mup", "seq_len": 64, "global_batch_size": 2, "lr_counts_from": 0,
+        "stages": [{"name": "a", "steps": 9, "lr": [{"from": 0.1, "to": 0.0, "steps": 9}], "sources": {"x": 1.0}}],
+    },
+    "data": {"corpus": "corpus.yaml", "tokenizer": {"path": "tokenizer.json"}},
+}  # fmt: skip

@@ -1,0 +1,39 @@
+"""No Model Zoo parameter file is read as something that it does not say: one line, or a run that means the same.
+
+CRYSTAL_FUZZ_COUNT and CRYSTAL_FUZZ_SEED ask for other cases than the suite's.
+"""
+
+import copy
+import os
+from collections import Counter
+
+import pytest
+from hostile.model_zoo import KINDS, beds, cases, outcome, put, write
+from hostile.model_zoo_refused import REFUSED, REFUSED_OF_TRAINERS
+
+COUNT, SEED = int(os.environ.get("CRYSTAL_FUZZ_COUNT", "105")), int(os.environ.get("CRYSTAL_FUZZ_SEED", "1"))
+
+
+def test_a_damaged_parameter_file_is_refused_in_one_line_or_read_as_it_says(tmp_path):
+    words, wrong = Counter(), []
+    for number, case in enumerate(cases(SEED, COUNT)):
+        result = case.run(tmp_path / str(number))
+        words[case.kind, result.word] += 1
+        if result.word not in case.expected:
+            wrong.append(f"{case.name}: {result.word}: {result.message}")
+    assert not wrong, "\n".join(wrong)
+    assert {kind for kind, _ in words} == set(KINDS)
+
+
+@pytest.mark.parametrize("style", ["1.9.1", "2.10"])
+def test_whatever_trains_something_else_is_refused_by_the_name_of_its_key(tmp_path, style):
+    """The whole table of the kind, once."""
+    table = REFUSED if style == "1.9.1" else REFUSED_OF_TRAINERS
+    for number, (path, value) in enumerate((path, value) for path, values in table.items() for value in values):
+        file = copy.deepcopy(beds()[style][0])
+        put(file, path, value)
+        write(tmp_path / str(number) / "in", [file], style, tree=False)
+        result = outcome(tmp_path / str(number) / "in", style)
+        assert result.word == "refused", f"{path} = {value!r}: {result}"
+        named = [word for part in path.split(".")[-2:] for word in part.split("_") if not word.isdigit()]
+        assert any(word in result.message.partition(": ")[2] for word in named), result.message
