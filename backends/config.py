@@ -71,10 +71,16 @@ class Layout(Strict):
     tp: Count = Field(1, description="shards of each matrix product")
     pp: Count = Field(1, description="pipeline: processes that the blocks are spread over")
     interleave: Count = Field(2, description="stages of each pipeline process; with more, less time is spent waiting")
+    sequence: bool = Field(True, description="with tp, norms and residual stream divided by tokens: less memory")
 
     @property
     def processes(self) -> int:
         return self.dp * self.fsdp * self.tp * self.pp
+
+    @property
+    def token_shards(self) -> int:
+        """Processes over which norms and the residual stream are divided."""
+        return self.tp if self.sequence else 1
 
 
 class CudaConfig(Strict):
@@ -106,6 +112,12 @@ class WeightStreamingConfig(Strict):
     activations_gb: Gigabytes = Field(1.0, description="micro-batches whose kept activations fit share one pass")
     full_checkpoints: bool = Field(False, description="write whole checkpoints; false: they refer to the store")
     threads: Count | None = Field(None, description="null: torch's default")
+
+    @model_validator(mode="after")
+    def _device(self) -> WeightStreamingConfig:
+        if self.device != "cpu":
+            raise WrongValue(f"weight_streaming computes on the cpu, expected cpu, got {self.device}", "device")
+        return self
 
 
 class ClusterConfig(Strict):

@@ -130,7 +130,8 @@ def load_run(path: str | Path, overrides: Sequence[str] = ()) -> RunFile:
     _check_paths(run)
     _check_fim(run)
     if run.config.backend.name == "cuda":
-        check_layout(model, run.config.backend, curriculum.global_batch_size, train.micro_batch_size, run.error)
+        batch = (curriculum.seq_len, curriculum.global_batch_size, train.micro_batch_size)
+        check_layout(model, run.config.backend, *batch, run.error)
     return run
 
 

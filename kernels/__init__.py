@@ -3,6 +3,7 @@
 from crystal.kernels import measuring, tuning
 from crystal.kernels.add_norm import add_norm
 from crystal.kernels.attention import attention
+from crystal.kernels.attention_documents import document_bounds
 from crystal.kernels.cross_entropy import cross_entropy
 from crystal.kernels.dispatch import mode
 from crystal.kernels.layer_norm import layer_norm
@@ -19,6 +20,7 @@ __all__ = [
     "add_norm",
     "attention",
     "cross_entropy",
+    "document_bounds",
     "layer_norm",
     "linear",
     "linear_cross_entropy",

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import crystal.kernels.tuning as tuning
+from crystal.kernels.attention_documents import attention_documents
 from crystal.kernels.attention_kept import attention_kept
 from crystal.kernels.attention_native import attention_native, available
 
@@ -65,10 +66,13 @@ def path(q: Tensor) -> Path:
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None = None) -> Tensor:
-    """softmax(scale q k^T) v, causal, or with the keys that a boolean mask [..., T, S] lets each query see.
+    """softmax(scale q k^T) v, causal, or with the keys that a mask lets each query see.
 
-    q, k, v [B, H, T, K] (k and v [B, H, S, K]) of one dtype, any strides. Returns [B, H, T, K].
+    q, k, v [B, H, T, K] (k and v [B, H, S, K]) of one dtype, any strides; mask: boolean [..., T, S], or, for documents
+    that see themselves alone, and causally, their `document_bounds`. Returns [B, H, T, K].
     """
+    if mask is not None and mask.dtype != torch.bool:
+        return attention_documents(q, k, v, mask, scale)
     if mask is None and q.shape == k.shape == v.shape:
         return PATHS[path(q)](q, k, v, scale)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale)

@@ -33,7 +33,7 @@ def available() -> bool:
     return native.available() and bool(_libraries())
 
 
-def _by_token(x: Tensor) -> Tensor:
+def by_token(x: Tensor) -> Tensor:
     """Empty [B, H, T, K], in memory [B, T, H, K]: the layout of the products before and after attention."""
     batch, heads, length, n = x.shape
     return x.new_empty(batch, length, heads, n).transpose(1, 2)
@@ -57,7 +57,7 @@ def _adjacent(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
-def _forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """(y [B, H, T, K], log-sum-exp of the scaled scores [B, H, T] fp32)."""
     y, lse = _forward_shapes(q, k, v, scale)
     if not native.use_native(q, k, v):  # a graph that was captured elsewhere
@@ -67,7 +67,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Ten
     return y, lse
 
 
-def _backward(
+def backward(
     dy: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, lse: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dq, dk, dv): with P the probabilities, dS = scale P (dP - rowsum(dy y)) and dP = dy v^T."""
@@ -87,11 +87,11 @@ def _scores(q: Tensor, k: Tensor, scale: float) -> Tensor:
 
 
 def _forward_shapes(q, k, v, scale):
-    return _by_token(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+    return by_token(q), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
 def _backward_shapes(dy, q, k, v, y, lse, scale):
-    return tuple(map(_by_token, (q, k, v)))
+    return tuple(map(by_token, (q, k, v)))
 
 
 def _save(ctx, inputs, output):
@@ -104,9 +104,7 @@ def _gradients(ctx, backward, dy, _lse):
     return (*backward(dy, *ctx.saved_tensors, ctx.scale), None)
 
 
-_attention = differentiable(
-    "attention_native", _forward, _backward, _save, _gradients, _forward_shapes, _backward_shapes
-)
+_attention = differentiable("attention_native", forward, backward, _save, _gradients, _forward_shapes, _backward_shapes)
 
 
 def attention_native(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+PLAIN = (Tensor, torch.nn.Parameter)
 MODES = ("auto", "torch", "triton", "interpret")
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 MULTIPROCESSORS = {80: 108, 86: 84, 89: 128, 90: 132, 100: 148}  # of a whole A100, A10, L4/4090, H100, B200
@@ -68,10 +69,32 @@ def forced(mode: str) -> Iterator[None]:
 
 
 def use_triton(*tensors: Tensor) -> bool:
-    """Whether an operator over these tensors is a Triton launch. Empty tensors and fp64 stay with torch."""
+    """Whether an operator over these tensors is a Triton launch.
+
+    Empty tensors and fp64 stay with torch, and so do DTensors, for whose parts torch has rules of its own.
+    """
     if _mode == "torch" or (_mode == "auto" and not (HAS_TRITON and tensors[0].is_cuda)):
         return False
-    return all(t.dtype in DTYPES and t.numel() > 0 for t in tensors)
+    return all(t.dtype in DTYPES and t.numel() > 0 and (_has_memory(t) or _is_on_its_way(t)) for t in tensors)
+
+
+def _has_memory(t: Tensor) -> bool:
+    """Whether t is no wrapper, which has its numbers in tensors of its own and no memory for a kernel to read."""
+    return type(t) in PLAIN or not hasattr(type(t), "__tensor_flatten__")
+
+
+def _is_on_its_way(t: Tensor) -> bool:
+    """Whether t is the result of a functional collective that nobody has waited for: an AsyncCollectiveTensor."""
+    return hasattr(type(t), "trigger_wait")
+
+
+def _launchable(argument, name: str):
+    """A launch's argument, waited for if it is on its way. Raises TypeError for another tensor without memory."""
+    if not isinstance(argument, Tensor) or _has_memory(argument):
+        return argument
+    if _is_on_its_way(argument):
+        return argument.wait()
+    raise TypeError(f"Triton kernel {name}: expected tensors with memory of their own, got a {type(argument).__name__}")
 
 
 def eager_cpu(x: Tensor) -> bool:
@@ -100,7 +123,8 @@ class Kernel:
     """A Triton kernel, or a function called by one, that is handed to Triton when it is first launched.
 
     Until then it is plain Python whose module may lack triton; its `tl` is put in place here. `kernel[grid](...)`
-    launches on the device of its first argument, whichever device is current.
+    launches on the device of its first argument, whichever device is current. What a launch may be given is decided
+    here and nowhere else: a tensor on its way is waited for, another one without memory is refused.
     """
 
     def __init__(self, function: Callable, unspecialized: tuple[str, ...] = ()):
@@ -123,6 +147,7 @@ class Kernel:
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable:
         def launch(first: Tensor, *arguments, **options):
+            first, *arguments = (_launchable(argument, self.__name__) for argument in (first, *arguments))
             elsewhere = first.is_cuda and first.device.index != torch.cuda.current_device()
             with torch.cuda.device(first.device) if elsewhere else contextlib.nullcontext():
                 return self.jit()[grid](first, *arguments, **options)

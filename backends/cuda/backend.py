@@ -18,6 +18,8 @@ from torch import Tensor
 from crystal.backends.adamw import make_optimizer
 from crystal.backends.base import MicroBatch, Part, Prepared, Setup, StepResult, add_sources
 from crystal.backends.config import CudaConfig
+from crystal.backends.cuda.gpu import settle
+from crystal.backends.cuda.host_memory import HostMemory, host_memory
 from crystal.backends.cuda.mesh import join, place_in
 from crystal.backends.cuda.parallelize import Held, held_by, parallelise
 from crystal.backends.cuda.pipeline import Pipeline, Straight
@@ -39,6 +41,8 @@ class CudaBackend(Prepared):
         config: CudaConfig,
     ):
         self.keep(setup)
+        if config.device == "cuda":
+            settle()
         self.mesh = join(config)
         self.config = config = with_dtype(config)
         model = setup.model
@@ -54,11 +58,11 @@ class CudaBackend(Prepared):
             self.passes = Straight(stages[0])
         else:
             dtype = torch.bfloat16 if config.dtype == "bf16" else torch.float32
-            self.passes = Pipeline(stages, n_stages, pipeline, model.d_model, dtype)
+            self.passes = Pipeline(stages, n_stages, pipeline, model.d_model, dtype, config.parallel.token_shards)
         # the processes that hold a tied embedding twice, in the first and in the last stage
         self.tied = self._ends_of_pipelines() if model.tie_embeddings and n_stages > 1 else None
         self.counts = n_stages - 1 in stages and self.mesh["tp"].get_local_rank() == 0  # no loss is added twice
-        self._host: dict[str, Tensor] = {}
+        self._host: HostMemory | None = None  # for what is saved, kept from one save to the next
         self.reset_optimizer()
 
     def _stage(self, number: int, n_stages: int) -> Stage:
@@ -94,6 +98,7 @@ class CudaBackend(Prepared):
         batches = [self._on_device(batch) for batch in micro_batches]
         losses = self.passes.train(batches)
         grads = {name: held.grad() for name, held in self.held.items()}
+        self._sum_over_tokens([grads[name] for name, held in self.held.items() if held.by_tokens])
         if self.tied is not None and "embed.weight" in grads:
             dist.all_reduce(grads["embed.weight"], group=self.tied)
         loss, norm, nll_S, tokens_S = self._reduced(batches, losses, grads)
@@ -112,6 +117,15 @@ class CudaBackend(Prepared):
         for held in self.held.values():
             held.parameter.grad = held.weight.grad = None
         return StepResult(loss, norm, applied, nll_S, tokens_S)
+
+    def _sum_over_tokens(self, grads: list[Tensor]) -> None:
+        """Add up, in place, what the processes of `tp` have of these gradients, in one exchange for all."""
+        if grads:
+            flat = torch.cat([grad.flatten() for grad in grads])
+            dist.all_reduce(flat, group=self.mesh["tp"].get_group())
+            torch._foreach_copy_(grads, [part.view_as(grad) for part, grad in zip(
+                flat.split([grad.numel() for grad in grads]), grads, strict=True
+            )])  # fmt: skip
 
     def _reduced(self, batches: list[MicroBatch], losses, grads: dict[str, Tensor]) -> tuple[Tensor, ...]:
         """(loss, gradient norm, nll_S, tokens_S) of the whole step: what each process has of them, added up.
@@ -154,23 +168,21 @@ class CudaBackend(Prepared):
     def state(self) -> Iterator[tuple[str, Part]]:
         """Copies in host memory of the parts that this process saves; those of equal copies that are first."""
         saved = [(name, held) for name, held in self.held.items() if held.first and held.weight.numel()]
-        copies = [(f"model.{name}", held.part(self._copy(f"model.{name}", held.weight))) for name, held in saved]
+        sources = [(f"model.{name}", held, held.weight.detach()) for name, held in saved]
         for moment in MOMENTS:
             for name, held in saved:
                 values = self.adamw.state.get(held.weight, {}).get(moment)
-                key = f"optimizer.{moment}.{name}"
-                copies.append(
-                    (key, held.part(self._copy(key, torch.zeros_like(held.weight) if values is None else values)))
-                )
-        if self.config.device == "cuda":
+                sources.append((f"optimizer.{moment}.{name}", held, values))
+        on_gpu = self.config.device == "cuda"
+        if self._host is None:
+            self._host = host_memory([(key, held.weight.shape) for key, held, _ in sources], pinned=on_gpu)
+        copies = []
+        for key, held, values in sources:
+            copy = self._host.parts[key]
+            copies.append((key, held.part(copy.zero_() if values is None else copy.copy_(values, non_blocking=True))))
+        if on_gpu:
             torch.cuda.current_stream().synchronize()
         yield from copies
-
-    def _copy(self, key: str, values: Tensor) -> Tensor:
-        """Into host memory that is kept for the next save; pinned, so that a GPU writes it by itself."""
-        if key not in self._host:
-            self._host[key] = torch.empty(values.shape, pin_memory=self.config.device == "cuda")
-        return self._host[key].copy_(values.detach(), non_blocking=True)
 
     def scalars(self) -> dict:
         return {"optimizer_step": self.optimizer_step}

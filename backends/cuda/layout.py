@@ -12,6 +12,7 @@ from crystal.zoo.config import ModelConfig
 def check_layout(
     model: ModelConfig,
     backend: CudaConfig,
+    seq_len: int,
     global_batch_size: int,
     micro_batch_size: int,
     error: Callable[[Sequence[str], str], ConfigError],
@@ -30,6 +31,9 @@ def check_layout(
         if size % layout.tp:
             message = f"expected a divisor of model.{key} {size}, got {layout.tp}"
             raise error(("backend", "parallel", "tp"), message)
+    if layout.tp > 1 and layout.sequence and seq_len % layout.tp:
+        message = f"expected false where tp {layout.tp} does not divide curriculum.seq_len {seq_len}, got true"
+        raise error(("backend", "parallel", "sequence"), message)
     stages = layout.pp * layout.interleave
     if layout.pp > 1 and model.n_layers < stages:
         message = (

@@ -14,25 +14,21 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.utils.checkpoint import checkpoint
 
 from crystal.backends.base import Part
 from crystal.backends.config import CudaConfig
 from crystal.backends.cuda.stage import Stage
-
-COLUMNS = ("attn.q", "attn.k", "attn.v", "mlp.gate", "mlp.up")  # each process has some heads, some of d_ff
-ROWS = ("attn.out", "mlp.down")  # and adds its part to the residual stream
+from crystal.backends.cuda.tensor_parallel import SplitEmbedding, divide, split_block, split_over
 
 
 def parallelise(stage: Stage, mesh: DeviceMesh, config: CudaConfig) -> None:
     """Apply a layout to a stage, in place. It stays on the meta device: `Stage.to_empty` gives it memory."""
     blocks = list(stage.blocks.values())
     if mesh["tp"].size() > 1:
-        split_blocks(blocks, mesh["tp"])
-        _split_vocabulary(stage, mesh["tp"])
+        _split(stage, mesh["tp"], config.parallel.sequence)
     for block in blocks:
         if config.recompute != "none":
             _recompute(block if config.recompute == "block" else block.attn)
@@ -47,21 +43,20 @@ def parallelise(stage: Stage, mesh: DeviceMesh, config: CudaConfig) -> None:
 
 def split_blocks(blocks: Iterable[nn.Module], mesh: DeviceMesh) -> None:
     """Tensor parallelism inside blocks: heads and d_ff over the processes; the residual stream and norms whole."""
-    plan = {name: ColwiseParallel() for name in COLUMNS} | {name: RowwiseParallel() for name in ROWS}
     for block in blocks:
-        parallelize_module(block, mesh, plan)
+        split_block(block, mesh, split_over(mesh, sequence=False))
 
 
-def _split_vocabulary(stage: Stage, mesh: DeviceMesh) -> None:
-    """Embedding and head by words: their memory and the head's work are divided like the blocks'."""
+def _split(stage: Stage, mesh: DeviceMesh, sequence: bool) -> None:
+    """Tensor parallelism of a stage: blocks by heads and d_ff, embedding and head by words."""
+    stage.split = split_over(mesh, sequence)
+    for block in stage.blocks.values():
+        split_block(block, mesh, stage.split)
     if hasattr(stage, "embed"):
-        parallelize_module(stage.embed, mesh, RowwiseParallel(input_layouts=Replicate()))
-        # waited for here: a compiled block cuts the gradient of a sum over processes that is still on its way
-        stage.embed.register_forward_hook(lambda module, inputs, x_BTD: x_BTD.clone())
-    if stage.last:
-        stage.split_over = mesh.get_group()
-        if not stage.tied:
-            parallelize_module(stage.head, mesh, ColwiseParallel())
+        stage.embed.__class__, stage.embed.split = SplitEmbedding, stage.split
+        divide(stage.embed, "weight", mesh, 0)
+    if stage.last and not stage.tied:
+        divide(stage.head, "weight", mesh, 0)
 
 
 def _recompute(module: nn.Module) -> None:
@@ -111,7 +106,8 @@ class Held:
     """What a process holds of one tensor.
 
     weight: fp32, memory shared with the model's own parameter. copies: how many processes hold these same numbers;
-    first: whether this is the one of them that saves them.
+    first: whether this is the one of them that saves them. by_tokens: whether sequence parallelism leaves each process
+    of `tp` with the gradient of its own tokens alone.
     """
 
     parameter: DTensor
@@ -119,6 +115,7 @@ class Held:
     offset: tuple[int, ...]
     copies: int
     first: bool
+    by_tokens: bool
 
     def part(self, values: Tensor) -> Part:
         """Values of the weight's shape (itself, a moment) as part of the whole tensor."""
@@ -141,7 +138,8 @@ def _held(stage: Stage, name: str, p: DTensor, mesh: DeviceMesh) -> Held:
         for i, placement in enumerate(p.placements)
         if placement.is_replicate()
     ]
-    if "tp" not in p.device_mesh.mesh_dim_names:
+    in_every_shard = "tp" not in p.device_mesh.mesh_dim_names
+    if in_every_shard:
         whole_over.append((mesh["tp"].size(), mesh["tp"].get_local_rank()))
     if stage.tied and name == "embed.weight" and mesh["pp"].size() > 1:
         whole_over.append((2, 0 if stage.first else 1))
@@ -149,4 +147,5 @@ def _held(stage: Stage, name: str, p: DTensor, mesh: DeviceMesh) -> Held:
     for size, _ in whole_over:
         copies *= size
     weight = nn.Parameter(p.to_local().detach())
-    return Held(p, weight, tuple(offset), copies, all(rank == 0 for _, rank in whole_over))
+    by_tokens = in_every_shard and stage.split is not None and stage.split.sequence
+    return Held(p, weight, tuple(offset), copies, all(rank == 0 for _, rank in whole_over), by_tokens)

@@ -54,15 +54,24 @@ class Straight:
 
 
 class Pipeline:
-    """Some stages of a pipeline of `n_stages`: those of this process, by number."""
+    """Some stages of a pipeline of `n_stages`: those of this process, by number.
 
-    def __init__(self, stages: dict[int, Stage], n_stages: int, mesh: DeviceMesh, d_model: int, dtype: torch.dtype):
-        self.stages, self.n_stages = stages, n_stages
+    token_shards: processes over which sequence parallelism divides what goes from stage to stage.
+    """
+
+    def __init__(
+        self, stages: dict[int, Stage], n_stages: int, mesh: DeviceMesh, d_model: int, dtype: torch.dtype,
+        token_shards: int,
+    ):  # fmt: skip
+        self.stages, self.n_stages, self.token_shards = stages, n_stages, token_shards
         self.group, self.rank, self.processes = mesh.get_group(), mesh.get_local_rank(), mesh.size()
         self.d_model, self.dtype = d_model, dtype
         self.device = torch.device("cpu")
         if mesh.device_type == "cuda":
             self.device = torch.device("cuda", torch.cuda.current_device())
+        # NCCL makes a group's communicator at its first collective, which all must join; without this one it would be
+        # the first exchange of 1F1B that goes both ways, which some do not (torch's schedules.py, _warmup_p2p)
+        dist.all_reduce(torch.zeros(1, device=self.device), group=self.group)
         self._schedules: dict[tuple, Schedule1F1B | ScheduleInterleaved1F1B] = {}
 
     def train(self, batches: Sequence[MicroBatch]) -> Losses:
@@ -97,12 +106,17 @@ class Pipeline:
     def _part(self, number: int, stage: Stage, shape_BT: Sequence[int]) -> PipelineStage:
         """Shapes are given, so that torch need not run the stages once to find them."""
         ids = torch.empty(*shape_BT, dtype=torch.int64, device="meta")
-        x_BTD = torch.empty(*shape_BT, self.d_model, dtype=self.dtype, device="meta", requires_grad=True)
+        x_BTD = self._between(shape_BT, device="meta", requires_grad=True)
         results = (torch.empty(1, device="meta", requires_grad=True), torch.empty(math.prod(shape_BT), device="meta"))
         return PipelineStage(
             stage, number, self.n_stages, self.device, group=self.group,
             input_args=(ids if stage.first else x_BTD,), output_args=results if stage.last else (x_BTD,),
         )  # fmt: skip
+
+    def _between(self, shape_BT: Sequence[int], **options) -> Tensor:
+        """An empty x_BTD, as one stage gives it to the next."""
+        rows, tokens = shape_BT
+        return torch.empty(rows, tokens // self.token_shards, self.d_model, dtype=self.dtype, **options)
 
     def evaluate(self, batch: MicroBatch) -> Tensor | None:
         """nll_BT on the process of the last stage, None on others; the stages run one after another."""
@@ -113,7 +127,7 @@ class Pipeline:
                 if self.rank == before:
                     dist.send(x.contiguous(), group=self.group, group_dst=owner)
                 elif self.rank == owner:
-                    x = torch.empty(*batch.ids_BT.shape, self.d_model, dtype=self.dtype, device=self.device)
+                    x = self._between(batch.ids_BT.shape, device=self.device)
                     dist.recv(x, group=self.group, group_src=before)
             if self.rank == owner:
                 stage = self.stages[number]

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from crystal.kernels import (
     add_norm,
     attention,
+    document_bounds,
     layer_norm,
     linear,
     linear_cross_entropy,
@@ -77,23 +78,30 @@ class Attention(nn.Module):
         self.v = Linear(config.d_model, d_kv, bias=config.bias)
         self.out = Linear(config.d_model, config.d_model, bias=config.bias)
 
-    def forward(self, x_BTD: Tensor, table: tuple[Tensor, ...], mask_BTS: Tensor | None, cache=None) -> Tensor:
-        """table: rotary cos and sin of the T tokens, or of many positions and, third, each token's position [B, T]."""
+    def forward(self, x_BTD: Tensor, table: tuple[Tensor, ...], mask: Tensor | None, cache=None) -> Tensor:
+        """table: rotary cos and sin of the T tokens, or of many positions and, third, each token's position [B, T].
+
+        mask: which keys each query sees, [B, T, S], or what `Decoder.mask` gives; None: those up to its own."""
 
         def heads(y: Tensor) -> Tensor:
             return y.unflatten(-1, (-1, self.d_head)).transpose(1, 2)
 
         cos, sin, positions = table if len(table) == 3 else (*table, None)
-        q_BHTK, k_BHSK = rope(heads(self.q(x_BTD)), cos, sin, self.style, heads(self.k(x_BTD)), positions=positions)
-        v_BHSK = heads(self.v(x_BTD))
+        q_BHTK, k_BHSK, v_BHSK = map(heads, self.projected(x_BTD))
+        q_BHTK, k_BHSK = rope(q_BHTK, cos, sin, self.style, k_BHSK, positions=positions)
         if cache is not None:
             k_BHSK, v_BHSK = cache.append(k_BHSK, v_BHSK)
         if self.groups > 1:
             k_BHSK = k_BHSK.repeat_interleave(self.groups, 1)
             v_BHSK = v_BHSK.repeat_interleave(self.groups, 1)
-        mask = None if mask_BTS is None else mask_BTS[:, None]
+        if mask is not None and mask.dim() == 3:
+            mask = mask[:, None]
         y_BHTK = attention(q_BHTK, k_BHSK, v_BHSK, self.scale, mask)
         return self.out(y_BHTK.transpose(1, 2).flatten(2))
+
+    def projected(self, x_BTD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values, the heads of a token one after another."""
+        return self.q(x_BTD), self.k(x_BTD), self.v(x_BTD)
 
 
 class MLP(nn.Module):
@@ -106,7 +114,11 @@ class MLP(nn.Module):
         self.down = Linear(config.d_ff, config.d_model, bias=config.bias)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        return self.down(swiglu(self.gate(x_BTD), self.up(x_BTD)))
+        return self.down(swiglu(*self.projected(x_BTD)))
+
+    def projected(self, x_BTD: Tensor) -> tuple[Tensor, Tensor]:
+        """gate(x) and up(x)."""
+        return self.gate(x_BTD), self.up(x_BTD)
 
 
 class Block(nn.Module):
@@ -120,8 +132,9 @@ class Block(nn.Module):
         self.mlp_norm = Norm(config)
         self.mlp = MLP(config)
 
-    def forward(self, x_BTD: Tensor, table: tuple[Tensor, ...], mask_BTS: Tensor | None = None, cache=None):
-        y_BTD = self.attn(self.attn_norm(x_BTD), table, mask_BTS, cache)
+    def forward(self, x_BTD: Tensor, table: tuple[Tensor, ...], mask: Tensor | None = None, cache=None):
+        """table and mask: those of `Attention`."""
+        y_BTD = self.attn(self.attn_norm(x_BTD), table, mask, cache)
         y_BTD, x_BTD = self.mlp_norm(y_BTD, x_BTD, self.residual)
         y_BTD = self.mlp(y_BTD)
         return x_BTD + (y_BTD if self.residual == 1 else y_BTD * self.residual)
@@ -157,16 +170,20 @@ class Decoder(nn.Module):
         """Final normalised states x_BTD. documents_BT numbers each token's document (used by `document_mask`)."""
         start = 0 if cache is None else cache.length
         table = self.table(start, ids_BT.shape[1], ids_BT.device)
-        mask_BTS = self.mask(documents_BT) if cache is None else cache.mask(ids_BT.shape[1], ids_BT.device)
+        mask = self.mask(documents_BT) if cache is None else cache.mask(ids_BT.shape[1], ids_BT.device)
         x_BTD = self.embedded(ids_BT)
         for i, block in enumerate(self.blocks):
-            x_BTD = block(x_BTD, table, mask_BTS, None if cache is None else cache.layers[i])
+            x_BTD = block(x_BTD, table, mask, None if cache is None else cache.layers[i])
         return self.norm(x_BTD)
 
     def mask(self, documents_BT: Tensor | None) -> Tensor | None:
-        """Which keys each query sees, or None for plain causal: documents in a row see each other, as published."""
+        """What keeps documents from seeing each other, or None for plain causal: they do, as published.
+
+        `document_bounds` where it is eager torch that asks; to compilers and other devices a mask [B, T, T]."""
         if documents_BT is None or not self.config.document_mask:
             return None
+        if documents_BT.device.type in ("cpu", "cuda") and not torch.compiler.is_compiling():
+            return document_bounds(documents_BT)
         same_BTS = documents_BT[:, :, None] == documents_BT[:, None, :]
         return same_BTS.tril()
 

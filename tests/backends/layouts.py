@@ -63,7 +63,7 @@ LAYOUTS = {
         ("crystalcoder-l2", {"fsdp": 2}, {}),
         ("amber-l2", {"fsdp": 2}, {}),
         ("crystalcoder-l2", {"tp": 2}, {}),
-        ("amber-l2", {"tp": 2}, {}),
+        ("amber-l2", {"tp": 2, "sequence": False}, {}),
         ("crystalcoder-l4", {"pp": 2}, {}),
         ("amber-l4", {"pp": 2}, {}),
         ("amber-l2", {"pp": 2, "interleave": 1}, {}),
