@@ -14,7 +14,7 @@ from crystal.kernels.dispatch import differentiable, use_triton, widened
 from crystal.kernels.layer_norm import layer_norm
 from crystal.kernels.native import use_native
 from crystal.kernels.norm import backward as norm_backward
-from crystal.kernels.norm import check
+from crystal.kernels.norm import check, seen
 from crystal.kernels.norm import forward as norm_forward
 from crystal.kernels.rms_norm import rms_norm
 
@@ -25,7 +25,7 @@ def add_norm_reference(
     """The definition, op by op, in fp32 at least; the sum is rounded to its dtype before it is normalised."""
     summed = (widened(residual) + widened(x) * scale).to(residual.dtype)
     normal = widened(summed) if bias is None else widened(summed) - widened(summed).mean(-1, keepdim=True)
-    normal = normal * torch.rsqrt(normal.square().mean(-1, keepdim=True) + eps) * weight
+    normal = normal * seen(torch.rsqrt(normal.square().mean(-1, keepdim=True) + eps)) * weight
     return (normal if bias is None else normal + bias).to(x.dtype), summed
 
 

@@ -11,6 +11,7 @@ import functools
 import hashlib
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -20,6 +21,9 @@ FLAGS = (
     "-O3 -mprefer-vector-width=512 -fopenmp -fwrapv -fno-math-errno -fno-trapping-math "
     "-fno-signed-zeros -ffp-contract=fast -shared -fPIC -w"
 ).split()
+
+ANSWERS_WITHIN, COMPILES_WITHIN = 20, 120  # seconds, on machines that do much else; one or two are usual
+_hung: list[str] = []  # what to say of a compiler that was waited for: it is not asked again
 
 
 def march() -> str:
@@ -57,12 +61,35 @@ def compiler() -> tuple[str, str]:
     path = shutil.which("gcc")
     if path is None:
         raise RuntimeError("no gcc on PATH: C kernels are compiled with it (apt install gcc)")
-    said = subprocess.run([path, "--version"], capture_output=True, text=True, check=False)
-    if said.returncode or not said.stdout:
-        raise RuntimeError(f"{path}: expected gcc to tell its version, it ended with {said.returncode}")
-    version = said.stdout.splitlines()[0]
+    code, out, _ = _run([path, "--version"], ANSWERS_WITHIN)
+    if code or not out.strip():
+        raise RuntimeError(f"{path}: expected gcc to tell its version, it ended with {code}")
+    version = out.splitlines()[0]
     cpu = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags")][:1]
     return path, version + "".join(cpu)
+
+
+def _run(command: list[str], seconds: float) -> tuple[int, str, str]:
+    """(exit status, stdout, stderr) of a compiler, whatever bytes it prints. Raises RuntimeError where it does not
+    start, or is not done in time: then it is ended with all that it started."""
+    if _hung:
+        raise RuntimeError(_hung[0])
+    try:
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, process_group=0
+        )
+    except OSError as error:
+        raise RuntimeError(f"{command[0]}: cannot be started: {error.strerror}") from None
+    try:
+        out, said = process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        _hung.append(f"{command[0]}: expected to be done within {seconds:g} s, it was ended")
+        raise RuntimeError(_hung[0]) from None
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
+    return process.returncode, out.decode(errors="replace"), said.decode(errors="replace")
 
 
 def build(source: str, kind: str, *options: str) -> ctypes.CDLL:
@@ -90,8 +117,9 @@ def build(source: str, kind: str, *options: str) -> ctypes.CDLL:
                 path.unlink()
     try:
         return ctypes.CDLL(str(target))
-    except OSError as error:
-        raise RuntimeError(f"{target}: what gcc made cannot be loaded: {error}") from None
+    except OSError as error:  # of a gcc for other machines, or none at all
+        target.unlink(missing_ok=True)
+        raise RuntimeError(f"what {gcc} made cannot be loaded: {error}") from None
 
 
 def _digest(content: bytes) -> str:
@@ -115,10 +143,12 @@ def _compiled(source: str, command: list[str], stem: Path) -> Path:
         text, made = Path(scratch) / "kernel.c", Path(scratch) / "kernel.so"
         text.write_text(source, encoding="utf-8")
         command = [*command, str(text), "-o", str(made), "-lmvec", "-lm"]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            lines = done.stderr.splitlines() or ["failed without a word"]
-            raise RuntimeError(f"gcc: {next((line for line in lines if 'error' in line), lines[0])}")
+        code, _, said = _run(command, COMPILES_WITHIN)
+        if code:
+            lines = said.splitlines() or [f"ended with {code}, without a word"]
+            raise RuntimeError(f"{command[0]}: {next((line for line in lines if 'error' in line), lines[0])}")
+        if not made.is_file():
+            raise RuntimeError(f"{command[0]}: expected an object, it made none and said nothing")
         content = made.read_bytes()
     target = stem.with_name(f"{stem.name}-{_digest(content)}.so")
     put(stem.with_suffix(".c"), source)

@@ -6,20 +6,18 @@ The kernels are in `norm`; here are the definition, its gradient and what torch'
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from crystal.kernels.dispatch import differentiable, use_triton, widened
-from crystal.kernels.native import use_native
+from crystal.kernels.dispatch import differentiable, eager_cpu, use_triton, widened
 from crystal.kernels.norm import backward as norm_backward
-from crystal.kernels.norm import check
+from crystal.kernels.norm import check, overflowed, seen
 from crystal.kernels.norm import forward as norm_forward
 
 
 def layer_norm_reference(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """The definition, op by op, in fp32 at least."""
     centred = widened(x) - widened(x).mean(-1, keepdim=True)
-    normal = centred * torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps)
+    normal = centred * seen(torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps))
     return (normal * weight + bias).to(x.dtype)
 
 
@@ -66,8 +64,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     Returns [..., d] in x's dtype. Raises ValueError or TypeError for other shapes and dtypes.
     """
     check(x, weight, bias)
-    if use_triton(x) or use_native(x):
+    if use_triton(x) or eager_cpu(x):
         return _layer_norm(x, weight, bias, eps)[0]
-    if weight.dtype != x.dtype:
-        return F.layer_norm(x.to(weight.dtype), x.shape[-1:], weight, bias, eps).to(x.dtype)
-    return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+    y, _, rstd = torch.native_layer_norm(x.to(weight.dtype), x.shape[-1:], weight, bias, eps)
+    return (y if seen(rstd) is rstd else y * torch.where(overflowed(rstd), torch.nan, 1.0)).to(x.dtype)

@@ -50,13 +50,19 @@ def load(
             for dtype, kind in ((torch.float32, ()), (torch.bfloat16, ("-DBF16",)))
         }
     except (RuntimeError, OSError) as error:
-        print(f"crystal: CPU kernels by torch, which is slower: {error}", file=sys.stderr)
+        _say(str(error))
         return {}
     for library in found.values():
         for name, kinds in signatures.items():
             function = getattr(library, name)
             function.argtypes, function.restype = kinds, (results or {}).get(name)
     return found
+
+
+@functools.cache
+def _say(why: str) -> None:
+    """Once in a process, though several files are compiled."""
+    print(f"crystal: CPU kernels by torch, which is slower: {why}", file=sys.stderr)
 
 
 @functools.cache

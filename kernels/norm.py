@@ -52,6 +52,19 @@ def check(x: Tensor, *vectors: Tensor) -> None:
             raise TypeError(f"norm weight or bias {vector.dtype} on {vector.device}: x is {x.dtype} on {x.device}")
 
 
+def overflowed(rstd: Tensor) -> Tensor:
+    """Where the sum of squares of a row left its dtype: 1 / sqrt(inf) is 0, and the row would be a row of zeros."""
+    return rstd == 0
+
+
+def seen(rstd: Tensor) -> Tensor:
+    """rstd, nan where the sum overflowed: whoever looks at the loss must see it.
+
+    Not on other devices than CPU and CUDA: a graph that Cerebras' compiler is to read holds the norm and no more.
+    """
+    return rstd.masked_fill(overflowed(rstd), torch.nan) if rstd.device.type in ("cpu", "cuda") else rstd
+
+
 def forward(
     x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float, scale: float = 1.0
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
@@ -69,10 +82,11 @@ def forward(
     if bias is None:
         wide = widened(x).contiguous()
         rstd = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        rstd = seen(rstd)
         # rounded before the weight, as the published LLaMA models were trained
         return ((wide * rstd).to(x.dtype) * weight).to(x.dtype), summed, None, rstd.flatten()
     y, mean, rstd = torch.native_layer_norm(widened(x), x.shape[-1:], widened(weight), widened(bias), eps)
-    return y.to(x.dtype), summed, mean.flatten(), rstd.flatten()
+    return y.masked_fill_(overflowed(rstd), torch.nan).to(x.dtype), summed, mean.flatten(), seen(rstd).flatten()
 
 
 def backward(

@@ -10,14 +10,14 @@ from torch import Tensor
 
 from crystal.kernels.dispatch import differentiable, eager_cpu, use_triton, widened
 from crystal.kernels.norm import backward as norm_backward
-from crystal.kernels.norm import check
+from crystal.kernels.norm import check, seen
 from crystal.kernels.norm import forward as norm_forward
 
 
 def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """The definition, op by op, in fp32 at least."""
     wide = widened(x)
-    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * weight).to(x.dtype)
+    return (wide * seen(torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)) * weight).to(x.dtype)
 
 
 def _forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:

@@ -131,7 +131,7 @@ def rope_table(positions: Tensor, rotary_dim: int, base: float) -> tuple[Tensor,
 def _tables(cos: Tensor, sin: Tensor, positions: Tensor | None, seq_dim: int) -> tuple[Tensor, Tensor]:
     """cos and sin that broadcast against [B, H, S, P] or [B, S, H, P]."""
     if positions is not None:
-        cos, sin = cos[positions], sin[positions]
+        cos, sin = _rows(cos, positions), _rows(sin, positions)
     head_dim = -3 if seq_dim == 2 else -2
     if cos.dim() == 2:
         return (cos, sin) if seq_dim == 2 else (cos.unsqueeze(-2), sin.unsqueeze(-2))
@@ -202,7 +202,7 @@ def _run(q, k, q_out, k_out, cos, sin, positions, turned: int, interleaved: bool
         _launch(q, k, q_out, k_out, cos.contiguous(), sin.contiguous(), positions, turned, interleaved, seq_dim, back)
         return
     if cos.dtype != torch.float64 and native.use_native(q, k):
-        cos, sin = (cos, sin) if positions is None else (cos[positions], sin[positions])
+        cos, sin = (cos, sin) if positions is None else (_rows(cos, positions), _rows(sin, positions))
         native.rope_turn(q, q_out, cos, sin, turned, interleaved, seq_dim, back)
         if k is not None:
             native.rope_turn(k, k_out, cos, sin, k.shape[3 - seq_dim], interleaved, seq_dim, back)
@@ -282,6 +282,19 @@ class _RopeInPlace(torch.autograd.Function):
         return _backward(dx, None, *ctx.saved_tensors, *ctx.how)[0], *[None] * 6
 
 
+def _is_readable(x: Tensor) -> bool:
+    """Whether the values of x can be looked at: not in a graph being compiled, and on a GPU only by waiting for it."""
+    return type(x) is Tensor and x.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def _rows(table: Tensor, positions: Tensor) -> Tensor:
+    """table[positions], nan where a position is outside, as the kernel has it."""
+    if _is_readable(positions):  # and has been looked at
+        return table[positions]
+    outside = (positions < 0) | (positions >= table.shape[0])
+    return table[positions.clamp(0, table.shape[0] - 1)].masked_fill(outside.unsqueeze(-1), torch.nan)
+
+
 def _checked(q, cos, sin, style, k, positions, heads, layout) -> tuple[int, bool, int]:
     """(heads of q that turn, interleaved, dimension of the sequence), or one line of what is wrong."""
     if style not in STYLES or layout not in LAYOUTS:
@@ -310,6 +323,10 @@ def _checked(q, cos, sin, style, k, positions, heads, layout) -> tuple[int, bool
         raise ValueError(f"cos of {cos.shape[0]} positions: expected {length}, the length of the sequence")
     if positions is not None and positions.shape not in ((length,), (q.shape[0], length)):
         raise ValueError(f"positions {list(positions.shape)}: expected [{length}] or [{q.shape[0]}, {length}]")
+    if positions is not None and positions.numel() and _is_readable(positions):
+        held = positions.detach().numpy()  # no operation of torch's, which a graph would record
+        if held.min() < 0 or held.max() >= cos.shape[0]:
+            raise IndexError(f"positions {held.min()} to {held.max()}: expected 0 to {cos.shape[0] - 1}")
     return turned, style == "interleaved", seq_dim
 
 
@@ -321,9 +338,10 @@ def rope(
 
     q [B, H, S, D] (layout "bhsd") or [B, S, H, D] ("bshd"), any strides; k likewise with its own number of heads;
     fp32, bf16 or fp16, on CPU also fp64, turned in fp32 (fp64). cos, sin [S, P], or [any, P] with integer positions
-    [S] or [B, S] (beyond the table: nan on CUDA, where raising would wait for the GPU). heads: only so many leading
-    heads of q turn, those of a packed q/k/v that are q and k. Returns q, or (q, k), turned, in their dtype and
-    memory layout. Raises ValueError or TypeError for other shapes and dtypes.
+    [S] or [B, S]. heads: only so many leading heads of q turn, those of a packed q/k/v that are q and k. Returns q, or
+    (q, k), turned, in their dtype and memory layout. Raises ValueError or TypeError for other shapes and dtypes,
+    IndexError for positions outside the table; those turn to nan instead where nobody can look at them without
+    waiting: on CUDA and in compiled graphs.
     """
     how = _checked(q, cos, sin, style, k, positions, heads, layout)
     if use_triton(q) or eager_cpu(q):

@@ -208,6 +208,7 @@ def test_every_peer_takes_what_the_catalog_hands_it():
     assert peers.torch_functions().keys() == NAMED.keys()
 
 
+@pytest.mark.proof
 def test_the_ten_bars_hold(capsys):
     done = crystal("--bars", "--json")
     result = json.loads(done.stdout.splitlines()[-1])

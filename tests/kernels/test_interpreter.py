@@ -58,6 +58,7 @@ def test_every_kernel_of_every_operator_ran(examined):
         assert launched == set(operator.kernels)
 
 
+@pytest.mark.proof
 @pytest.mark.parametrize("module", ["norm_kernels", "swiglu", "rope", "cross_entropy"])
 def test_a_kernel_that_loses_one_mask_is_noticed_whichever_it_is(module, interpreted):
     unharmed, *mutants = interpreted(module, script="mutants.py")
