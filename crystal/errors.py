@@ -10,9 +10,11 @@ class CrystalError(Exception):
     """Something that a user can mend; `str()` is the one line to show. The command exits with 2.
 
     kind: for `--json`. file, key: where it is, likewise: a file's name, and the dotted key in it. None: not known.
+    lasting: whether the same command would fail again, so that torchrun's next attempts need not try.
     """
 
     kind: ClassVar[str]
+    lasting = True
 
     def __init__(self, message: str = "", *, file: str | Path | None = None, key: str | None = None):
         super().__init__(message)
@@ -42,6 +44,12 @@ class RunError(CrystalError):
     """What went wrong on the way: a disk that is full, a process that died, a loss that is not finite."""
 
     kind = "run"
+
+
+class InUse(RunError):
+    """What another process holds, and may have left when the command is run again."""
+
+    lasting = False
 
 
 class WrongValue(ValueError):

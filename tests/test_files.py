@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from crystal.files import is_locked, locked, replacing, write_whole
+from crystal.files import from_json, is_locked, locked, replacing, write_whole
 
 
 @pytest.mark.parametrize("durable", [True, False])
@@ -96,3 +96,10 @@ def test_who_only_looks_does_not_keep_the_lock_from_anybody(tmp_path):
         threading.Timer(0.1, lambda: fcntl.flock(looking, fcntl.LOCK_UN)).start()
         with locked(path, wait=False):
             assert is_locked(path)
+
+
+def test_a_text_that_is_no_json_is_a_value_error_however_deep():
+    for text in ("", "[", b"\xff", "[" * 100_000, '{"a":' * 50_000, "nul"):
+        with pytest.raises(ValueError):  # noqa: PT011 its words are json's own
+            from_json(text)
+    assert from_json(b'{"a": [1]}') == {"a": [1]}

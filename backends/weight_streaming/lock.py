@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from crystal.errors import RunError
-from crystal.files import is_locked, locked
+from crystal.files import is_locked, locked, reason
 
 LOCK = ".store.lock"  # no run's: a store may lie in a run directory itself
 
@@ -35,7 +35,7 @@ def hold(directory: Path) -> Callable[[], None]:
             except BlockingIOError:
                 raise _held(directory) from None
             except OSError as error:
-                raise RunError(f"{directory}: cannot be locked: {error.strerror}") from None
+                raise RunError(f"{error.filename or directory}: cannot be locked: {reason(error)}") from None
             _holds[directory] = _Hold(lock)
         _holds[directory].users += 1
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
-import json
 from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
@@ -21,6 +20,7 @@ from crystal.errors import ConfigError, DataError
 from crystal.evaluation.choice_sets import NoItems
 from crystal.evaluation.task import Metric, Subject
 from crystal.evaluation.writing import Sampling, write
+from crystal.files import from_json
 from crystal.output.progress import Bar
 
 DOMAINS = ("gender", "race", "religious_ideology", "political_ideology", "profession")
@@ -153,7 +153,7 @@ def _read(domain: str, file: Path) -> Bold:
     """{group: {title: [prompt, …]}}."""
     try:
         content = file.read_bytes()
-        groups = json.loads(content)
+        groups = from_json(content)
     except OSError as error:
         raise DataError(f"{file}: cannot be read: {error.strerror}", file=file) from None
     except ValueError as error:

@@ -27,7 +27,7 @@ from crystal.analysis.trace_input import open_run
 from crystal.analysis.weight_norms import weight_norms
 from crystal.backends.base import MicroBatch
 from crystal.errors import ConfigError, RunError
-from crystal.files import sha256_of, write_whole
+from crystal.files import from_json, regular_bytes, sha256_of, write_whole
 from crystal.inference.load import load_decoder
 from crystal.output.progress import Bar
 from crystal.training.ledger import Ledger
@@ -109,7 +109,7 @@ def _of_checkpoint(
     seals = [sha256_of(path / checkpoint.SEAL) if path else None for path in (directory, before)]
     about = {"checkpoint_sha256": seals[0], "before_sha256": seals[1], "settings": asdict(settings)}
     try:
-        known = json.loads(file.read_text(encoding="utf-8"))
+        known = from_json(regular_bytes(file))
         if known["about"] == about and {"weights", "surprisals", "noise"} <= set(known):
             return known
     except (OSError, ValueError, KeyError, TypeError):

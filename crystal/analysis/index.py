@@ -37,7 +37,7 @@ from crystal.analysis.shards import LARGEST_BYTES, Shard, damage_of, plan, sorte
 from crystal.config import Strict, parse
 from crystal.data.store import TokenStore
 from crystal.errors import ConfigError, CrystalError, DataError, RunError
-from crystal.files import locked, sha256_of, write_whole
+from crystal.files import from_json, locked, sha256_of, write_whole
 from crystal.memory import peak_rss_bytes
 from crystal.output.progress import Bar
 
@@ -91,7 +91,7 @@ def read_manifest(directory: Path) -> Manifest | None:
     """An index's manifest; None where there is none. Raises DataError for one that is no manifest."""
     file = directory / "manifest.json"
     try:
-        mapping = json.loads(file.read_text(encoding="utf-8"))
+        mapping = from_json(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
     except OSError as error:
@@ -204,7 +204,7 @@ def _finished(directory: Path, header: Header) -> dict[int, Shard] | None:
             return dict(enumerate(manifest.shards)) if same else None
         found = {}
         for file in directory.glob("shard.*.json"):
-            note = parse(_Note, json.loads(file.read_text(encoding="utf-8")), str(file))
+            note = parse(_Note, from_json(file.read_text(encoding="utf-8")), str(file))
             if any(getattr(note, key) != value for key, value in header.model_dump().items()):
                 return None
             found[int(file.name.split(".")[1])] = note.shard

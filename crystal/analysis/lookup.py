@@ -7,7 +7,6 @@ the suffix with the longest common prefix is a neighbour of the place where the 
 
 from __future__ import annotations
 
-import json
 import mmap
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
@@ -21,6 +20,7 @@ from crystal.analysis.index import Manifest, header_of, index_directory, read_ma
 from crystal.analysis.shards import Part, Shard, damage_of
 from crystal.data.store import TokenStore
 from crystal.errors import ConfigError, DataError
+from crystal.files import from_json
 
 Engine = Literal["own", "infini-gram"]
 CHECKED_BYTES = 1 << 28  # an index up to this size is compared with its checksums when a process first opens it
@@ -184,7 +184,7 @@ class _Shard:
         number = int(np.searchsorted(self._begins, at, side="right")) - 1
         offset = (at - self._begins.item(number)) // self._dtype.itemsize - 1  # behind the separator
         line = self._lines.item(number)
-        document = json.loads(self._metadata[line : self._metadata.find(b"\n", line)])["metadata"]
+        document = from_json(self._metadata[line : self._metadata.find(b"\n", line)])["metadata"]
         part = self._parts[bisect_right(self._firsts, number) - 1]
         return Hit(part.source, document, offset)
 

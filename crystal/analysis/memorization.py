@@ -28,7 +28,7 @@ from crystal.analysis.question import Question, Scores, Settings
 from crystal.analysis.sequences import Sequence as Tokens
 from crystal.analysis.sequences import documents_of
 from crystal.errors import ConfigError, RunError
-from crystal.files import sha256_of, write_whole
+from crystal.files import from_json, regular_bytes, sha256_of, write_whole
 from crystal.inference.load import fitting_dtype, load_decoder, model_config_of, tokenizer_of
 from crystal.output.progress import Bar
 
@@ -128,7 +128,7 @@ def _columns(sequences: Sequence[Tokens], found: Sequence[Extracted]) -> dict[st
 def _known(file: Path, about: dict, step: int, question: Question) -> Scores | None:
     """What a file says, where it is of the same checkpoint and settings."""
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = from_json(regular_bytes(file))
         if content["about"] != json.loads(json.dumps(about)):
             return None
         columns = [[content[part][key] for key in _OF_ANSWER] for part in ("sequences", "held_out")]
@@ -178,7 +178,7 @@ def _result(
         if question.ledger is not None:
             curriculum = question.ledger.curriculum
             own["tokens"] = step * curriculum.global_batch_size * curriculum.seq_len
-        texts = json.loads(files[step].read_text(encoding="utf-8"))["extracted"]
+        texts = from_json(regular_bytes(files[step]))["extracted"]
         found.append(own | summary(question, scores) | {"extracted": len(texts), "examples": texts[:SHOWN]})
         found[-1]["file"] = str(files[step])
     last = found[-1]

@@ -29,7 +29,7 @@ from crystal.evaluation.averages import mean, ratio
 from crystal.evaluation.bits_per_byte import BitsPerByte, beginning
 from crystal.evaluation.evaluate import Evaluation, Where
 from crystal.evaluation.items import Items
-from crystal.files import write_whole
+from crystal.files import from_json, regular_bytes, write_whole
 from crystal.output.progress import Bar
 from crystal.zoo.decoder import Decoder
 
@@ -181,7 +181,7 @@ def _of_checkpoint(evaluation: Evaluation, texts: BitsPerByte, settings: Setting
              "window": window, "stride": stride, "texts": digest, "facts": texts.facts()}  # fmt: skip
     about = json.loads(json.dumps(about))
     try:
-        known = json.loads(file.read_text(encoding="utf-8"))
+        known = from_json(regular_bytes(file))
         if known["about"] == about and [d["id"] for d in known["documents"]] == texts.ids():
             return known
     except (OSError, ValueError, KeyError, TypeError):

@@ -11,7 +11,6 @@ sequences, as far as the windows reach. They are plain: no FIM.
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Sequence as Several
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from crystal.errors import ConfigError, DataError
+from crystal.files import from_json
 from crystal.training.ledger import Ledger
 
 
@@ -142,7 +142,7 @@ def from_files(
 
 def _row(line: str, where: str, path: Path) -> tuple[list[int], str]:
     try:
-        row = json.loads(line)
+        row = from_json(line)
         ids = row["token_ids"] if "token_ids" in row else [*row["prompt"], *row["continuation"]]
         if not isinstance(ids, list) or not all(type(i) is int for i in ids):
             raise TypeError

@@ -14,7 +14,7 @@ from crystal.config import Strict
 from crystal.data import pack
 from crystal.data.store import TokenStore
 from crystal.errors import ConfigError, DataError
-from crystal.files import replacing, sha256_of
+from crystal.files import from_json, replacing, sha256_of
 
 LARGEST_BYTES = (1 << 31) - 1  # of a shard's text: suffixes are sorted as int32
 _CHUNK = 1 << 18  # elements that are converted and written together
@@ -83,7 +83,7 @@ def _extents(store: TokenStore, source: str) -> Iterator[tuple[int, int, int]]:
     cut where the rows end."""
     end, line = stream_end(store, source), 0
     for text in _lines(store, source, 0):
-        document = json.loads(text)
+        document = from_json(text)
         if document["split"] != "train" or document["start"] >= end:  # they come in order, train first
             return
         yield line, document["start"], min(document["tokens"], end - document["start"])
@@ -160,7 +160,7 @@ def _suffixes(text: np.ndarray) -> Iterator[bytes]:
 
 def _documents_of(store: TokenStore, part: Part) -> Iterator[dict]:
     lines = zip(range(part.documents), _lines(store, part.source, part.line), strict=False)
-    return (json.loads(line) for _, line in lines)
+    return (from_json(line) for _, line in lines)
 
 
 def _stream(store: TokenStore, part: Part, dtype: np.dtype) -> np.ndarray:

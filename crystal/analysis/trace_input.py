@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from crystal.analysis.trace import MIN_TOKENS, find_spans, marked, query_ids, sp
 from crystal.checkpoint import Checkpoint, locate, read, steps
 from crystal.data.tokenizer import Tokenizer
 from crystal.errors import ConfigError, DataError, RunError
+from crystal.files import from_json, regular_bytes
 from crystal.inference.generate import generate_texts
 from crystal.inference.load import load_tokenizer
 from crystal.run import load_run
@@ -123,7 +123,7 @@ def open_run(run: str | Path, console: Console | None = None) -> tuple[Ledger, P
 def _recorded_store(directory: Path) -> str | None:
     """The fingerprint of the store that a run was made from; None where it has not begun, or does not say."""
     try:
-        return str(json.loads((directory / "manifest.json").read_text(encoding="utf-8"))["data"]["store"])
+        return str(from_json(regular_bytes(directory / "manifest.json"))["data"]["store"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

@@ -45,7 +45,7 @@ from crystal.checkpoint.seal_file import (
 )
 from crystal.config import parse
 from crystal.errors import CheckpointError
-from crystal.files import sha256_of, sync
+from crystal.files import dangling, discard, reason, sha256_of, sync
 from crystal.zoo.build import plan_for
 from crystal.zoo.config import ModelConfig
 
@@ -195,7 +195,7 @@ def write(directory: Path, tensors: Iterable[tuple[str, Tensor]], state: dict, f
     Raises CheckpointError when the disk is full or not writable, leaving nothing under the final name; ValueError
     for a tensor that is not fp32 (the published Amber run saved bf16 weights: never again).
     """
-    shutil.rmtree(aside_of(directory), ignore_errors=True)
+    discard(aside_of(directory))
     return seal(directory, write_shards(directory, tensors), state, files)
 
 
@@ -204,7 +204,7 @@ def refer(directory: Path, store: Path, state: dict, files: Iterable[Path] = ())
     from crystal.backends.weight_streaming.record import read_record
 
     aside, run = aside_of(directory), directory.absolute().parent.parent
-    shutil.rmtree(aside, ignore_errors=True)
+    discard(aside)
     # by a relative path inside the run directory, which may be moved as a whole
     path = os.path.relpath(store, directory.absolute()) if store.is_relative_to(run) else str(store)
     try:
@@ -245,7 +245,7 @@ def write_shards(directory: Path, tensors: Iterable[tuple[str, Tensor | Part]], 
         aside.mkdir(parents=True, exist_ok=True)
         return dict(_write_shards(aside, start, tensors))
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(aside, ignore_errors=True)
+        discard(aside)
         raise _cannot(directory, error) from None
 
 
@@ -275,20 +275,18 @@ def seal(
         os.rename(aside, directory)
         sync(directory.parent)
     except OSError as error:
-        shutil.rmtree(aside, ignore_errors=True)
+        discard(aside)
         raise _cannot(directory, error) from None
     return directory
 
 
 def _cannot(directory: Path, error: Exception) -> CheckpointError:
-    return CheckpointError(f"{directory}: the checkpoint cannot be written: {error}")
+    return CheckpointError(f"{directory}: the checkpoint cannot be written: {reason(error)}", file=directory)
 
 
 def _write_shards(aside: Path, start: str, tensors: Iterable[tuple[str, Tensor | Part]]) -> Iterator[tuple[str, dict]]:
-    shard: dict[str, Tensor] = {}
-    parts: dict[str, dict] = {}
-    size = 0
-    number = 0
+    shard, parts = {}, {}  # tensors and their places in the whole, by name
+    size = number = 0
 
     def flush() -> tuple[str, dict]:
         path = aside / f"{start}{number:05d}.safetensors"
@@ -371,14 +369,13 @@ def steps(checkpoints: Path) -> list[int]:
 def sweep(checkpoints: Path) -> None:
     """Remove what a killed writer left aside."""
     for aside in checkpoints.glob(".tmp-*"):
-        shutil.rmtree(aside, ignore_errors=True)
+        discard(aside)
 
 
 def remove(directory: Path) -> None:
     """Take a checkpoint away; killed half-way, what is left does not look like one."""
-    aside = directory.with_name(f".tmp-{directory.name}")
-    os.rename(directory, aside)
-    shutil.rmtree(aside)
+    os.rename(directory, aside_of(directory))
+    discard(aside_of(directory))  # of a link the link alone
 
 
 def locate(path: Path, stage: int | None = None) -> Path:
@@ -386,12 +383,15 @@ def locate(path: Path, stage: int | None = None) -> Path:
 
     Raises CheckpointError when there is none.
     """
+    if nowhere := dangling(path):
+        raise CheckpointError(f"{path}: {nowhere}", file=path)
     if (path / SEAL).is_file():
+        if stage is not None and read(path).state.get("stage_ended") != stage:
+            raise CheckpointError(f"{path}: expected the checkpoint at the end of stage {stage}, it is not")
         return path
     if re.fullmatch(r"step-[0-9]{7,}", path.name) and path.exists():
         raise missing_seal(path)
-    checkpoints = path / "checkpoints"
-    found = [step_directory(checkpoints, s) for s in steps(checkpoints)]
+    found = [step_directory(path / "checkpoints", s) for s in steps(path / "checkpoints")]
     if stage is not None:
         found = [p for p in found if read(p).state.get("stage_ended") == stage]
     if not found:

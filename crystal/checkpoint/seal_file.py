@@ -27,6 +27,7 @@ from crystal.backends.config import OptimizerConfig
 from crystal.config import Strict, load_yaml, parse
 from crystal.config.bounded_yaml import shortened
 from crystal.errors import CheckpointError, ConfigError
+from crystal.files import from_json, regular_bytes
 from crystal.output.printable import printable_line
 from crystal.zoo.build import meta_decoder
 from crystal.zoo.config import ModelConfig
@@ -339,7 +340,7 @@ def files_of(directory: Path, seal: dict) -> dict[str, dict]:
         if state.get("model") is not None and parse(ModelConfig, state["model"], str(path)) != model:
             raise CheckpointError(f"{path}: state.model: expected the model of {run / 'config.yaml'}", file=path)
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
-        sha256 = json.loads((run / "manifest.json").read_bytes())["data"]["tokenizer_sha256"]
+        sha256 = from_json(regular_bytes(run / "manifest.json"))["data"]["tokenizer_sha256"]
         if state.get("tokenizer") is not None and re.fullmatch("[0-9a-f]{64}", sha256):
             return {state["tokenizer"]: {"sha256": sha256}}
     return {}

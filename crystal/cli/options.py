@@ -11,6 +11,8 @@ from typing import Annotated, Literal
 import typer
 
 from crystal.cli import completion
+from crystal.errors import RunError
+from crystal.files import reason
 from crystal.output.printable import printable
 from crystal.output.ranks import is_first
 
@@ -59,11 +61,13 @@ def print_result(result: dict, as_json: bool, text: str, raw: bool = False) -> N
 
 
 def print_out(text: str) -> None:
-    """Print on stdout, whose reader may have gone."""
+    """Print on stdout, whose reader may have gone. Raises RunError where it is a file that cannot be written."""
     try:
         print(text, flush=True)
-    except BrokenPipeError:  # `crystal … | head` has read enough; what is left in the buffer goes nowhere
+    except OSError as error:  # what is left in the buffer goes nowhere
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not isinstance(error, BrokenPipeError):  # `crystal … | head` has read enough
+            raise RunError(f"stdout: cannot be written: {reason(error)}") from None
 
 
 def console():

@@ -79,6 +79,29 @@ def yaml_value(text: str, room: Room | None = None) -> Any:
             loader.dispose()
 
 
+def quick_value(text: str) -> Any:
+    """The value that a text of our own writing says, in a sixth of the time where libyaml is there. It keeps the same
+    bounds, and judges no keys and numbers. Raises yaml.YAMLError."""
+    if len(text) > MAX_BYTES or not _is_small(text):
+        return yaml_value(text)
+    loader = _Quick(text)
+    try:
+        return loader.get_single_data()
+    finally:
+        loader.dispose()
+
+
+def _is_small(text: str) -> bool:
+    """Whether a text is within bounds without further looks: libyaml's parser reads it, which builds nothing."""
+    values = depth = 0
+    for event in yaml.parse(text, Loader=_Quick):
+        values += isinstance(event, yaml.NodeEvent)
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if isinstance(event, yaml.AliasEvent) or values > MAX_VALUES or depth > MAX_DEPTH:
+            return False
+    return True
+
+
 def problem(error: yaml.YAMLError) -> str:
     """What is wrong, in a line."""
     said = getattr(error, "problem", None) or getattr(error, "reason", None) or error
@@ -95,6 +118,13 @@ def _line(error: yaml.YAMLError, text: str) -> int | None:
         return mark.line + 1
     at = getattr(error, "position", None)  # of a character that YAML does not allow
     return None if at is None else text.count("\n", 0, at) + 1
+
+
+class _Quick(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
+    """libyaml's, where it is there; dates are text."""
+
+
+_Quick.add_constructor("tag:yaml.org,2002:timestamp", yaml.SafeLoader.construct_yaml_str)
 
 
 class _Loader(yaml.SafeLoader):

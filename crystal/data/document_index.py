@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from bisect import bisect_left, bisect_right
 from pathlib import Path
 
 from crystal.data.store_manifest import SPLITS, SourceEntry
 from crystal.errors import DataError
+from crystal.files import from_json
 
 MAX_LINE = 1 << 22  # bytes of a document's line: an id, a path, a licence and numbers
 _KINDS = {"id": str, "tokens": int, "start": int}
@@ -54,7 +54,7 @@ class Documents:
             return []
         with open(self.file, "rb") as file:
             file.seek(self.lines[first])
-            return [json.loads(file.readline()) for _ in range(first, last)]
+            return [from_json(file.readline()) for _ in range(first, last)]
 
 
 def read_documents(file: Path, entry: SourceEntry, checksum: bool = True) -> dict[str, Documents]:
@@ -91,8 +91,8 @@ def read_documents(file: Path, entry: SourceEntry, checksum: bool = True) -> dic
 def _document(line: bytes) -> dict | None:
     """The document that a line says, None where it says none."""
     try:
-        document = json.loads(line) if len(line) <= MAX_LINE else None
-    except (ValueError, RecursionError):
+        document = from_json(line) if len(line) <= MAX_LINE else None
+    except ValueError:
         return None
     if not isinstance(document, dict) or document.get("split") not in SPLITS:
         return None

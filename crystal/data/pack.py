@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 
 _BUCKET_BITS = 6
+_HELD_BYTES = 1 << 24  # of a spool, before they are written
 _BLOCK_TOKENS = 1 << 20  # rows are cut from blocks of about this many tokens
 
 
@@ -95,7 +96,7 @@ class Spool:
     """Framed documents on disk, read back in the random order of `seed`.
 
     `add` in any order, then `shuffled` once. Two documents with the same id keep the order in which they
-    came.
+    came. No file stays open: there are 128 of them, and a process may have as few as 64.
     """
 
     def __init__(self, directory: Path, seed: int, dtype: np.dtype) -> None:
@@ -104,27 +105,43 @@ class Spool:
         self.purpose = f"shuffle {seed}"
         self.dtype = dtype
         self.tokens = 0
-        self._files: dict[int, tuple] = {}
+        self._buckets: set[int] = set()
+        self._held: dict[int, tuple[list[str], list[bytes]]] = {}  # not yet written, by bucket: lines and tokens
+        self._held_bytes = 0
 
     def add(self, record: dict, tokens: np.ndarray) -> None:
         """Keep one document: `record` (JSON-able, with its `id`) and its framed tokens."""
         key = _key(self.purpose, record["id"])
         bucket = key >> (64 - _BUCKET_BITS)
-        if bucket not in self._files:
-            name = self.directory / f"{bucket:02d}"
-            self._files[bucket] = (open(f"{name}.jsonl", "w", encoding="utf-8"), open(f"{name}.bin", "wb"))  # noqa: SIM115
-        index, data = self._files[bucket]
-        index.write(json.dumps([key, len(tokens), record]) + "\n")
-        data.write(tokens.astype(self.dtype).tobytes())
+        line, content = json.dumps([key, len(tokens), record]) + "\n", tokens.astype(self.dtype).tobytes()
+        lines, data = self._held.setdefault(bucket, ([], []))
+        lines.append(line)
+        data.append(content)
         self.tokens += len(tokens)
+        self._held_bytes += len(line) + len(content)
+        if self._held_bytes >= _HELD_BYTES:
+            self._write()
+
+    def _write(self) -> None:
+        for bucket, (lines, data) in self._held.items():
+            with self._index(bucket).open("a", encoding="utf-8") as file:
+                file.writelines(lines)
+            with self._data(bucket).open("ab") as file:
+                file.writelines(data)
+        self._buckets |= self._held.keys()
+        self._held, self._held_bytes = {}, 0
+
+    def _index(self, bucket: int) -> Path:
+        return self.directory / f"{bucket:02d}.jsonl"
+
+    def _data(self, bucket: int) -> Path:
+        return self.directory / f"{bucket:02d}.bin"
 
     def shuffled(self) -> Iterator[tuple[dict, np.ndarray]]:
         """Every document, in the order of its key; files are removed as they are read."""
-        for files in self._files.values():
-            for file in files:
-                file.close()
-        for bucket in sorted(self._files):
-            index, data = self.directory / f"{bucket:02d}.jsonl", self.directory / f"{bucket:02d}.bin"
+        self._write()
+        for bucket in sorted(self._buckets):
+            index, data = self._index(bucket), self._data(bucket)
             with open(index, encoding="utf-8") as lines:
                 entries = [json.loads(line) for line in lines]
             ends = np.cumsum([size for _, size, _ in entries])

@@ -34,7 +34,7 @@ from crystal.data.corpus import build as corpus
 from crystal.data.corpus import user_files
 from crystal.data.tokenizer import Tokenizer, VocabularyError, padded, train_tokenizer
 from crystal.errors import ConfigError, CrystalError, DataError
-from crystal.files import sha256_of
+from crystal.files import sha256_of, writing
 from crystal.output.progress import Bar, note
 
 if TYPE_CHECKING:
@@ -156,7 +156,7 @@ def _tokenizer(
     with only_one(path, console):
         if not path.is_file():
             corpus.build(recipe, cache_dir(), names, console=console)
-            with Bar(console) as bar:
+            with Bar(console) as bar, writing(path):
                 texts = _sample(recipe, names, config.train.bytes_per_source, bar)
                 try:
                     train_tokenizer(texts, config.train.vocab_size, path, bar)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from crystal.data import pack
 from crystal.data.document_index import Documents
 from crystal.data.store_manifest import SourceEntry
 from crystal.errors import DataError
-from crystal.files import cache_dir, sha256_of, write_whole
+from crystal.files import cache_dir, dangling, sha256_of, write_whole
 
 WHOLE_BYTES = 8 << 30  # stores up to this size are read from end to end on first use; larger ones shard by shard
 _SMALL = 1 << 18  # bytes below which a file is read again: remembering very many would fill the cache
@@ -29,8 +28,8 @@ _BLOCK = 1 << 20
 
 def expect_size(file: Path, size: int | None) -> None:
     """Raise DataError unless the file is there, and of `size` bytes where that is given."""
-    if file.is_symlink() and not file.exists():
-        raise DataError(f"{file}: a link to {os.readlink(file)}, which does not exist", file=file)
+    if nowhere := dangling(file):
+        raise DataError(f"{file}: {nowhere}", file=file)
     if not file.is_file():
         raise DataError(f"{file}: missing from the token store; run `crystal prepare` again", file=file)
     if size is not None and file.stat().st_size != size:

@@ -17,6 +17,7 @@ from pydantic import AfterValidator, Field
 from crystal.config import Name, Strict, parse
 from crystal.data import pack
 from crystal.errors import ConfigError, DataError
+from crystal.files import from_json
 
 VERSION = 2
 SPLITS = ("train", "val")
@@ -144,12 +145,12 @@ def read_manifest(file: Path) -> Manifest:
             content = stream.read(MAX_BYTES + 1)
         if len(content) > MAX_BYTES:
             raise DataError(f"{file}: expected at most {MAX_BYTES:,} bytes of JSON", file=file)
-        mapping = json.loads(content.decode("utf-8"))
+        mapping = from_json(content.decode("utf-8"))
     except FileNotFoundError:
         raise DataError(f"{file}: not found; `crystal prepare RUN.yaml` makes it", file=file) from None
     except OSError as error:
         raise DataError(f"{file}: cannot be read: {error.strerror}", file=file) from None
-    except (ValueError, RecursionError):
+    except ValueError:
         raise DataError(f"{file}: expected JSON; run `crystal prepare` again", file=file) from None
     try:
         manifest = parse(Manifest, mapping, str(file))

@@ -14,6 +14,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from crystal.files import from_json
+
 SPACE = "\u2581"  # SentencePiece's visible space
 _BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
 _CONTROL = ("<unk>", "<s>", "</s>")
@@ -94,7 +96,7 @@ def read_sentencepiece(content: bytes) -> Vocabulary:
 
 def read_json(content: bytes) -> Vocabulary:
     """A tokenizer.json of LLaMA's kind: byte pairs with byte fallback. Special tokens are never found in texts."""
-    spec = json.loads(content)
+    spec = from_json(content)
     model, added = spec["model"], spec.get("added_tokens") or []
     vocab = model["vocab"]
     pieces = sorted(vocab, key=vocab.__getitem__)

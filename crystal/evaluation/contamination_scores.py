@@ -5,7 +5,6 @@ The answers are those that `crystal eval` kept, EVALS/step-NNNNNNN/TASK.json; th
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Sequence
@@ -14,6 +13,7 @@ from pathlib import Path
 
 from crystal.errors import DataError
 from crystal.evaluation.task import Metric, Task
+from crystal.files import from_json, regular_bytes
 
 
 def scores(evals: Path, tasks: Sequence[Task], judged: Sequence[Sequence[dict]]) -> list[dict]:
@@ -64,7 +64,7 @@ def _plain(metric: Metric | None) -> dict | None:
 
 def _answers(file: Path) -> list[dict]:
     try:
-        answers = json.loads(file.read_text(encoding="utf-8"))["items"]
+        answers = from_json(regular_bytes(file))["items"]
         if not all(isinstance(answer["id"], str) for answer in answers):
             raise TypeError
     except (OSError, ValueError, KeyError, TypeError):

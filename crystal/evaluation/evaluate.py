@@ -29,7 +29,7 @@ from crystal.errors import CheckpointError, ConfigError, RunError
 from crystal.evaluation import results
 from crystal.evaluation.results import Result
 from crystal.evaluation.task import Subject, Task
-from crystal.files import locked, sha256_of, write_whole
+from crystal.files import from_json, locked, sha256_of, write_whole
 from crystal.inference.load import fitting_dtype
 from crystal.output.progress import Bar
 from crystal.run import load_run
@@ -194,7 +194,7 @@ class Evaluation:
             for number in range(parts):
                 file = folder / f"part-{number:05d}.json"
                 if file.is_file():
-                    answers |= {answer["id"]: answer for answer in json.loads(file.read_text(encoding="utf-8"))}
+                    answers |= _answers(file)
             missing = next((ids[i] for i in numbers if ids[i] not in answers), None)
             if missing is not None:
                 raise RunError(f"{folder}: the answers to item {missing} are gone; the same command asks again")
@@ -269,3 +269,12 @@ def _on_one(evaluation: Evaluation, tasks: Sequence[Task], numbers: dict, bar: B
         if at_work and not moved:
             time.sleep(_PAUSE)
     return [found[task.name] for task in tasks]
+
+
+def _answers(part: Path) -> dict[str, dict]:
+    """The answers of a part by item; none of a damaged one, which is taken away, to be asked again."""
+    try:
+        return {answer["id"]: answer for answer in from_json(part.read_bytes().decode())}
+    except (ValueError, KeyError, TypeError):
+        part.unlink()
+        return {}

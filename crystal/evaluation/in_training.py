@@ -46,7 +46,8 @@ def evaluator_of(run: RunFile, console: Console) -> Callable[[Path], dict[str, f
 
     items = Items(wanted.items, console)
     # what asks about the run's own held-out documents has to wait until there is a run
-    made = None if wanted.suite in OF_A_RUN and not run.config.directory.exists() else tasks()
+    begun = (run.config.directory / "config.yaml").exists()  # another process may have made the directory by now
+    made = tasks() if begun or wanted.suite not in OF_A_RUN else None
 
     def scores(directory: Path) -> dict[str, float]:
         nonlocal made

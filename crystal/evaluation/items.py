@@ -9,7 +9,6 @@ from __future__ import annotations
 import gzip
 import hashlib
 import io
-import json
 import zipfile
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,7 +18,7 @@ from typing import TYPE_CHECKING
 from crystal.data.corpus import packages
 from crystal.data.corpus.recipe import Entry
 from crystal.errors import DataError
-from crystal.files import cache_dir
+from crystal.files import cache_dir, from_json
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -91,7 +90,7 @@ def _json_lines(content: bytes, where: Path | str) -> list[dict]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = from_json(line)
         except ValueError:
             row = None
         if not isinstance(row, dict):

@@ -13,9 +13,10 @@ from pathlib import Path
 
 from crystal.errors import DataError
 from crystal.evaluation.task import Metric
-from crystal.files import write_whole
+from crystal.files import from_json, regular_bytes, write_whole
 
 FORMAT = 1
+MAX_BYTES = 1 << 28  # of a result, which has every answer
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ def write(evals: Path, result: Result) -> Path:
 def read(path: Path) -> Result:
     """A result. Raises DataError naming the file that is damaged or of another format."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = from_json(regular_bytes(path, MAX_BYTES).decode())
         if content["format"] != FORMAT:
             raise ValueError(f"format {content['format']}")
         metrics = {name: Metric(m["value"], m["stderr"], m["chance"]) for name, m in content["metrics"].items()}
@@ -75,7 +76,7 @@ def read(path: Path) -> Result:
         return Result(content["step"], content["task"], metrics, content["n"], answers, about)
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}", file=path) from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DataError(
             f"{path}: expected an evaluation's result of format {FORMAT}: {error}; remove it to evaluate again",
             file=path,

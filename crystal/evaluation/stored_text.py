@@ -6,7 +6,6 @@ compared with their checksums when they are first read on a machine.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ from crystal.data.store import TokenStore
 from crystal.data.tokenizer import Tokenizer
 from crystal.errors import DataError
 from crystal.evaluation.ngrams import words
-from crystal.files import cache_dir
+from crystal.files import cache_dir, from_json, regular_bytes
 from crystal.run import RunFile, prepare_run
 
 _PART_TOKENS = 1 << 20  # a longer document comes in parts
@@ -48,7 +47,7 @@ def open_store(run: RunFile, directory: Path | None, console=None) -> TokenStore
     if manifest is None or not manifest.exists():
         return TokenStore.open(prepare_run(run, console))
     try:
-        fingerprint = json.loads(manifest.read_text(encoding="utf-8"))["data"]["store"]
+        fingerprint = from_json(regular_bytes(manifest))["data"]["store"]
         if not isinstance(fingerprint, str) or not fingerprint.isalnum():
             raise ValueError
     except (OSError, ValueError, KeyError, TypeError):
@@ -107,7 +106,7 @@ def _listed(store: TokenStore, source: str, split: str) -> Iterator[dict]:
     with open(file, "rb") as lines:
         for number, line in enumerate(lines, 1):
             try:
-                document = json.loads(line)
+                document = from_json(line)
                 if document["split"] == split:
                     yield document | {"source": source}
             except (ValueError, KeyError, TypeError):

@@ -3,10 +3,14 @@
 A study's name ends in the fingerprint of what decides the loss (model, data, steps, batch, dtype …), and a trial says
 its own seed and hyperparameters as numbers. So one file may hold trials of any grid: those that the sweep wants now
 are counted, wherever they came from, and the others are kept.
+
+The file carries its format as SQLite's user_version, and each finished trial a digest of itself, compared when it is
+read: SQLite's own check finds damaged pages, not a digit that has changed. Files of 0.1.0 have neither.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import sqlite3
@@ -17,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from crystal.errors import RunError
-from crystal.files import locked
+from crystal.files import dangling, locked, open_regular, reason
 from crystal.sweeps.sweep import Range, Sweep, points
 
 if TYPE_CHECKING:
@@ -27,6 +31,12 @@ if TYPE_CHECKING:
     from optuna.trial import Trial as OptunaTrial
 
 WAIT = 60  # seconds for another process's write to end
+FORMAT = 1  # of trials.sqlite, as its user_version; 0.1.0 wrote none, and the same tables
+_DIGEST = "sha256"  # of a finished trial, among what it says of itself
+_OUTCOME = {
+    "loss": (float, type(None)), "diverged": (bool,), "first_loss": (float, type(None)), "steps": (int,),
+    "seconds": (float,), "cpu_seconds": (float,),
+}  # fmt: skip
 
 
 class Claim(NamedTuple):
@@ -76,11 +86,14 @@ class Trials:
 
     def finish(self, claim: Claim, outcome: dict) -> None:
         """Keep what a trial gave."""
-        value = outcome["first_loss"] if outcome["diverged"] else outcome["loss"]
+        told = {k: _json_number(v) for k, v in outcome.items()}
         with _one_line(self.file):
-            claim.trial.set_user_attr("outcome", {k: _json_number(v) for k, v in outcome.items()})
             study = self.studies[claim.shape]
-            study.tell(claim.trial, math.inf if math.isnan(value) else value)
+            claim.trial.set_user_attr("outcome", told)
+            claim.trial.set_user_attr(
+                _DIGEST, _digest(study.study_name, claim.trial.user_attrs["point"], claim.values, told)
+            )
+            study.tell(claim.trial, _value(told))
 
     def wanted(self) -> int:
         """How many trials the sweep has in all."""
@@ -98,6 +111,7 @@ class Trials:
                     trial = done.get(json.dumps(point, sort_keys=True))
                     if trial is not None:
                         values = point.get("values") or trial.params
+                        _expect_whole(study.study_name, trial, values)
                         rows.append(model | {"seed": point["seed"], **values, **trial.user_attrs["outcome"]})
         return rows
 
@@ -123,11 +137,10 @@ def open_trials(sweep: Sweep) -> Trials:
     def connect() -> sqlite3.Connection:
         return sqlite3.connect(file, timeout=WAIT, check_same_thread=False)
 
+    _expect_file(file)
     with _one_line(file):
         with closing(connect()) as connection:
-            (health,) = connection.execute("pragma quick_check").fetchone()
-        if health != "ok":
-            raise sqlite3.DatabaseError(health)
+            _expect_ours(file, connection)
         # a connection of our own: in the text of a URL, a path with ?, #, % or { means something else
         engine = {"creator": connect, "poolclass": QueuePool}
         trials = Trials(sweep, file, optuna.storages.RDBStorage("sqlite://", engine_kwargs=engine))
@@ -140,6 +153,39 @@ def open_trials(sweep: Sweep) -> Trials:
                 load_if_exists=True,
             )
     return trials
+
+
+def _expect_file(file: Path) -> None:
+    """Raise RunError where something that SQLite must not open stands in the file's place: it would wait for a pipe,
+    and begin anew on a file of a few bytes."""
+    what = dangling(file)
+    try:
+        with open_regular(file) as opened:
+            head = opened.read(512)
+        if head and (len(head) < 512 or not head.startswith(b"SQLite format 3\0")):
+            what = "no SQLite file"
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        what = what or reason(error)
+    if what:
+        raise RunError(f"{file}: damaged, or not a sweep's trials: {what}; move it away", file=file)
+
+
+def _expect_ours(file: Path, connection: sqlite3.Connection) -> None:
+    """Raise RunError, or sqlite3.Error, for a damaged file, a newer crystal's, or another program's; mark a new one."""
+    (health,) = connection.execute("pragma quick_check").fetchone()
+    if health != "ok":
+        raise sqlite3.DatabaseError(health)
+    tables = {name for (name,) in connection.execute("select name from sqlite_master where type = 'table'")}
+    if tables and not {"studies", "trials", "version_info"} <= tables:
+        raise RunError(f"{file}: expected a sweep's trials, it is another program's database; move it away", file=file)
+    (version,) = connection.execute("pragma user_version").fetchone()
+    if not 0 <= version <= FORMAT:
+        said = f"expected format {FORMAT}, got {version}: another crystal wrote it"
+        raise RunError(f"{file}: {said}; use that one, or another --out", file=file)
+    if version != FORMAT:
+        connection.execute(f"pragma user_version = {FORMAT:d}")
 
 
 def finished(sweep: Sweep) -> list[dict]:
@@ -159,7 +205,7 @@ def _one_line(file: Path) -> Iterator[None]:
         while error.__cause__ is not None:  # SQLite's own words are at the bottom
             error = error.__cause__
         raise RunError(f"{file}: {_advice(getattr(error, 'orig', None) or error)}") from None
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+    except (LookupError, TypeError, ValueError, RuntimeError, ArithmeticError, AttributeError, AssertionError) as error:
         raise RunError(f"{file}: {_advice(error)}") from None
 
 
@@ -179,6 +225,29 @@ def _complete(study: Study) -> list[FrozenTrial]:
     from optuna.trial import TrialState
 
     return study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+
+
+def _value(outcome: dict) -> float:
+    """What optuna is told of a trial: the loss; that at the start, of one that diverged."""
+    value = outcome["first_loss"] if outcome["diverged"] else outcome["loss"]
+    return math.inf if value is None else value
+
+
+def _digest(study: str, point: dict, values: dict, outcome: dict) -> str:
+    return hashlib.sha256(json.dumps([study, point, values, outcome], sort_keys=True).encode()).hexdigest()
+
+
+def _expect_whole(study: str, trial: FrozenTrial, values: dict) -> None:
+    """Raise ValueError unless a finished trial is as it was written. Those of 0.1.0 have no digest."""
+    outcome, named = trial.user_attrs["outcome"], f"trial {trial.number} of {study}"
+    for key, kinds in _OUTCOME.items():
+        if type(outcome[key]) not in kinds:
+            raise ValueError(f"{named}: {key}: expected a number, got {outcome[key]!r:.40}")
+    expected = trial.user_attrs.get(_DIGEST)
+    if expected is not None and expected != _digest(study, trial.user_attrs["point"], values, outcome):
+        raise ValueError(f"{named}: expected another sha256, it has changed")
+    if trial.value != _value(outcome):
+        raise ValueError(f"{named}: value: expected {_value(outcome)}, got {trial.value}")
 
 
 def _key(trial: FrozenTrial) -> str:

@@ -33,6 +33,7 @@ from crystal.config import (
     within,
 )
 from crystal.errors import ConfigError, WrongValue
+from crystal.files import from_json
 from crystal.kernels import tuning
 from crystal.mup.tolerances import MAX_REGRET, MAX_SHIFT
 from crystal.mup.transfer import Trial
@@ -148,7 +149,7 @@ class Sweep:
         if self.config.dtype != "auto":
             return self.config.dtype
         try:
-            began = json.loads((self.directory / "sweep.json").read_text(encoding="utf-8"))["dtype"]
+            began = from_json((self.directory / "sweep.json").read_text(encoding="utf-8"))["dtype"]
         except (OSError, ValueError, KeyError, TypeError):  # not begun, or damaged, which `read_record` says
             began = None
         return began if began in tuning.DTYPES else tuning.tuning(threads=1).dtype

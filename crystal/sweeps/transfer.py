@@ -6,21 +6,21 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 import torch
 
 from crystal.bench.matmul import matmul_rate
 from crystal.config import Config, override
 from crystal.errors import RunError
-from crystal.files import replacing, write_whole
+from crystal.files import cannot_write, from_json, reason, regular_bytes, replacing, write_whole
 from crystal.kernels import tuning
 from crystal.mup.forecast import forecast
 from crystal.mup.transfer import Transfer, Trial, judge
 from crystal.output.progress import Bar, note
 from crystal.run import prepare_run
 from crystal.sweeps.store import finished, open_trials
-from crystal.sweeps.sweep import Sweep, as_trials, load_sweep, points, sweep_of
+from crystal.sweeps.sweep import Parameter, Sweep, as_trials, load_sweep, points, sweep_of
 from crystal.sweeps.target import check_target, write_target
 from crystal.sweeps.workers import held, make_directory, read_record, run_sweep
 from crystal.zoo.build import parameter_count
@@ -33,6 +33,13 @@ if TYPE_CHECKING:
 EFFICIENCY = 0.4
 # What a worker of the documented sweep did (docs/mup/transfer-mup): its FLOPs over its CPU-seconds.
 REFERENCE = {"sweep": "transfer-mup", "machine": "an AMD EPYC with bf16 products", "flops_per_second": 8.78e10}
+
+MAX_TRIALS_BYTES = 1 << 28  # of a trials.json: 400 bytes a trial
+_NUMBER = (int, float)
+_ROW = {
+    "parametrization": (str,), "width": (int,), "depth": (int,), "seed": (int,), "lr": _NUMBER,
+    "loss": (float, int, type(None)), "diverged": (bool,), "seconds": _NUMBER, "cpu_seconds": _NUMBER,
+}  # fmt: skip
 
 
 def plan_only(sweep: Sweep, workers: int) -> dict:
@@ -151,18 +158,30 @@ def judge_again(file: Path, overrides: list[str], out: Path | None) -> dict:
     record = read_record(file.parent)
     source = override(Config(record["config"], {(): str(file.parent / "sweep.json")}), overrides)
     sweep = sweep_of(source, out or file.parent)
-    keys = {"parametrization", "width", "depth", "seed", "lr", "loss", "diverged", "seconds", "cpu_seconds"}
     try:
-        rows = json.loads(file.read_text(encoding="utf-8"))
-        whole = isinstance(rows, list) and all(isinstance(row, dict) and keys <= row.keys() for row in rows)
-    except ValueError:
+        rows = from_json(regular_bytes(file, MAX_TRIALS_BYTES).decode())
+        whole = isinstance(rows, list) and all(map(_is_row, rows))
+    except (ValueError, RecursionError):
         whole = False
     except OSError as error:
-        raise RunError(f"{file}: cannot be read: {error.strerror}") from None
+        raise RunError(f"{file}: cannot be read: {reason(error)}", file=file) from None
     if not whole:
-        raise RunError(f"{file}: damaged, or not a sweep's trials: expected a list of them, with {sorted(keys)}")
+        raise RunError(f"{file}: damaged, or not a sweep's trials: expected a list of them, with {sorted(_ROW)}")
     make_directory(sweep.directory)
     return judged(sweep, rows, {key: record[key] for key in ("fingerprint", "corpus")})
+
+
+def _is_row(row: object) -> bool:
+    """Whether a value of trials.json is a trial, with numbers where they belong."""
+    if not isinstance(row, dict) or not _ROW.keys() <= row.keys():
+        return False
+    searched = [row[name] for name in get_args(Parameter) if name in row]
+    numbers = [row[key] for key, kinds in _ROW.items() if type(row[key]) in _NUMBER]
+    return (
+        all(type(row[key]) in kinds for key, kinds in _ROW.items())
+        and all(abs(value) < 1 << 53 for value in numbers if type(value) is int)
+        and all(type(value) in _NUMBER and 2.0**-60 <= value <= 2.0**60 for value in searched)
+    )
 
 
 def judged(sweep: Sweep, rows: list[dict], made: dict) -> dict:
@@ -194,7 +213,7 @@ def _write(path: Path, write: Callable[[Path], None], failures: list[Exception])
     try:
         write(path)
     except OSError as error:
-        failures.append(RunError(f"{path}: cannot be written: {error.strerror or error}"))
+        failures.append(cannot_write(path, error))
     except Exception as error:  # not ours to judge here: it is raised when the other results are safe
         failures.append(error)
     else:

@@ -14,10 +14,14 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated, Literal
 
+from pydantic import Field
+
+from crystal.checkpoint.seal_file import DIGEST, with_digest
+from crystal.config import Strict, parse
 from crystal.errors import ConfigError, CrystalError, RunError
-from crystal.files import write_whole
+from crystal.files import from_json, reason, regular_bytes, write_whole
 from crystal.output.interrupts import shielded
 from crystal.sweeps.store import open_trials
 from crystal.sweeps.sweep import Sweep, family, name_from
@@ -27,7 +31,24 @@ from crystal.training.guards import alone_in
 if TYPE_CHECKING:
     from multiprocessing.queues import SimpleQueue
 
+Hex = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 FORMAT = 2  # of sweep.json and what trials.sqlite holds; 1 did not say what made a trial
+MAX_RECORD = 1 << 22  # bytes of sweep.json; those of the packaged sweeps have 3,000
+
+
+class _Corpus(Strict):
+    name: str
+    fingerprint: Hex
+
+
+class _Record(Strict):
+    """What sweep.json says."""
+
+    format: int
+    dtype: Literal["bf16", "fp32"]
+    fingerprint: Hex
+    corpus: _Corpus
+    config: dict
 
 
 @contextmanager
@@ -65,23 +86,25 @@ def _record(sweep: Sweep) -> dict:
     config["run"] = name_from(sweep.directory, sweep.run.path)
     if sweep.target:
         config["target"]["run"] = name_from(sweep.directory, sweep.target.path)
-    return {
-        "format": FORMAT,
-        "dtype": sweep.dtype,
-        "fingerprint": sweep.fingerprint(),
-        "corpus": sweep.data["corpus"],
-        "config": config,
-    }
+    return with_digest(
+        {
+            "format": FORMAT,
+            "dtype": sweep.dtype,
+            "fingerprint": sweep.fingerprint(),
+            "corpus": sweep.data["corpus"],
+            "config": config,
+        }
+    )
 
 
 def read_record(directory: Path) -> dict:
     """sweep.json of a directory. Raises RunError for one that is missing, damaged, or of another format."""
     file = directory / "sweep.json"
     try:
-        record = json.loads(file.read_text(encoding="utf-8"))
+        record = from_json(regular_bytes(file, MAX_RECORD).decode())
     except OSError as error:
-        raise RunError(f"{file}: cannot be read: {error.strerror}") from None
-    except ValueError as error:  # no JSON, or no UTF-8
+        raise RunError(f"{file}: cannot be read: {reason(error)}", file=file) from None
+    except (ValueError, RecursionError) as error:  # no JSON, or no UTF-8
         raise RunError(
             f"{file}: damaged: expected JSON, {error}; move it away and the same command goes on with the trials"
         ) from None
@@ -90,9 +113,14 @@ def read_record(directory: Path) -> dict:
             f"{directory}: holds the trials of an older crystal, which did not record all that made them; "
             f"use another --out"
         )
-    keys = {"format", "dtype", "fingerprint", "corpus", "config"}
-    if not isinstance(record, dict) or not keys <= record.keys() or record["format"] != FORMAT:
+    if not isinstance(record, dict) or record.get("format") != FORMAT:
         raise RunError(f"{file}: expected the record of a sweep, format {FORMAT}; use another --out")
+    if record.pop(DIGEST, None) not in (None, with_digest(record)[DIGEST]):  # 0.1.0 wrote none
+        raise RunError(f"{file}: expected what has the {DIGEST} that is in it, the file has changed; move it away")
+    try:
+        parse(_Record, record, str(file))
+    except ConfigError as error:
+        raise RunError(f"{error}; move it away", file=file) from None
     return record
 
 

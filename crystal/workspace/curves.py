@@ -5,7 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from crystal.workspace.runs import losses, number, parse_record, read_config
+from crystal.files import open_regular
+from crystal.workspace.runs import losses, number, parse_record, read_config, whole
+
+LONGEST = 1 << 20  # bytes of a line that is read at a time: what is longer is no step's record
 
 
 @dataclass(frozen=True)
@@ -32,11 +35,11 @@ def read_curves(directory: Path, label: str) -> Curves:
     config = read_config(directory)
     records: dict[int, dict] = {}
     try:
-        with (directory / "metrics.jsonl").open("rb") as lines:
-            for line in lines:
+        with open_regular(directory / "metrics.jsonl") as file:
+            while line := file.readline(LONGEST):
                 record = parse_record(line)
-                if record and isinstance(record.get("step"), int):
-                    records[record["step"]] = record
+                if record and (step := whole(record.get("step"))) is not None:
+                    records[step] = record
     except OSError:
         pass
     curriculum = (config or {}).get("curriculum")

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import json
-import math
 import os
 import re
 import statistics
@@ -21,21 +19,15 @@ from typing import Any
 import yaml
 
 from crystal.config import parse
+from crystal.config.bounded_yaml import MAX_BYTES, quick_value
 from crystal.curriculum.config import CurriculumConfig
 from crystal.curriculum.resolve import resolve
 from crystal.errors import ConfigError, CrystalError
-from crystal.files import RUN_LOCK, is_locked
+from crystal.files import RUN_LOCK, from_json, is_locked, open_regular, regular_bytes
 
 DEPTH = 4  # how far below the directory runs are looked for
 _FILES = ("manifest.json", "metrics.jsonl", "events.jsonl", "checkpoints")  # one of which a run has beside config.yaml
 _RATE_STEPS = 20  # the last steps whose median speed counts
-
-
-class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
-    """Reads what we wrote ourselves, ten times faster where libyaml is there; dates are text."""
-
-
-_Loader.add_constructor("tag:yaml.org,2002:timestamp", yaml.SafeLoader.construct_yaml_str)
 
 
 @dataclass(frozen=True)
@@ -103,14 +95,14 @@ def run_state(directory: Path) -> RunState | None:
     metrics = tail(directory / "metrics.jsonl", "val_loss")
     events = tail(directory / "events.jsonl", "start")
     checkpoint = _newest_checkpoint(directory)
-    recorded = [r for r in metrics if isinstance(r.get("step"), int)]
+    recorded = [r for r in metrics if whole(r.get("step")) is not None]
     step = recorded[-1]["step"] if recorded else checkpoint or 0
     rates = [v for r in recorded[-_RATE_STEPS:] if (v := number(r.get("tokens_per_second")))]
     rate = statistics.median(rates) if rates else None
     started = next((i for i in reversed(range(len(events))) if events[i].get("event") == "start"), None)
     since = {str(e.get("event")): e for e in (events if started is None else events[started:])}
     state = _state(directory, since, bool(recorded or events or checkpoint), step, steps, checkpoint)
-    goal = _whole(since.get("start", {}).get("stop")) or steps
+    goal = whole(since.get("start", {}).get("stop")) or steps
     left = max(goal - step, 0) * tokens_per_step / rate if rate and goal and tokens_per_step else None
     backend = config.get("backend") if isinstance(config.get("backend"), dict) else {}
     name = config.get("name")
@@ -121,7 +113,7 @@ def run_state(directory: Path) -> RunState | None:
         step=step,
         steps=steps,
         checkpoint_step=checkpoint,
-        tokens=next((t for r in reversed(recorded) if (t := _whole(r.get("tokens"))) is not None), None),
+        tokens=next((t for r in reversed(recorded) if (t := whole(r.get("tokens"))) is not None), None),
         loss=next((v for r in reversed(recorded) if (v := number(r.get("loss"))) is not None), None),
         val_loss=next((v for r in reversed(recorded) if (v := losses(r.get("val_loss")))), {}),
         tokens_per_second=rate,
@@ -160,7 +152,7 @@ def is_held(directory: Path) -> bool:
 def read_config(directory: Path) -> dict | None:
     """A run's config.yaml as a mapping; None where it cannot be read, is empty or torn."""
     try:
-        config = yaml.load((directory / "config.yaml").read_text(encoding="utf-8"), Loader=_Loader)  # noqa: S506
+        config = quick_value(regular_bytes(directory / "config.yaml", MAX_BYTES).decode())
     except (OSError, ValueError, RecursionError, yaml.YAMLError):
         return None
     return config if isinstance(config, dict) else None if config is None else {}
@@ -182,7 +174,7 @@ def tail(path: Path, mark: str) -> list[dict]:
     """
     word = f'"{mark}"'.encode()
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             end = file.seek(0, os.SEEK_END)
             for size in (1 << 16, 1 << 20):
                 file.seek(max(0, end - size))
@@ -199,16 +191,16 @@ def tail(path: Path, mark: str) -> list[dict]:
 def parse_record(line: bytes | str) -> dict | None:
     """A line of a .jsonl file as a mapping; None for a torn or foreign one."""
     try:
-        record = json.loads(line)
-    except (ValueError, RecursionError):
+        record = from_json(line)
+    except ValueError:
         return None
     return record if isinstance(record, dict) else None
 
 
 def number(value: Any) -> float | None:
-    """A finite number, or None."""
+    """A finite number that a double can hold, or None."""
     plain = isinstance(value, int | float) and not isinstance(value, bool)
-    return value if plain and math.isfinite(value) else None
+    return value if plain and -1e300 < value < 1e300 else None
 
 
 def losses(value: Any) -> dict[str, float]:
@@ -216,8 +208,9 @@ def losses(value: Any) -> dict[str, float]:
     return {s: v for s, v in value.items() if number(v) is not None} if isinstance(value, dict) else {}
 
 
-def _whole(value: Any) -> int | None:
-    return value if isinstance(value, int) and not isinstance(value, bool) else None
+def whole(value: Any) -> int | None:
+    """A step or a number of tokens, or None."""
+    return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 63 else None
 
 
 def _newest_checkpoint(directory: Path) -> int | None:

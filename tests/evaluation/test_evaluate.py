@@ -298,3 +298,11 @@ def test_it_needs_no_terminal_and_says_how_far_it_is(run, tmp_path):
     done = crystal_process("eval", run, "--suite", "items", "--items", own_items(tmp_path), "--every", 5)
     assert done.returncode == 0
     assert "items" in done.stderr
+
+
+@pytest.mark.parametrize("content", [b"", b"[", b"[1]", b"{}x", b'[{"i": 1}]', b"[" * 100_000, b"\xff", b'["a"]'])
+def test_a_damaged_part_has_no_answers_and_is_taken_away_to_be_asked_again(tmp_path, content):
+    part = tmp_path / "part-00000.json"
+    part.write_bytes(content)
+    assert module._answers(part) == {}
+    assert not part.exists()

@@ -162,7 +162,7 @@ def test_a_damaged_or_foreign_record_is_one_line_and_is_left_as_it_is(sweep_file
 def test_a_worker_that_cannot_go_on_says_so_in_one_line(sweep_file, tmp_path):
     (tmp_path / "out" / "turn.lock").mkdir(parents=True)
     line = refused(crystal_process("transfer", sweep_file, "--out", tmp_path / "out", "--workers", "1"))
-    assert "turn.lock: Is a directory" in line
+    assert "turn.lock: expected a lock file" in line
 
 
 # full disks
@@ -219,7 +219,7 @@ def test_a_result_that_cannot_be_written_does_not_lose_the_others(sweep_file, br
     (sweep.directory / broken).mkdir()
     with pytest.raises(RunError) as error:
         report(sweep)
-    assert f"{broken}: cannot be written: Is a directory" in str(error.value)
+    assert f"{broken}: cannot be written: is a directory" in str(error.value)
     files = {"trials.json", "transfer.json", "transfer.png", "target.yaml"}
     assert {name for name in files if (sweep.directory / name).is_file()} == files - {broken}
     assert not [path for path in sweep.directory.iterdir() if "tmp" in path.name or path.name.startswith(".transfer")]

@@ -27,7 +27,9 @@ from crystal.data.corpus import extract, filters, packages, user_files
 from crystal.data.corpus.lines import MAX_LINE
 from crystal.data.corpus.recipe import Entry, Source
 from crystal.errors import ConfigError, CrystalError, DataError
+from crystal.files import writing
 from crystal.output.interrupts import shielded
+from crystal.output.launcher import die_with_parent
 from crystal.output.progress import Bar
 
 if TYPE_CHECKING:
@@ -165,8 +167,10 @@ def build(
     if not missing:
         return
     folder = cache / "corpora"
-    folder.mkdir(parents=True, exist_ok=True)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     with (
+        writing(folder),
         Bar(console, f"extracting {recipe.name}") as bar,
         tempfile.TemporaryDirectory(prefix=".partial-", dir=folder) as aside,
     ):
@@ -188,7 +192,7 @@ def _built_by_workers(jobs: list[tuple], processes: int) -> Iterator[None]:
     # spawn: the parent may run threads, which fork does not survive
     spawn = multiprocessing.get_context("spawn")
     others = set(multiprocessing.active_children())
-    with ProcessPoolExecutor(processes, spawn) as pool:
+    with ProcessPoolExecutor(processes, spawn, die_with_parent) as pool:
         waiting = {}
         try:
             with shielded():

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from crystal.errors import DataError
+from crystal.files import dangling
 
 
 def files_under(directory: Path, hidden: bool = True) -> list[Path]:
@@ -38,9 +39,8 @@ def there(paths: Iterable[Path]) -> list[Path]:
     for path in paths:
         if path.is_file():
             found.append(path)
-        elif path.is_symlink() and not path.exists() and not path.name.startswith("."):
-            message = f"{path}: expected a file, found a link to {os.readlink(path)}, which does not exist"
-            raise DataError(message, file=path)
+        elif (nowhere := dangling(path)) and not path.name.startswith("."):
+            raise DataError(f"{path}: expected a file, found {nowhere}", file=path)
     return found
 
 

@@ -9,6 +9,7 @@ else's code. It is given empty build systems instead, which copy the PKG-INFO th
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import lzma
@@ -30,6 +31,7 @@ from typing import TYPE_CHECKING
 from crystal.data.corpus.lines import MAX_EXPANSION
 from crystal.data.corpus.recipe import PACKAGE, Entry
 from crystal.errors import CrystalError, DataError
+from crystal.files import writing
 from crystal.output.interrupts import child, end_children
 from crystal.output.progress import Bar
 
@@ -139,7 +141,12 @@ def _fetch_all(entries: list[Entry], cache: Path, what: str, console: Console | 
 def _fetch_one(entry: Entry, cache: Path) -> None:
     """Download into a folder beside the final one, then rename: an interrupted fetch leaves nothing."""
     folder = _folder(entry, cache)
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    with writing(folder.parent):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        _download(entry, folder)
+
+
+def _download(entry: Entry, folder: Path) -> None:
     with tempfile.TemporaryDirectory(prefix=".partial-", dir=folder.parent) as aside:
         into = Path(aside) / "archive"
         into.mkdir()
@@ -241,8 +248,9 @@ def sha256(file: Path, cache: Path, bar: Bar | None = None) -> str:
                 bar.advance(len(block))
     if file.stat().st_size < _SMALL:
         return digest.hexdigest()
-    known.parent.mkdir(parents=True, exist_ok=True)
-    known.write_text(digest.hexdigest(), encoding="ascii")  # half a hash is not 64 digits, see above
+    with contextlib.suppress(OSError):  # a cache that cannot be written remembers nothing
+        known.parent.mkdir(parents=True, exist_ok=True)
+        known.write_text(digest.hexdigest(), encoding="ascii")  # half a hash is not 64 digits, see above
     return digest.hexdigest()
 
 

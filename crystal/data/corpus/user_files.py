@@ -22,6 +22,7 @@ from crystal.data.corpus import links
 from crystal.data.corpus.lines import MAX_EXPANSION, MAX_LINE, PACKED, Reading, lines, too_large
 from crystal.data.corpus.recipe import Entry
 from crystal.errors import ConfigError, CrystalError, DataError
+from crystal.files import from_json
 
 ROW_FORMATS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 _BATCH_BYTES = 1 << 30  # of a table's rows that are unpacked at a time, at most
@@ -223,12 +224,12 @@ def _json_rows(file: Path, entry: Entry, reading: Reading) -> Iterator[tuple[int
             _refuse(f"{file}:{blank}: expected an object with '{entry.text_key}', found a blank line", entry, reading)
             blank = 0
         try:
-            row = json.loads(line.rstrip())
+            row = from_json(line.rstrip())
         except json.JSONDecodeError as error:
             _refuse(f"{file}:{number}: {_no_json(line, number, error)}", entry, reading)
         except UnicodeDecodeError as error:
             _refuse(f"{file}:{number}: {_not_text(error.object[error.start])}", entry, reading)
-        except (ValueError, RecursionError) as error:
+        except ValueError as error:
             _refuse(f"{file}:{number}: expected a line of JSON ({error})", entry, reading)
         else:
             yield number, row
