@@ -1,10 +1,11 @@
-# Two commands: `make demo` and `make test`. Each sets up .venv first, from requirements.lock.
+# Two commands: `make demo` and `make test`. Each sets up .venv first, from requirements.lock. `make proof` is what CI runs
+# after the suite (hostile input, long kills); `make fuzz FUZZ="--count 10000 --seed 5"` as much of it as one likes.
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 SAY := $(BIN)/crystal generate runs/demo --max-new-tokens 60 --temperature 0.7 --top-p 0.9
 
-.PHONY: demo test lint clean
+.PHONY: demo test proof fuzz lint clean
 
 demo: $(READY)
 	$(BIN)/crystal train demo
@@ -23,8 +24,15 @@ demo: $(READY)
 test: $(READY)
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
+proof: $(READY)
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m proof
+
+fuzz: $(READY)
+	PYTHONPATH=tests $(BIN)/python -m hostile.fuzz $(FUZZ)
+
 lint: $(READY)
 	$(BIN)/ruff check .
+	$(BIN)/shellcheck .ci/run benchmarks/*.sh docs/examples/*.sh
 
 clean:
 	rm -rf .venv

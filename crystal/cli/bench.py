@@ -164,13 +164,20 @@ def kernels_text(result: dict) -> str:
 
 def stream_text(result: dict) -> str:
     """A step beside its two floors."""
-    return (
+    head = (
         f"{result['model']}, {result['parameters']:,} parameters, {result['tokens']} tokens a step, "
         f"{result['dtype']} compute, {result['moments']} moments, {result['store_bytes'] / 1e9:.1f} GB store\n"
-        f"step {result['step_s']:.2f} s = {result['step_over_floor']:.2f} x the larger of compute "
-        f"{result['compute_s']:.2f} s and I/O {result['io_s']:.2f} s (overlap efficiency "
-        f"{result['overlap_efficiency']:.0%}), "
-        f"{result['tokens_per_second']:.1f} tokens/s, peak {result['peak_rss_bytes'] / 1e9:.2f} GB"
+    )
+    parts = f"compute {result['compute_s']:.2f} s and I/O {result['io_s']:.2f} s"
+    tail = f"{result['tokens_per_second']:.1f} tokens/s, peak {result['peak_rss_bytes'] / 1e9:.2f} GB"
+    if result["overlap_efficiency"] is None:
+        return (
+            f"{head}step {result['step_s']:.2f} s, {parts}: overlap not measured, for in {result['impossible_rounds']} "
+            f"rounds of {len(result['rounds']['step_s'])} a step took less than its parts; {tail}"
+        )
+    return (
+        f"{head}step {result['step_s']:.2f} s = {result['step_over_floor']:.2f} x the larger of {parts} (overlap "
+        f"efficiency {result['overlap_efficiency']:.0%}), {tail}"
     )
 
 

@@ -96,6 +96,12 @@ def _bind(
     parts: dict[str, list[float]] = {}
     fim: dict[str, list[tuple[float, float]]] = {}
     unbound = []
+    for i, pattern in enumerate(stage.fim.only if stage.fim.rate else ()):
+        if not any(fnmatchcase(name, pattern) for name in stage.sources):
+            loc = ("curriculum", "stages", config.stages.index(stage), "fim", "only", i)
+            names = ", ".join(stage.sources)
+            message = f"expected a pattern of sources of stage {stage.name} ({names}), {pattern!r} matches none"
+            raise mistake(where, loc, message + nearest(pattern, stage.sources))
     for name, source in stage.sources.items():
         pattern = _pattern(name, config.bind)
         target = name if pattern is None else config.bind[pattern]

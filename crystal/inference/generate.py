@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from crystal.checkpoint import locate, read
-from crystal.errors import ConfigError
+from crystal.errors import ConfigError, RunError
 from crystal.inference.load import end_tokens, fitting_dtype, load_decoder, load_tokenizer
 from crystal.output.progress import Bar, note
 from crystal.zoo.decoder import Decoder
@@ -154,6 +154,8 @@ def generate_steps(
         raise ConfigError(f"top_k: expected at least 1, got {top_k}")
     if top_p is not None and not 0 < top_p <= 1:
         raise ConfigError(f"top_p: expected more than 0 and at most 1, got {top_p}")
+    if not all(-(2**63) <= number < 2**64 for number in seeds):
+        raise ConfigError(f"seed: expected a number of 64 bits, got {max(seeds, key=abs)}")
     ends = set() if eos_id is None else {eos_id} if isinstance(eos_id, int) else set(eos_id)
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
 
@@ -217,17 +219,24 @@ def last_logits(model: Decoder, ids_BT: Tensor, cache: KVCache) -> Tensor:
 def pick(
     logits_V: Tensor, temperature: float, top_k: int | None, top_p: float | None, generator: torch.Generator
 ) -> int:
-    """One token from fp32 logits [V]; see `generate` for the settings."""
+    """One token from fp32 logits [V]; see `generate` for the settings. Raises RunError for logits not finite."""
+    if not logits_V.isfinite().all():
+        raise RunError(
+            f"the model's logits are not finite (the first at token {int(logits_V.isfinite().long().argmin())}): its "
+            "weights, or what it makes of them in this dtype, are damaged"
+        )
     if temperature == 0:
         return int(logits_V.argmax())
     top = logits_V.sort(descending=True, stable=True)
-    p_V = (top.values / temperature).softmax(-1)
+    # the largest is taken off first and in fp64, so that no temperature, however small, makes infinities of all
+    p_V = ((top.values - top.values[0]).double() / temperature).float().softmax(-1)
     keep_V = torch.ones_like(p_V, dtype=torch.bool)
     if top_k is not None:
         keep_V[top_k:] = False
         p_V = p_V * keep_V / p_V[:top_k].sum()
     if top_p is not None:
         keep_V &= p_V.cumsum(-1) - p_V < top_p  # the sum before it is still short of top_p
+        keep_V[0] = True  # which may be less than fp32 can hold
     return int(top.indices[torch.multinomial(p_V * keep_V, 1, generator=generator)])
 
 
@@ -265,7 +274,7 @@ def generate_texts(
         note(console, "its weights do not fit into memory in fp32: generating in bf16")
     model, _ = load_decoder(opened, chosen)
     start = [tokenizer.bos_id] if opened.state.get("bos", True) and hasattr(tokenizer, "bos_id") else []
-    ids = [start + tokenizer.encode(prompt) for prompt in prompts]
+    ids = [start + tokenizer.encode(_text(prompt, number)) for number, prompt in enumerate(prompts, 1)]
     _check_prompts(model, ids, max_new_tokens)  # all of them, before the first batch
     ends = end_tokens(opened, tokenizer)
     new: list[list[int]] = [[] for _ in ids]
@@ -280,6 +289,16 @@ def generate_texts(
                     new[i].append(token)
                 bar.advance(len(came))
     return [_described(tokenizer, before, after, ends) for before, after in zip(ids, new, strict=True)]
+
+
+def _text(prompt: str, number: int) -> str:
+    """The prompt, if it is text: bytes that are no UTF-8 reach us as halves of surrogate pairs."""
+    try:
+        prompt.encode("utf-8")
+    except UnicodeEncodeError as error:
+        half = f"\\u{ord(prompt[error.start]):04x}"
+        raise ConfigError(f"prompt {number}: expected UTF-8, found {half} at character {error.start}") from None
+    return prompt
 
 
 def _described(tokenizer, ids: list[int], new: list[int], ends: Sequence[int]) -> dict:

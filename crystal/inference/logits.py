@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
+from tokenize import TokenError
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -15,6 +18,9 @@ from crystal.inference.by_block import logits_by_block
 from crystal.inference.load import fits_in_fp32, load_decoder, model_config_of
 from crystal.zoo.config import ModelConfig
 from crystal.zoo.decoder import Decoder
+
+HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+MOST_BYTES = 1 << 30  # of a file of ids, which is read whole
 
 
 @torch.inference_mode()
@@ -66,20 +72,38 @@ def read_ids(path: Path, config: ModelConfig) -> np.ndarray:
     """
     try:
         with path.open("rb") as file:
-            ids = np.lib.format.read_array(file, allow_pickle=False)
+            ids_BT = np.atleast_2d(_read_array(path, file, config.max_seq_len))
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror or error}") from None
-    except ValueError as error:
-        raise DataError(f"{path}: expected a .npy array of token ids: {error}") from None
-    if ids.dtype.kind not in "iu":
-        raise ConfigError(f"{path}: expected integers, got {ids.dtype}")
-    if ids.ndim not in (1, 2) or not ids.size:
-        raise ConfigError(f"{path}: expected token ids of shape [seq] or [batch, seq], got {list(ids.shape)}")
-    ids_BT = np.atleast_2d(ids)
-    if ids_BT.shape[1] > config.max_seq_len:
-        raise ConfigError(f"{path}: expected rows of at most {config.max_seq_len} ids, got {ids_BT.shape[1]}")
+    except (ValueError, EOFError, OverflowError, MemoryError, TokenError) as error:  # numpy's, of a header
+        message = " ".join(str(error).split()) or "too large"
+        raise DataError(f"{path}: expected a .npy array of token ids: {message[:200]}") from None
     low, high = int(ids_BT.min()), int(ids_BT.max())
     if low < 0 or high >= config.vocab_size:
         wrong = low if low < 0 else high
         raise ConfigError(f"{path}: expected ids from 0 to {config.vocab_size - 1}, got {wrong}")
     return ids_BT.astype(np.int64)
+
+
+def _read_array(path: Path, file: BinaryIO, longest: int) -> np.ndarray:
+    """The array of a .npy file; its header is believed only after it has been looked at."""
+    version = np.lib.format.read_magic(file)
+    if version not in HEADERS:
+        raise ValueError(f"version {version[0]}.{version[1]} is not known")
+    shape, by_columns, dtype = HEADERS[version](file)
+    if dtype.hasobject:
+        raise ValueError("it holds Python objects, which are not read")
+    if dtype.kind not in "iu":
+        raise ConfigError(f"{path}: expected integers, got {dtype}")
+    if len(shape) not in (1, 2) or min(shape) < 1:
+        raise ConfigError(f"{path}: expected token ids of shape [seq] or [batch, seq], got {list(shape)}")
+    if shape[-1] > longest:
+        raise ConfigError(f"{path}: expected rows of at most {longest} ids, got {shape[-1]}")
+    bytes_expected = math.prod(shape) * dtype.itemsize
+    if bytes_expected > MOST_BYTES:
+        raise ConfigError(f"{path}: expected at most {MOST_BYTES} bytes of ids, got {bytes_expected}")
+    data = file.read(bytes_expected + 1)
+    if len(data) != bytes_expected:
+        more = "more" if len(data) > bytes_expected else f"{len(data)}"
+        raise ValueError(f"its header says {bytes_expected} bytes of ids, there are {more}")
+    return np.frombuffer(data, dtype).reshape(shape, order="F" if by_columns else "C")

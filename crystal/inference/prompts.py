@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from crystal.errors import DataError
+from crystal.files import from_json
 
 
 def read_prompts(path: Path) -> list[str]:
@@ -22,7 +22,7 @@ def read_prompts(path: Path) -> list[str]:
         if not line.strip():
             continue
         try:
-            value = json.loads(line)
+            value = from_json(line)
         except ValueError:
             value = None
         value = value.get("prompt") if isinstance(value, dict) else value

@@ -175,6 +175,17 @@ def test_fim_rates_of_sources_that_meet_are_averaged():
     assert stage.bound == {"python": pytest.approx(0.4), "english": 0.6}
 
 
+def test_a_pattern_of_fim_that_no_source_of_its_stage_has_is_refused():
+    """A typing error would turn FIM off without a word."""
+    for only in (["cod/*"], ["code/*", "english"]):
+        section = small(sources={"code/a": 0.4, "prose": 0.6}, fim={"rate": 0.8, "only": only})
+        with pytest.raises(ConfigError) as raised:
+            read(section)
+        assert f"fim.only.{len(only) - 1}: " in str(raised.value)
+        assert f"(code/a, prose), {only[-1]!r} matches none" in str(raised.value)
+    assert read(small(sources={"prose": 1.0}, fim={"rate": 0.0, "only": ["code"]})).stages[0].fim_rate == 0
+
+
 def test_the_most_specific_pattern_binds_whatever_the_order():
     patterns = {"*": "english", "SlimPajama/*": "css", "SlimPajama/Git*": "python"}
     for bind in (patterns, dict(reversed(patterns.items()))):

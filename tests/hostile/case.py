@@ -6,7 +6,9 @@ directory of its own and says what became of it. `judged` runs a command, or any
 
 import contextlib
 import io
+import resource
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -47,14 +49,44 @@ class _TooLong(BaseException):
     """Nothing of the program's own catches this."""
 
 
-def command(*words: object) -> Callable[[], None]:
-    """The `crystal` command with these words, in this process; for `judged`."""
+class NotACommand(Exception):
+    """This case calls a function; there is no process that could do the same."""
 
-    def run() -> None:
-        with patch.object(sys, "argv", ["crystal", *map(str, words)]):
-            main()
 
-    return run
+@dataclass(frozen=True)
+class Command:
+    """The `crystal` command with these words, in this process, or by `as_processes` in one of its own.
+
+    instead: what does the same in this process, and sooner.
+    """
+
+    words: tuple[str, ...]
+    instead: Callable[[], object] | None = None
+
+    def __call__(self) -> object:
+        if self.instead is not None:
+            return self.instead()
+        with patch.object(sys, "argv", ["crystal", *self.words]):
+            return main()
+
+
+def command(*words: object, instead: Callable[[], object] | None = None) -> Command:
+    """A Command, for `judged`."""
+    return Command(tuple(map(str, words)), instead)
+
+
+_in_processes = False
+
+
+@contextlib.contextmanager
+def as_processes():
+    """Inside, `judged` starts a process for every Command, and raises NotACommand for anything else."""
+    global _in_processes
+    _in_processes = True
+    try:
+        yield
+    finally:
+        _in_processes = False
 
 
 def judged(call: Callable[[], object], expected_same: Callable[[str, object], bool] | None = None) -> Outcome:
@@ -63,6 +95,8 @@ def judged(call: Callable[[], object], expected_same: Callable[[str, object], bo
     expected_same: given what was printed on stdout and what the call returned, whether that is what the undamaged
     input gives; None: nothing is compared.
     """
+    if _in_processes:
+        return _by_process(call, expected_same)
     out, err, result, code = (io.StringIO(), io.StringIO(), None, 0)
     began = time.process_time()
     try:
@@ -80,6 +114,20 @@ def judged(call: Callable[[], object], expected_same: Callable[[str, object], bo
     except BaseException as error:
         return Outcome("traceback", f"{type(error).__name__}: {error}"[:2000], time.process_time() - began)
     return _outcome(code, out.getvalue(), err.getvalue(), result, expected_same, time.process_time() - began)
+
+
+def _by_process(call: Callable[[], object], expected_same) -> Outcome:
+    if not isinstance(call, Command):
+        raise NotACommand
+    words, before = [sys.executable, "-m", "crystal", *call.words], resource.getrusage(resource.RUSAGE_CHILDREN)
+    try:
+        ended = subprocess.run(words, stdin=subprocess.DEVNULL, capture_output=True, timeout=SECONDS, check=False)
+    except subprocess.TimeoutExpired:
+        return Outcome("hang", f"no end after {SECONDS} s")
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    out, err = (text.decode(errors="surrogateescape") for text in (ended.stdout, ended.stderr))
+    return _outcome(ended.returncode, out, err, None, expected_same, cpu)
 
 
 def _outcome(code, out, err, result, expected_same, cpu: float) -> Outcome:

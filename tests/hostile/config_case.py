@@ -4,7 +4,7 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
-from hostile.case import Case, Outcome, judged
+from hostile.case import Case, Outcome, command, judged
 
 from crystal.curriculum.resolve import resolve
 from crystal.run import check_vocabulary, corpus_of, load_run
@@ -60,7 +60,10 @@ def case(kind: str, name: object, *words: str, files: dict | None = None, expect
 
     def run(directory: Path) -> Outcome:
         write(directory, files or {})
-        return judged(read(directory) if read else lambda: on_paper(directory / "run.yaml", words))
+        if read:
+            return judged(read(directory))
+        file = directory / "run.yaml"
+        return judged(command("train", file, *words, "--dry-run", instead=lambda: on_paper(file, words)))
 
     return Case(kind, str(name)[:120], run, expected)
 
