@@ -69,6 +69,16 @@ def write_run(corpus: Path, directory: Path, **changes) -> Path:
     return path
 
 
+def long_run(make_run) -> Path:
+    """A run whose first stage ends too late to matter, and that saves and validates only when it ends."""
+    never = {"train.checkpoint_every": 100000, "train.eval_every": 100000, "train.eval_rows": 1}
+    path = make_run(**never, **{"train.micro_batch_size": 4})
+    run = yaml.safe_load(path.read_text())
+    run["curriculum"]["stages"][0]["steps"] = 50000
+    path.write_text(yaml.safe_dump(run))
+    return path
+
+
 def whole_run(corpus: Path, directory: Path, **changes) -> Path:
     """The run from one end to the other with one thread, for a file of tests to share: its run directory."""
     path = write_run(corpus, directory, **changes)

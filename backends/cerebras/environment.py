@@ -51,8 +51,14 @@ def process_environment(directory: Path, package: Path) -> dict[str, str]:
     """Variables for a process in it. package: the directory to import `crystal` from, which must hold nothing else:
     a site-packages there would bring our torch along."""
     path = os.pathsep.join((str(directory / "bin"), os.environ.get("PATH", "")))  # torch-cirh-opt is found on PATH
-    kept = {key: value for key, value in os.environ.items() if not key.startswith(("PYTHON", "VIRTUAL_ENV"))}
-    return kept | {"PATH": path, "PYTHONPATH": str(package), "PYTHONNOUSERSITE": "1", "CRYSTAL_KERNELS": "torch"}
+    own = {"PYTHONPATH": str(package), "PYTHONNOUSERSITE": "1", "CRYSTAL_KERNELS": "torch"}
+    return _of_no_python() | {"PATH": path} | own
+
+
+def _of_no_python() -> dict[str, str]:
+    """Our environment without what is meant for our own interpreter: PYTHONHOME, for one, would keep another's from
+    starting, and PYTHONPATH would have it import our torch."""
+    return {key: value for key, value in os.environ.items() if not key.startswith(("PYTHON", "VIRTUAL_ENV"))}
 
 
 def setup(directory: Path | None, python: str | None, console: Console) -> dict:
@@ -99,7 +105,7 @@ def _install(directory: Path, python: str, console: Console) -> int:
         with tempfile.TemporaryDirectory(dir=directory) as unpacking:  # on the disk that was looked at
             command = [interpreter, "-m", "pip", "install", "--disable-pip-version-check", *packages]
             said = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-            with child(command, env=os.environ | {"TMPDIR": unpacking}, **said) as pip:
+            with child(command, env=_of_no_python() | {"TMPDIR": unpacking}, **said) as pip:
                 last = ""
                 for line in pip.stdout:
                     words = line.split()
@@ -116,7 +122,7 @@ def _install(directory: Path, python: str, console: Console) -> int:
 
 
 def _run(command: list[str], what: str) -> None:
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=_of_no_python())
     if done.returncode:
         lines = (done.stderr or done.stdout).strip().splitlines() or ["no message"]
         raise RunError(f"cerebras setup: {what} failed: {lines[-1]}")
@@ -128,7 +134,8 @@ def _checked_python(python: str | None) -> str:
     command = python or ours
     ask = "import sys, platform; print(platform.python_version(), sys.platform, platform.machine())"
     try:
-        answer = subprocess.run([command, "-c", ask], capture_output=True, text=True, check=True).stdout.split()
+        said = subprocess.run([command, "-c", ask], capture_output=True, text=True, check=True, env=_of_no_python())
+        answer = said.stdout.split()
     except (OSError, subprocess.CalledProcessError):
         raise ConfigError(f"--python {command}: expected a Python 3.11, it does not run") from None
     if not answer[0].startswith("3.11.") or answer[1:] != ["linux", "x86_64"]:

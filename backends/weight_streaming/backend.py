@@ -27,7 +27,7 @@ from crystal.backends.weight_streaming.reduce import (
     join_executors,
     largest_over_executors,
     rank,
-    sum_over_executors_,
+    summed_over_executors,
 )
 from crystal.backends.weight_streaming.store import Store, Update
 from crystal.backends.weight_streaming.store_layout import Piece
@@ -52,9 +52,7 @@ class WeightStreamingBackend(Prepared):
         micro_batches: int = 1,
     ):
         """directory: the run's; micro_batches: how many a step has, at most. Raises ConfigError, writing nothing, for
-        a device that it has not, a store that is another run's, or a disk that is too small."""
-        if config.device != "cpu":
-            raise ConfigError("backend.device: weight_streaming computes on the cpu, expected cpu, got cuda")
+        a store that is another run's, or a disk that is too small."""
         if config.gradients == "recomputed" and started_processes() > 1:
             raise ConfigError("backend.gradients: several executors sum them, expected spilled, got recomputed")
         if config.threads:
@@ -105,8 +103,7 @@ class WeightStreamingBackend(Prepared):
                 add_sources(batch, nll_BT, nll_S, tokens_S)
         norms = self.executor.gradients.norms
         norm = torch.linalg.vector_norm(torch.stack([norms[row.tensor] for row in self.plan.tensors]))
-        for total in (loss, nll_S, tokens_S):
-            sum_over_executors_(total)
+        loss, nll_S, tokens_S = summed_over_executors(loss, nll_S, tokens_S)
         applied = torch.isfinite(norm) & torch.isfinite(loss)
         if applied:
             clip = self.optimizer_config.grad_clip
@@ -123,7 +120,7 @@ class WeightStreamingBackend(Prepared):
         self._seal()
         nll_S, tokens_S = torch.zeros(self.n_sources), torch.zeros(self.n_sources)
         add_sources(batch, self.executor.evaluate(batch, self._weights()), nll_S, tokens_S)
-        return nll_S, tokens_S
+        return summed_over_executors(nll_S, tokens_S)
 
     def _weights(self) -> Iterator[tuple[Piece, Tensor]]:
         """All pieces in forward order; an update that is due is made on the way."""

@@ -33,6 +33,19 @@ def largest_over_executors(*numbers: int) -> tuple[int, ...]:
     return tuple(largest.tolist())
 
 
+def summed_over_executors(*tensors: Tensor) -> list[Tensor]:
+    """What a step or a validation reports, [] or [S] each, of all executors' rows: added up in fp64, in one exchange.
+
+    Every number that is reported goes through here, so that none is of one executor's rows alone.
+    """
+    if executors() == 1:
+        return list(tensors)
+    together = torch.cat([tensor.double().flatten() for tensor in tensors])
+    dist.all_reduce(together)
+    parts = together.split([tensor.numel() for tensor in tensors])
+    return [part.view(tensor.shape).to(tensor.dtype) for part, tensor in zip(parts, tensors, strict=True)]
+
+
 def sum_over_executors_(tensor: Tensor) -> Tensor:
     """Add up `tensor` in place over all executors, in the same order in each: their weights stay the same bits."""
     if executors() > 1:

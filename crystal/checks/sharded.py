@@ -23,6 +23,7 @@ from crystal.checks.coord_check import Asked, check_model
 from crystal.errors import ConfigError
 from crystal.mup.coord_check import CoordCheck
 from crystal.output.interrupts import shielded
+from crystal.output.launcher import die_with_parent
 
 PROCESSES = 2
 
@@ -55,6 +56,7 @@ def check_sharded(name: str, asked: Asked, parametrization: str | None, layout: 
 
 
 def _worker(rank: int, port: int, results, name: str, asked: Asked, parametrization: str | None, layout: str) -> None:
+    die_with_parent()
     torch.set_num_threads(1)
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     dist.init_process_group("gloo", rank=rank, world_size=PROCESSES)

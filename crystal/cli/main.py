@@ -23,7 +23,7 @@ from crystal.cli.config import config
 from crystal.cli.coord_check import coord_check
 from crystal.cli.data import data
 from crystal.cli.doctor import doctor
-from crystal.cli.error_report import complain, usage_message
+from crystal.cli.error_report import complain, of_the_machine, usage_message
 from crystal.cli.eval import eval_
 from crystal.cli.exchange import export, import_
 from crystal.cli.generate import generate, logits
@@ -36,8 +36,7 @@ from crystal.cli.train import prepare, schedule, train
 from crystal.cli.transfer import transfer
 from crystal.errors import CrystalError
 from crystal.files import cache_dir
-from crystal.output import interrupts
-from crystal.output.printable import SIGNS
+from crystal.output import interrupts, streams
 from crystal.output.ranks import is_first
 
 _usage = sys.modules[typer.BadParameter.__module__]  # typer's exceptions, be they of its own click or of click
@@ -53,9 +52,7 @@ def main() -> None:
     """Entry point: a user's mistake is one line on stderr and exit 2; Ctrl-C or SIGTERM is one line and exit 130."""
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", _spin_count())
-    for stream in (sys.stdout, sys.stderr):  # what has no bytes in the terminal's encoding is shown in another form
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors=SIGNS)
+    streams.open_all()
     try:
         # a number where typer stopped early
         code = interrupts.obeyed(lambda: app(prog_name="crystal", standalone_mode=False))
@@ -75,6 +72,12 @@ def main() -> None:
         if kernels is None or not isinstance(error, kernels.KernelModeError):
             raise
         complain(str(error))
+        sys.exit(2)
+    except (OSError, MemoryError, RuntimeError) as error:
+        if (told := of_the_machine(error)) is None:
+            raise
+        told.lasting = False
+        complain(str(told), told)
         sys.exit(2)
     if code == interrupts.CODE and is_first():  # outside training, which has its own end
         print(interrupts.line(), file=sys.stderr)

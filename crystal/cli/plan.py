@@ -26,19 +26,25 @@ def plan(
         float | None, typer.Option(metavar="X", help="the same as a share of peak, 6 N FLOPs a token")
     ] = None,
     top: Annotated[int, typer.Option(min=1, metavar="N", help="how many layouts to print")] = 10,
+    crossing: Annotated[
+        bool, typer.Option("--crossing", help="also: the bandwidth between nodes below which tp or pp pays")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Parallel layouts of a run on N devices: memory, traffic, FLOPs, MFU and days of each, best first.
 
+    A rung of a ladder is planned under its family's published curriculum.
+
     Examples:
         crystal plan amber-7b --devices 224
+        crystal plan amber-7b --devices 224 --with devices_per_node=4 --crossing
+        crystal plan crystalcoder-w1024-l16 --devices 8
         crystal plan demo --device h100-80gb --with devices_per_node=4
     """
-    from crystal.planning.report import plan_run
-    from crystal.run import load_run
+    from crystal.planning.report import plan_run, run_or_rung
 
-    loaded = load_run(run, overrides or ())
-    result = plan_run(loaded, devices, device, changes or (), tokens_per_second, mfu, top)
+    loaded = run_or_rung(run, overrides or ())
+    result = plan_run(loaded, devices, device, changes or (), tokens_per_second, mfu, top, crossing)
     print_result(result, as_json, plan_text(result))
 
 
@@ -53,6 +59,9 @@ def plan_text(result: dict) -> str:
         f"{d['usable_fraction']:g} of it usable; {d['peak_tflops']:g} TFLOP/s bf16, of which {d['matmul_fraction']:g} "
         f"reached; memory {d['hbm_gb_per_s']:g} GB/s, links {d['intra_node_gb_per_s']:g} GB/s in a node and "
         f"{d['inter_node_gb_per_s']:g} between nodes",
+        f"collectives: {d['collective_latency_us']:g} us, and a step of a ring {d['intra_node_latency_us']:g} us in a "
+        f"node and {d['inter_node_latency_us']:g} between nodes; compute beside them loses {d['contention']:g} of its "
+        "pace",
     ]
     used, given, rows = result["devices"], result["devices_given"], result["global_batch_size"]
     if used < given:
@@ -76,7 +85,37 @@ def plan_text(result: dict) -> str:
     ]
     if own := result["own"]:
         lines += [f"the run file's own layout{'' if own['fits'] else ', which does not fit'}:", _line(own)]
-    return "\n".join(line.rstrip() for line in [*lines, "", *_parts(own or result["layouts"][0])])
+    lines += ["", *_parts(own or result["layouts"][0]), *_stopping(result["stopping"])]
+    if result["crossing"]:
+        lines += ["", *_crossing(result["crossing"])]
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _crossing(c: dict) -> list[str]:
+    """The fastest layouts without and with tp or pp, a line a bandwidth, and where they are equal."""
+    from crystal.planning.report import layout_text
+
+    head = f"{'between nodes':14} {'fastest by dp and fsdp':28} {'tokens/s':>10}"
+    lines = [f"{head}  {'with tp or pp':32} {'tokens/s':>10}"]
+    for p in c["points"]:
+        sharded, split = p["sharded"], p["split"]
+        lines.append(
+            f"{p['inter_node_gb_per_s']:>9.4g} GB/s {layout_text(sharded):28} {sharded['tokens_per_second']:>10,.0f}  "
+            f"{layout_text(split):32} {split['tokens_per_second']:>10,.0f} {p['gain']:+.1%}"
+        )
+    if c["equal_gb_per_s"] is None:
+        return [*lines, f"{'with' if c['points'][0]['gain'] > 0 else 'without'} tp or pp it is faster throughout"]
+    return [*lines, f"equal at {c['equal_gb_per_s']:.2g} GB/s a device between nodes"]
+
+
+def _stopping(s: dict) -> list[str]:
+    size = f"a checkpoint of {s['checkpoint_bytes'] / 1e9:,.3g} GB"
+    if s["shutdown_timeout"] is None:
+        return [f"{size}; the disk under run_dir cannot be written, so --shutdown-timeout is not known"]
+    return [
+        f"torchrun --shutdown-timeout {s['shutdown_timeout']}: a step and {size} at the "
+        f"{s['disk_bytes_per_second'] / 1e9:.2g} GB/s that the disk under run_dir takes now"
+    ]
 
 
 def _line(r: dict) -> str:
@@ -103,6 +142,7 @@ def _parts(r: dict) -> list[str]:
     seconds = ", ".join(f"{key} {s:.3g}" for key, s in r["seconds"].items())
     return [
         f"{layout_text(r)}, GB on its fullest device: {memory}",
+        f"  host memory a node, pinned for a checkpoint's copies: {r['host_bytes_a_node'] / 1e9:.3g} GB",
         f"  GB sent a step by a device: {sent or 'none'}",
         f"  estimated seconds of a step: {seconds}",
     ]

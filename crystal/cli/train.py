@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from crystal.cli.options import Json, Overrides, Run, console, print_result
+from crystal.output import interrupts, launcher
 
 
 def prepare(run: Run, overrides: Overrides = None, as_json: Json = False) -> None:
@@ -79,7 +80,10 @@ def train(
         text = f"{text if outcome.step else text.removesuffix(', saved')}; the same command continues"
     print_result(result, as_json, text)
     if outcome.interrupted:
-        sys.exit(130)
+        line = f"crystal: {outcome.interrupted}: stopped after step {outcome.step}"
+        # a torchrun that died may be replaced, and its workers then go on
+        launcher.leave_last_words(line, None if outcome.interrupted == "SIGHUP" else interrupts.CODE)
+        sys.exit(interrupts.CODE)
 
 
 def schedule(
@@ -127,19 +131,35 @@ def dry_run_text(result: dict) -> str:
             f"group {name}: {g['tensors']} tensors, lr x{g['lr_multiplier']:g}, weight decay {g['weight_decay']:g}, "
             f"eps {g['eps']:g}"
         )
-    least, rate = _duration(result["seconds_at_matmul_rate"]), result["matmul_flops_per_second"] / 1e9
-    lines.append(
-        f"memory {result['memory_bytes'] / 1e9:.2f} GB without activations"
-        + (f", store {result['disk_bytes'] / 1e9:.2f} GB on disk" if result["disk_bytes"] else "")
-        + f"; {result['flops']:.3g} FLOPs, "
-        f"{least} at the {rate:,.0f} GFLOP/s that a matmul has on this machine now"
-    )
+    lines.append(_layout(result) if result["layout"] else _here(result))
     if keep := result["keep_checkpoints"]:
         lines.append(f"checkpoints: the newest {keep} and those at the ends of stages are kept")
     if result["stop"] < result["steps"]:
         lines.append(f"this command stops after step {result['stop']:,}")
     lines += [f"note: {text}" for text in result["notes"]]
     return "\n".join(lines)
+
+
+def _here(result: dict) -> str:
+    least, rate = _duration(result["seconds_at_matmul_rate"]), result["matmul_flops_per_second"] / 1e9
+    return (
+        f"memory {result['memory_bytes'] / 1e9:.2f} GB without activations"
+        + (f", store {result['disk_bytes'] / 1e9:.2f} GB on disk" if result["disk_bytes"] else "")
+        + f"; {result['flops']:.3g} FLOPs, "
+        f"{least} at the {rate:,.0f} GFLOP/s that a matmul has on this machine now"
+    )
+
+
+def _layout(result: dict) -> str:
+    """What the planner makes of a run's own layout."""
+    from crystal.planning.report import layout_text
+
+    own = result["layout"]
+    return (
+        f"{layout_text(own)} on {own['devices']:,} x {own['device']}: {own['memory_bytes'] / 1e9:.3g} GB on the fullest"
+        f"{'' if own['fits'] else ', which has not so much'}; {own['step_seconds']:.4g} s a step, "
+        f"{result['flops']:.3g} FLOPs, {_duration(86400 * own['days'])} by estimate (crystal plan has other devices)"
+    )
 
 
 def _duration(seconds: float) -> str:

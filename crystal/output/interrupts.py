@@ -1,13 +1,14 @@
-"""Ctrl-C and SIGTERM outside training: what is under way is undone, one line is said, the command exits with 130.
+"""Stop signals outside training: what is under way is undone, one line is said, the command exits with 130.
 
-Both raise KeyboardInterrupt in the main thread, which unwinds through every `with` and `finally`. That exception can
+Each raises KeyboardInterrupt in the main thread, which unwinds through every `with` and `finally`. That exception can
 get lost on its way: libraries catch everything while they are imported, destructors drop it, C code makes an error of
 its own out of it. So this module remembers that a signal came:
 
 - inside an import the exception waits for the import's end; a command that is still importing has nothing to undo
   and exits at once;
 - whatever error ends the command after a signal counts as the interrupt;
-- another signal a second later exits at once, for something hangs.
+- another signal a second later exits at once, for something hangs. Of a group of processes only SIGINT does that: its
+  launcher forwards what it is sent to processes that may have been sent it as well, at any time.
 
 Training has its own answer to the first signal: it saves (`crystal.training.guards`).
 """
@@ -25,11 +26,14 @@ import time
 from collections.abc import Callable, Iterator
 from types import FrameType
 
-from crystal.output.ranks import in_group, is_first
+from crystal.output import launcher
+from crystal.output.ranks import has_launcher, in_group, is_first
 
 CODE = 130
 PATIENCE = 1.0  # seconds in which a second signal is taken for the same one, sent twice
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+# a terminal's Ctrl-C; what kill, timeout and schedulers send; a terminal that is closed, or a launcher that died;
+# what SLURM is often told to send before a time limit. By default each kills
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class _State:
@@ -46,14 +50,53 @@ _groups: set[int] = set()  # process groups to end with this process
 
 
 def listen() -> None:
-    """From now on both signals are heard here. In a thread other than the main one this does nothing."""
+    """From now on they are heard here. In a thread other than the main one this does nothing."""
     if _before or threading.current_thread() is not threading.main_thread():
         return
-    for number in (*_SIGNALS, signal.SIGALRM):
-        if number == signal.SIGALRM or signal.getsignal(number) is not signal.SIG_IGN:  # as nohup and `&` ask for
-            _before[number] = signal.signal(number, _hear)
+    for number in (*stop_signals(), signal.SIGALRM):
+        _before[number] = signal.signal(number, _hear)
     _before["hooks"] = sys.unraisablehook, threading.excepthook
     sys.unraisablehook, threading.excepthook = _unraisable, _in_thread
+
+
+def stop_signals() -> list[int]:
+    """Those that stop this process: not what it was started to ignore, as nohup and `&` ask for.
+
+    torchrun hears SIGHUP under nohup too, and ends; its workers are sent SIGHUP then (`launcher.die_with_parent`).
+    """
+    return [
+        number for number in _SIGNALS
+        if signal.getsignal(number) is not signal.SIG_IGN or (number == signal.SIGHUP and has_launcher())
+    ]  # fmt: skip
+
+
+def is_repeat(number: int, since: float) -> bool:
+    """Whether a further signal tells of the same stop once more. since: `time.monotonic()` of the first."""
+    return time.monotonic() - since <= PATIENCE or (has_launcher() and number != signal.SIGINT)
+
+
+def note_stop(number: int) -> None:
+    """Training stopped because of this signal, and has saved: from now on it is the one that was heard."""
+    _state.number, _state.since, _state.raised = number, time.monotonic(), True
+
+
+def end_undisturbed() -> None:
+    """A worker ends by an error of its own: from now on no signal cuts its last words short or is taken for its end.
+
+    torchrun sends one as soon as another worker has ended. Of a process alone nothing changes.
+    """
+    for number in _SIGNALS:
+        if has_launcher() and number in _before:
+            signal.signal(number, signal.SIG_IGN)
+
+
+def quiet_lost_terminal() -> None:
+    """After SIGHUP: what is written to a terminal that is gone goes nowhere, instead of being an error."""
+    for fd in (1, 2):
+        try:
+            os.write(fd, b"")
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), fd)
 
 
 def _unlisten() -> None:
@@ -87,14 +130,16 @@ def obeyed(command: Callable[[], int | None]) -> int | None:
 def line() -> str:
     """What to say on stderr of the signal that came."""
     over_echo = "\r" if os.isatty(2) and os.environ.get("TERM", "dumb") != "dumb" else ""  # the terminal's ^C
-    return f"{over_echo}crystal: {'terminated' if _state.number == signal.SIGTERM else 'interrupted'}"
+    what = {0: "interrupted", signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
+    return f"{over_echo}crystal: {what.get(_state.number) or f'stopped by {signal.Signals(_state.number).name}'}"
 
 
 def over(code: int) -> None:
     """The command has ended and said all it had to: from now on a signal only ends the process sooner.
 
     After a signal the process ends here: a thread that is at work is not waited for. So does one of a process group,
-    for gloo's threads are now and then still there when the process takes them apart, which aborts it.
+    for gloo's threads are now and then still there when the process takes them apart, which aborts it. After a failure
+    nothing of the group is taken apart: that may wait for processes that wait for this one (docs/clusters.md).
     """
     for number in _SIGNALS:
         if number in _before:
@@ -102,14 +147,16 @@ def over(code: int) -> None:
     if _state.number:
         _kill_workers()
     if _state.number or in_group():
-        atexit._run_exitfuncs()
+        if code in (0, CODE) or not in_group():
+            atexit._run_exitfuncs()
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
 
 
-def leave() -> None:
-    """End this process now, and those it started."""
+def leave(number: int = 0) -> None:
+    """End this process now, and those it started. number: the signal that asks for it, where none was heard here."""
+    _state.number = _state.number or number
     end_children()
     _kill_workers()
     _restore_terminal()
@@ -136,7 +183,9 @@ def _hear(number: int, frame: FrameType | None) -> None:
         if reminder:
             return
         _state.number, _state.since = number, time.monotonic()
-    elif not reminder and time.monotonic() - _state.since > PATIENCE:
+        if number == signal.SIGHUP:
+            quiet_lost_terminal()
+    elif not reminder and not is_repeat(number, _state.since):
         leave()
     if _state.raised or _state.held:
         return
@@ -187,8 +236,9 @@ def _unraisable(unraisable) -> None:
 
 
 def _in_thread(failed) -> None:
-    """What a thread says while the command is being undone is no news."""
-    if not _state.number:
+    """What a thread says while the command is being undone is no news; nor is a full disk to TensorBoard's writer,
+    for whoever hands it the next number hears of it."""
+    if not _state.number and not issubclass(failed.exc_type, OSError):
         _before["hooks"][1](failed)
 
 
@@ -225,12 +275,15 @@ def shielded() -> Iterator[None]:
 def child(command: list[str], **options) -> Iterator[subprocess.Popen]:
     """A program in a process group of its own, which is ended with this block, it and all that it started.
 
-    It does not hear a terminal's Ctrl-C and has no input from it. options: those of subprocess.Popen.
+    It does not hear a terminal's Ctrl-C and has no input from it, and the kernel ends it when this process is killed.
+    options: those of subprocess.Popen.
     """
     process = None
+    launcher.prepare()
     try:
         with finishing():
-            process = subprocess.Popen(command, process_group=0, **({"stdin": subprocess.DEVNULL} | options))
+            own = {"stdin": subprocess.DEVNULL, "preexec_fn": launcher.signal_at_parents_death}
+            process = subprocess.Popen(command, process_group=0, **(own | options))
             _groups.add(process.pid)
         yield process
     finally:

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import signal
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 
-from crystal.errors import RunError
-from crystal.files import RUN_LOCK, locked
+from crystal.errors import InUse
+from crystal.files import RUN_LOCK, cannot_write, locked
 from crystal.mup.plan import Plan
+from crystal.output import interrupts
+from crystal.output.ranks import has_launcher
+
+HOLDING = 60.0  # seconds
 
 
 @contextlib.contextmanager
@@ -18,20 +23,28 @@ def alone_in(directory: Path) -> Iterator[None]:
     """Hold a directory for this process, made if it is not there; the lock goes with the process, however it ends.
 
     If nothing came to be in a directory that was made here, it is taken away again. Raises RunError when another
-    process holds it, or when it cannot be made.
+    process holds it, or when it cannot be made. Under torchrun it may be held by a process of the start before, on
+    another machine, that has not noticed yet: it is waited for.
     """
+    until = time.monotonic() + (HOLDING if has_launcher() else 0.0)
     made = [path for path in (directory, *directory.parents) if not path.exists()]
     with contextlib.ExitStack() as held:
         try:
             while True:
                 directory.mkdir(parents=True, exist_ok=True)
-                with contextlib.suppress(FileNotFoundError):  # taken away in between, see below
+                try:
                     held.enter_context(locked(directory / RUN_LOCK, wait=False))
                     break
+                except FileNotFoundError:  # taken away in between, see below
+                    continue
+                except BlockingIOError:
+                    if time.monotonic() >= until:
+                        raise
+                    time.sleep(0.5)
         except BlockingIOError:
-            raise RunError(f"{directory}: another process is training in it") from None
+            raise InUse(f"{directory}: another process is training in it") from None
         except OSError as error:
-            raise RunError(f"{directory}: cannot be written: {error.strerror}") from None
+            raise cannot_write(directory, error) from None
         try:
             yield
         finally:
@@ -43,27 +56,46 @@ def alone_in(directory: Path) -> Iterator[None]:
 
 
 class Interrupts:
-    """Turns SIGINT and SIGTERM into a number that the loop reads between steps; a second one acts at once.
+    """Turns a stop signal into a number that the loop reads between steps.
+
+    A second one acts at once. Under a launcher that is a second SIGINT alone, and one that comes a second later: all
+    else is the same stop told again, by the scheduler, by the launcher that forwards it, or by the launcher's death.
 
     first: called when the first one comes.
     """
 
     def __init__(self, first: Callable[[], None]) -> None:
-        self.received = 0  # the signal's number
+        self.received = 0  # the signal's number, be it another process' that this one has agreed with
         self.first = first
+        self._since = 0.0
 
     def __enter__(self) -> Interrupts:
-        self._before = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
+        self._before = {s: signal.signal(s, self._note) for s in interrupts.stop_signals()}
         return self
 
-    def __exit__(self, *exc: object) -> None:
+    def __exit__(self, kind: type | None, *rest: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        if self.received and kind is None:
+            interrupts.note_stop(self.received)
+
+    def agreed(self, number: int) -> int:
+        """The signal that all processes have agreed on, or 0: then one that came meanwhile waits for the next step."""
+        if number:
+            self.received = number
+        return number
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self.received = number
-        signal.signal(number, self._before[number])
-        self.first()
+        if not self._since:
+            self.received, self._since = number, time.monotonic()
+            if number == signal.SIGHUP:
+                interrupts.quiet_lost_terminal()
+            self.first()
+        elif not has_launcher():
+            signal.signal(number, self._before[number])
+            signal.raise_signal(number)
+        elif not interrupts.is_repeat(number, self._since):
+            interrupts.leave(number)
 
 
 def plan_differences(plan: Plan, groups: Sequence[dict]) -> list[str]:

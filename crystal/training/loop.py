@@ -24,12 +24,16 @@ from crystal.curriculum.resolve import resolve
 from crystal.curriculum.stages import Curriculum, Stage
 from crystal.data.store import TokenStore
 from crystal.errors import CheckpointError, ConfigError, RunError
+from crystal.files import reason
 from crystal.memory import peak_rss_bytes
 from crystal.run import RunFile
+from crystal.training import post_mortem
 from crystal.training.batches import Batches
 from crystal.training.cadence import Cadence
 from crystal.training.guards import BadSteps, Interrupts, plan_differences
 from crystal.training.metrics import Metrics, NoMetrics, event, read_metrics
+from crystal.training.patience import Patience
+from crystal.training.rank_log import logged
 from crystal.training.record import open_run, recorded_choices, with_recorded_dtype
 from crystal.training.saving import Saver
 
@@ -59,7 +63,7 @@ class Outcome:
     directory: Path
     step: int
     interrupted: str | None
-    peak_rss_bytes: int
+    peak_rss_bytes: int  # of the process that had most
     tokens_per_second: float  # over the steps of this start, validation and saving left out
 
 
@@ -117,7 +121,7 @@ class Trainer:
             checkpoint.sweep(self.checkpoints)
         self.saver.meet()
         found = checkpoint.steps(self.checkpoints)
-        held = self.backend.position() if isinstance(self.backend, Durable) else None
+        held = self._held()
         found = sorted({*found, *([] if held is None else [held])})
         if stage is not None:
             last = stage.first_step + stage.steps
@@ -143,6 +147,26 @@ class Trainer:
         with self.display.doing(f"reading {saved.directory.name}"):
             self.backend.load(saved.tensors, saved.state["backend"])
 
+    def _held(self) -> int | None:
+        """The step that the stores of all processes stand at; None where there is none that all do.
+
+        A process that died before it had sealed a step left its store one behind. Raises CheckpointError where that
+        leaves nothing to go on from.
+        """
+        if not isinstance(self.backend, Durable):
+            return None
+        held = self.backend.position()
+        number = -1 if held is None else held
+        last, first = self.backend.agree(number, -number)
+        if last == -first:
+            return held
+        if not checkpoint.steps(self.checkpoints):
+            raise CheckpointError(
+                f"{self.directory}: expected the stores of all processes at one step, they stand at {-first} to "
+                f"{last}, and there is no checkpoint to go back to (backend.full_checkpoints=true makes some)"
+            )
+        return None
+
     def train(self, stage: Stage | None = None, until: int | None = None) -> Outcome:
         """Run to the end of the curriculum, of `stage`, or to global step `until`. Raises ConfigError.
 
@@ -151,11 +175,19 @@ class Trainer:
         try:
             return self._train(stage, until)
         except OSError as error:
-            raise RunError(f"{self.directory}: the run cannot be recorded: {error}") from None
+            file = error.filename or self.directory
+            raise RunError(f"{file}: the run cannot be recorded: {reason(error)}", file=file) from None
 
     def _train(self, stage: Stage | None, until: int | None) -> Outcome:
         if self.writes:
             open_run(self.run, self.plan, self.store, self.backend.describe(), self.choices)
+            if dead := post_mortem.of_the_last_start(self.directory):
+                self._event("death", **{key: dead[key] for key in ("process", "host", "restart", "how")})
+        self.saver.meet()  # the directory is there, and what it says of the last start has been read
+        with logged(self.directory, self.backend.place, lambda: self.position):
+            return self._train_in_step(stage, until)
+
+    def _train_in_step(self, stage: Stage | None, until: int | None) -> Outcome:
         self.resume(stage)
         start, stop = self.position, self.curriculum.steps if stage is None else stage.first_step + stage.steps
         stop = min(stop, until) if until is not None else stop
@@ -176,12 +208,14 @@ class Trainer:
                 self.saver.finish()
                 if not interrupted:
                     self._evaluate(metrics)
-                if interrupts.received and not interrupted:  # while the last step was saved
-                    interrupted = self._interrupted(interrupts.received)
+                # no process leaves before the run is whole: torchrun ends the others when one has left
+                received = interrupts.agreed(self.saver.meet(interrupts.received))
+                if received and not interrupted:  # while the last step was saved
+                    interrupted = self._interrupted(received)
         finally:
             metrics.close()
         tokens = (self.position - start) * self.curriculum.global_batch_size * self.curriculum.seq_len
-        peak = peak_rss_bytes()
+        peak = self.backend.agree(peak_rss_bytes())[0]  # of the process that had most
         rate = tokens / busy if busy else 0.0
         self._event("stop", step=self.position, peak_rss_bytes=peak, tokens_per_second=round(rate, 1))
         return Outcome(self.directory, self.position, interrupted, peak, rate)
@@ -190,7 +224,7 @@ class Trainer:
         self, cadence: Cadence, interrupts: Interrupts, metrics: Metrics | NoMetrics
     ) -> tuple[str | None, float]:
         """Every step to the last of this start, or to a signal: (its name, seconds that steps alone took)."""
-        guard, busy = BadSteps(self.config.train.max_bad_steps), 0.0
+        guard, patience, busy = BadSteps(self.config.train.max_bad_steps), Patience(), 0.0
         since = time.perf_counter()
         for micro_batches in self.batches.ahead(self.position, cadence.stop - 1):
             stage = self.curriculum.stage_at(self.position)
@@ -202,13 +236,15 @@ class Trainer:
                 record["val_loss"] = self.validate()
             metrics.write(record)
             self.display.step(stage, record)
+            if warning := patience.warning(seconds, self.saver.seconds):
+                self.display.note(f"note: {warning}")
             if not guard.go_on(record["applied"]):
                 self.saver.finish()
                 raise RunError(
                     f"{self.directory}: {guard.in_a_row} steps in a row up to step {self.position} gave a loss or "
                     f"gradient that is not finite; try a lower lr or backend.dtype=fp32 in another run_dir"
                 )
-            received = self.saver.meet(interrupts.received)
+            received = interrupts.agreed(self.saver.meet(interrupts.received))
             if cadence.saves(stage, self.position, record["applied"], bool(received)):
                 self.save(stage, cadence.ends(stage, self.position), drop_old=record["applied"])
             if received:
@@ -296,7 +332,7 @@ class Trainer:
 
         def go_on() -> bool:
             nonlocal received
-            received = self.saver.meet(interrupts.received)
+            received = interrupts.agreed(self.saver.meet(interrupts.received))
             return not received
 
         losses = self.validate(go_on)

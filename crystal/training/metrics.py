@@ -17,7 +17,7 @@ from functools import cache
 from pathlib import Path
 
 from crystal.config import load_yaml
-from crystal.files import replacing
+from crystal.files import expect_regular, open_regular, replacing
 from crystal.output.printable import printable_line
 
 
@@ -27,6 +27,7 @@ class Metrics:
     def __init__(self, run_dir: Path, resume_step: int | None):
         """resume_step: the last step to keep, or None for a run that starts."""
         self.path = run_dir / "metrics.jsonl"
+        expect_regular(self.path)
         first = 0 if resume_step is None else resume_step + 1  # of those that are about to be made
         if self.path.exists():
             _keep(self.path, first - 1)
@@ -132,7 +133,7 @@ def read_metrics(run_dir: Path) -> Iterator[dict]:
 def _lines(path: Path) -> Iterator[tuple[int, bytes, dict | None]]:
     """(number from 1, line as it stands, record or None where it is none) of metrics.jsonl; nothing without a file."""
     if path.exists():
-        with path.open("rb") as lines:
+        with open_regular(path) as lines:
             for number, line in enumerate(lines, 1):
                 yield number, line, _record(line)
 
@@ -190,6 +191,7 @@ def _keep(path: Path, last_step: int) -> None:
 def event(run_dir: Path, kind: str, **details) -> None:
     """Append one line to events.jsonl: what happened, when (UTC), and the details. A torn line before it stays one."""
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    expect_regular(run_dir / "events.jsonl")
     with (run_dir / "events.jsonl").open("ab+") as file:
         line = json.dumps({"time": now, "event": kind, **details}) + "\n"
         if file.seek(0, os.SEEK_END):

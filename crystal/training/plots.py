@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Sequence
@@ -13,6 +12,7 @@ import numpy as np
 
 from crystal.curriculum.config import split_entry
 from crystal.curriculum.stages import Curriculum
+from crystal.files import from_json, regular_bytes
 from crystal.output.pictures import colors, legible_on, literal, save, short
 from crystal.training.metrics import read_metrics
 
@@ -72,7 +72,7 @@ def _losses(records: list[dict], curriculum: Curriculum, title: str) -> Figure:
 def _title(run_dir: Path, tokens: int) -> str:
     """`demo: 1.3M parameters, 3.3M tokens, cpu, bf16`, of what the run directory says."""
     try:
-        manifest = json.loads((run_dir / "manifest.json").read_text(encoding="utf-8"))
+        manifest = from_json(regular_bytes(run_dir / "manifest.json"))
         parameters = sum(math.prod(t["shape"]) for t in manifest["plan"]["tensors"])
         where = [manifest["backend"]["name"], manifest["backend"]["compute_dtype"]]
         facts = [f"{short(parameters)} parameters", f"{short(tokens)} tokens", *map(str, where)]

@@ -19,13 +19,14 @@ from crystal.config import Strict, load_yaml, parse
 from crystal.config.bounded_yaml import shortened
 from crystal.data.store import TokenStore
 from crystal.errors import ConfigError, RunError
-from crystal.files import write_whole
+from crystal.files import regular_bytes, write_whole
 from crystal.kernels import tuning
 from crystal.mup.plan import Plan
 from crystal.output.printable import printable_line
 from crystal.run import RunConfig, RunFile
 
 FORMAT = 1  # of a run directory; those of 0.1.0 do not say it
+MAX_MANIFEST = 1 << 26  # bytes of manifest.json, which has the plan of every tensor
 _PACKAGES = ("torch", "numpy", "mup", "sentencepiece", "transformers", "safetensors", "triton")
 # what may change between two starts of one run, beside where its steps run (`backend`, all but its dtype);
 # where its text and vocabulary lie counts for nothing, what they hold does (manifest.json)
@@ -151,7 +152,7 @@ def _expect_no_run(directory: Path, manifest_path: Path) -> None:
 def _read_manifest(path: Path) -> dict:
     """Raises RunError where it is damaged or of a newer format."""
     try:
-        manifest = json.loads(path.read_bytes().decode(), parse_constant=float)
+        manifest = json.loads(regular_bytes(path, MAX_MANIFEST).decode(), parse_constant=float)
         parse(_Manifest, manifest, str(path))
     except (OSError, ValueError, RecursionError, ConfigError) as error:
         why = error if isinstance(error, ConfigError) else "it cannot be read"

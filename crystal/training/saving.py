@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from torch import Tensor
 from crystal import checkpoint
 from crystal.backends.base import Backend, Durable, Part, Place
 from crystal.errors import CheckpointError, ConfigError, CrystalError
-from crystal.files import sync
+from crystal.files import from_json, sync
 
 
 class Saver:
@@ -26,6 +27,7 @@ class Saver:
     def __init__(self, backend: Backend):
         self.backend = backend
         self.writing: _Writing | None = None
+        self.seconds = 0.0  # that the last save took
         self.referred = isinstance(backend, Durable)  # there may be checkpoints that refer to the backend's store
 
     def save(self, directory: Path, state: dict, files: Iterable[Path], sealed: Callable[[], None]) -> None:
@@ -33,6 +35,7 @@ class Saver:
 
         A save that is still being written is waited for. Raises CheckpointError when the disk does not take it.
         """
+        began = time.perf_counter()
         store = self.backend.seal() if isinstance(self.backend, Durable) else None
         if not self.backend.place.background:
             self.referred = store is not None
@@ -42,6 +45,7 @@ class Saver:
                 else:
                     checkpoint.refer(directory, store, state, files)
                 sealed()
+            self.seconds = time.perf_counter() - began
             return
         self.finish()
 
@@ -70,6 +74,7 @@ class Saver:
             raise error or CheckpointError(f"{self.writing.directory}: another process cannot write its part")
         if not unwritten:
             self.writing.all_have_written()
+            self.seconds = time.perf_counter() - self.writing.began
             self.writing = None
         return signal
 
@@ -87,6 +92,7 @@ class _Writing:
         self, directory: Path, tensors: list[tuple[str, Tensor | Part]], place: Place, seal: Callable[[dict], None]
     ):
         self.directory, self.place, self.seal = directory, place, seal
+        self.began = time.perf_counter()
         self.error: ConfigError | None = None
         self.thread = threading.Thread(target=self._write, args=(tensors,), daemon=True)
         self.thread.start()
@@ -112,6 +118,6 @@ class _Writing:
         shards = {}
         for process in range(self.place.processes):
             note = self._note(process)
-            shards |= json.loads(note.read_text(encoding="utf-8"))
+            shards |= from_json(note.read_text(encoding="utf-8"))
             note.unlink()
         self.seal(shards)

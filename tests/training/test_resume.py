@@ -72,7 +72,7 @@ def test_a_run_killed_five_times_equals_the_uninterrupted_one(make_run, whole):
     assert not list((run_dir / "checkpoints").glob(".tmp-*"))
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_saves_and_exits_130(make_run, whole, number):
     path = make_run()
     run_dir, prints = path.parent / "run", path.parent / "prints"
