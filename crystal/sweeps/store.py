@@ -178,9 +178,10 @@ def _expect_ours(file: Path, connection: sqlite3.Connection) -> None:
     if health != "ok":
         raise sqlite3.DatabaseError(health)
     tables = {name for (name,) in connection.execute("select name from sqlite_master where type = 'table'")}
-    if tables and not {"studies", "trials", "version_info"} <= tables:
-        raise RunError(f"{file}: expected a sweep's trials, it is another program's database; move it away", file=file)
     (version,) = connection.execute("pragma user_version").fetchone()
+    half_made = version == FORMAT and "studies" in tables  # it was killed between two tables; optuna makes the others
+    if tables and not half_made and not {"studies", "trials", "version_info"} <= tables:
+        raise RunError(f"{file}: expected a sweep's trials, it is another program's database; move it away", file=file)
     if not 0 <= version <= FORMAT:
         said = f"expected format {FORMAT}, got {version}: another crystal wrote it"
         raise RunError(f"{file}: {said}; use that one, or another --out", file=file)

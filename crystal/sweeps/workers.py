@@ -22,7 +22,7 @@ from crystal.checkpoint.seal_file import DIGEST, with_digest
 from crystal.config import Strict, parse
 from crystal.errors import ConfigError, CrystalError, RunError
 from crystal.files import from_json, reason, regular_bytes, write_whole
-from crystal.output.interrupts import shielded
+from crystal.output.interrupts import finishing, shielded
 from crystal.sweeps.store import open_trials
 from crystal.sweeps.sweep import Sweep, family, name_from
 from crystal.sweeps.trial import Point, run_trial
@@ -141,10 +141,10 @@ def run_sweep(sweep: Sweep, workers: int, show: Callable[[int, int, float], None
     context = multiprocessing.get_context("spawn")
     failures = context.SimpleQueue()
     processes = [context.Process(target=_work, args=(sweep, failures), daemon=True) for _ in range(workers)]
-    with shielded():
-        for process in processes:
-            process.start()
     try:
+        with shielded(), finishing():  # who is told to stop in the middle of a start would leave half a process
+            for process in processes:
+                process.start()
         while running := [p.sentinel for p in processes if p.is_alive()]:
             wait(running, timeout=2)
             done = len(trials.finished())

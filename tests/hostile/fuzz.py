@@ -36,7 +36,8 @@ GENERATORS = {
     "sweeps": ("sweeps", "cases", 8),
     "questions to a model": ("prompts", "cases", 6),
 }
-AS_PROCESSES = ("configs", "questions to a model", "run directories", "sweeps")  # generators that use the command
+# generators whose cases are commands
+AS_PROCESSES = ("configs", "questions to a model", "Hugging Face directories", ".mdl files", "Model Zoo files")
 CHUNK = 40  # cases
 
 

