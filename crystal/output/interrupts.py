@@ -238,7 +238,8 @@ def _unraisable(unraisable) -> None:
 def _in_thread(failed) -> None:
     """What a thread says while the command is being undone is no news; nor is a full disk to TensorBoard's writer,
     for whoever hands it the next number hears of it."""
-    if not _state.number and not issubclass(failed.exc_type, OSError):
+    full = issubclass(failed.exc_type, OSError) and type(failed.thread).__module__.startswith("tensorboard")
+    if not _state.number and not full:
         _before["hooks"][1](failed)
 
 
