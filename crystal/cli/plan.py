@@ -33,13 +33,11 @@ def plan(
 ) -> None:
     """Parallel layouts of a run on N devices: memory, traffic, FLOPs, MFU and days of each, best first.
 
-    A rung of a ladder is planned under its family's published curriculum.
+    A rung of a ladder (crystalcoder-w1024-l16) is planned under its family's published curriculum.
 
     Examples:
         crystal plan amber-7b --devices 224
-        crystal plan amber-7b --devices 224 --with devices_per_node=4 --crossing
-        crystal plan crystalcoder-w1024-l16 --devices 8
-        crystal plan demo --device h100-80gb --with devices_per_node=4
+        crystal plan demo --device h100-80gb --with devices_per_node=4 --crossing
     """
     from crystal.planning.report import plan_run, run_or_rung
 

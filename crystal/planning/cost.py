@@ -78,21 +78,23 @@ def run_bytes(config: ModelConfig, backend: BackendConfig, micro_batches: int = 
     return {"memory": sum(state_bytes(config, dtype).values()), "disk": 0}
 
 
-def block_activation_bytes(config: ModelConfig, tokens: int, recompute: Recompute = "none", tp: int = 1) -> int:
+def block_activation_bytes(
+    config: ModelConfig, tokens: int, recompute: Recompute = "none", tp: int = 1, sequence: bool = False
+) -> int:
     """Bytes that one block keeps for its backward pass, bf16, on each of tp devices.
 
     recompute: attention keeps the input of q/k/v but not q, k, v and what follows to the output projection; block
-    keeps the block's input alone. Under tensor parallelism norms and their inputs are whole on every device
-    (Korthikanti et al., equation 2).
+    keeps the block's input alone. Under tensor parallelism norms and their inputs are whole on every device, unless
+    sequence parallelism divides them too (Korthikanti et al., equations 2 and 4).
     """
-    d, f = config.d_model, config.d_ff
+    d, f, token_shards = config.d_model, config.d_ff, tp if sequence else 1
     if recompute == "block":
-        return 2 * tokens * d
+        return -(-2 * tokens * d // token_shards)
     attention = 0 if recompute == "attention" else 2 * 4 * d + 4 * config.n_heads
-    return tokens * (2 * 4 * d + -(-(attention + 2 * 3 * f) // tp))
+    return tokens * (-(-2 * 4 * d // token_shards) + -(-(attention + 2 * 3 * f) // tp))
 
 
-def head_bytes(config: ModelConfig, tokens: int, tp: int = 1) -> int:
+def head_bytes(config: ModelConfig, tokens: int, tp: int = 1, sequence: bool = False) -> int:
     """Bytes that final norm and loss head hold at the end of the forward pass, bf16, on each of tp devices.
 
     The norm's input and its output's gradient; the head's gradient, which kernels/linear_cross_entropy.py makes in the
@@ -100,4 +102,4 @@ def head_bytes(config: ModelConfig, tokens: int, tp: int = 1) -> int:
     """
     words = -(-config.vocab_size // tp)
     chunk = min(tokens, HEAD_CHUNK) * words * (2 if tp == 1 else 4 + 2)  # split over devices it is scored in fp32
-    return 2 * 2 * tokens * config.d_model + (4 + 2) * words * config.d_model + chunk
+    return -(-2 * 2 * tokens * config.d_model // (tp if sequence else 1)) + (4 + 2) * words * config.d_model + chunk

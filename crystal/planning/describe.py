@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from crystal import checkpoint
-from crystal.backends.config import load_preset
+from crystal.backends.config import CudaConfig, load_preset
 from crystal.bench.matmul import matmul_rate
 from crystal.config import cache_dir
 from crystal.curriculum.config import split_entry
@@ -19,12 +19,14 @@ from crystal.data.corpus.build import Recipe
 from crystal.errors import ConfigError
 from crystal.mup.plan import Plan
 from crystal.planning.cost import memory_bytes, run_bytes
+from crystal.planning.report import planned_layout
 from crystal.run import RunFile, check_vocabulary, corpus_of
 from crystal.training.record import with_recorded_dtype
 from crystal.zoo.build import parameter_count
 from crystal.zoo.config import families, presets
 from crystal.zoo.flops import flops_per_token
 
+DRY_RUN_DEVICE = "a100-80gb"  # `crystal plan --device` has others
 _PLAN_KEYS = (
     "tensor", "shape", "role", "group", "width_multiplier", "init", "init_std", "init_cut", "lr_multiplier",
     "weight_decay", "eps", "forward_multiplier", "rule",
@@ -74,6 +76,8 @@ def dry_run(run: RunFile, stage: int | None = None, until: int | None = None) ->
     micro_batches = curriculum.global_batch_size // run.config.train.micro_batch_size
     held = run_bytes(run.config.model, backend, micro_batches)
     rate = matmul_rate(backend.dtype or "bf16")
+    on_gpus = isinstance(backend, CudaConfig) and backend.device == "cuda"
+    planned = planned_layout(run, DRY_RUN_DEVICE) if on_gpus else None
     return {
         "name": run.config.name,
         "parameters": parameter_count(run.config.model),
@@ -86,7 +90,8 @@ def dry_run(run: RunFile, stage: int | None = None, until: int | None = None) ->
         "notes": [*_notes(run, curriculum, recipe)],
         "groups": _groups(plan),
         "dtype": backend.dtype,
-        "memory_bytes": held["memory"],
+        "layout": planned,
+        "memory_bytes": planned["memory_bytes"] if planned and planned["devices"] > 1 else held["memory"],
         "disk_bytes": held["disk"],
         "flops": flops,
         "matmul_flops_per_second": rate,
@@ -101,6 +106,12 @@ def _notes(run: RunFile, curriculum: Curriculum, recipe: Recipe) -> Iterator[str
     config, used = run.config, {split_entry(entry)[0] for stage in curriculum.stages for entry in stage.bound}
     if done := checkpoint.steps(config.directory / "checkpoints"):
         yield f"goes on from step {done[-1]:,}, which {config.directory} has reached"
+    backend = config.backend
+    if backend.name == "cerebras" and backend.device == "csx" and backend.cluster is None:
+        yield f"{run.where('backend', 'cluster')}: training on csx needs a system's mgmt_address"
+    processes = backend.parallel.processes if backend.name == "cuda" else 1
+    if processes > 1 and (backend.device == "cpu" or backend.dtype == "fp32"):  # which nobody plans for
+        yield f"memory is that of all {processes} processes together; time is this machine's"
     yield from corpus.needs(recipe, sorted(used), cache_dir())
     if train := config.data.tokenizer.train:
         ids = f"{config.model.vocab_size:,} with added tokens and padding"

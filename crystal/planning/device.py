@@ -17,11 +17,16 @@ class Device(Strict):
     memory_gb: float = Field(gt=0)
     usable_fraction: float = Field(0.9, gt=0, le=1, description="rest: CUDA context, NCCL buffers, fragmentation")
     peak_tflops: float = Field(gt=0, description="bf16, dense")
-    matmul_fraction: float = Field(gt=0, le=1, description="of peak, while nothing is waited for")
+    matmul_fraction: float = Field(gt=0, le=1, description="of peak, while compute has the device alone")
     hbm_gb_per_s: float = Field(gt=0)
     devices_per_node: int = Field(gt=0)
     intra_node_gb_per_s: float = Field(gt=0)
     inter_node_gb_per_s: float = Field(gt=0)
+    # a file that does not say them has none
+    collective_latency_us: float = Field(0.0, ge=0, description="to start a collective")
+    intra_node_latency_us: float = Field(0.0, ge=0, description="a step of a ring in a node")
+    inter_node_latency_us: float = Field(0.0, ge=0, description="a step of a ring from node to node")
+    contention: float = Field(0.0, ge=0, lt=1, description="of compute's pace, lost while collectives run beside it")
 
     @property
     def usable_bytes(self) -> int:

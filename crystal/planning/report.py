@@ -2,19 +2,35 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
+from pathlib import Path
 
 from crystal.backends.config import CudaConfig
 from crystal.curriculum.resolve import resolve
 from crystal.errors import ConfigError
+from crystal.planning.crossing import crossing
 from crystal.planning.device import Device, load_device
+from crystal.planning.grace import CHECKPOINT_BYTES, disk_bytes_per_second, grace_seconds
 from crystal.planning.layouts import Candidate, Work, candidate, layouts, plan, sizes, smallest
-from crystal.run import RunFile
+from crystal.planning.shards import host_bytes
+from crystal.run import RunFile, load_run
 from crystal.zoo.build import parameter_count
+from crystal.zoo.config import LADDER, rung
 from crystal.zoo.flops import flops_per_token
 
 DAY = 86400
+
+
+def run_or_rung(name: str, overrides: Sequence[str] = ()) -> RunFile:
+    """The run file of that name; of a ladder's rung (crystalcoder-w256-l8), which has none, the family's published run
+    with the rung's model and optimizer. Raises ConfigError."""
+    config = None if Path(name).exists() else rung(name)
+    if config is None:
+        return load_run(name, overrides)
+    sections = [f"{key}={json.dumps(config.mapping[key])}" for key in ("model", "optimizer") if key in config.mapping]
+    return load_run(f"{LADDER.fullmatch(name)['family']}-7b", [f"name={name}", *sections, *overrides])
 
 
 def plan_run(
@@ -25,13 +41,15 @@ def plan_run(
     tokens_per_second: float | None = None,
     mfu: float | None = None,
     top: int = 10,
+    cross: bool = False,
 ) -> dict:
     """The best `top` layouts of a run on so many devices, with every number they were reckoned from.
 
     Where no layout is for exactly so many, for the most of them that one is for (`devices` of `devices_given`).
     tokens_per_second or mfu (of all devices; counted as 6 N): a measured or published rate; MFU and days are then its
     own, while layouts keep their estimates and their order. A run whose backend is cuda with a layout of `devices`
-    processes is told about its own as well. Raises ConfigError where nothing can be laid out or fits.
+    processes is told about its own as well. cross: also at which bandwidth between nodes tensor or pipeline parallelism
+    begins to pay. Raises ConfigError where nothing can be laid out or fits.
     """
     device = load_device(device_name, changes)
     if tokens_per_second is not None and mfu is not None:
@@ -72,11 +90,54 @@ def plan_run(
         **(bookkeeping(work, given, device, rate) if rate else bookkeeping(work, devices, device, best)),
         "layouts": [_row(work, devices, device, c) for c in found[:top]],
         "own": None,
+        "crossing": _crossing(work, devices, device) if cross else None,
     }
+    result["stopping"] = stopping(run.config.directory, parameter_count(work.model), result["step_seconds"])
     if isinstance(backend, CudaConfig) and backend.parallel.processes == devices and devices > 1:
-        own = candidate(work, backend.parallel, device, run.config.train.micro_batch_size, backend.recompute)
-        result["own"] = _row(work, devices, device, own)
+        result["own"] = _own(run, backend, work, device)
     return result
+
+
+def planned_layout(run: RunFile, device_name: str) -> dict | None:
+    """A cuda run's own layout as a row of `plan_run`, with the `device` it was reckoned for, which nothing says to be
+    here. None for fp32 compute, which plans are not made for."""
+    backend, curriculum = run.config.backend, resolve(run.config.curriculum, run.source)
+    if backend.dtype == "fp32":
+        return None
+    work = Work(run.config.model, curriculum.seq_len, curriculum.global_batch_size, curriculum.steps)
+    device = load_device(device_name)
+    return _own(run, backend, work, device) | {"device": device.name, "devices": backend.parallel.processes}
+
+
+def _crossing(work: Work, devices: int, device: Device) -> dict:
+    points, equal = crossing(work, devices, device)
+    return {
+        "points": [
+            {
+                "inter_node_gb_per_s": p.inter_node_gb_per_s,
+                "sharded": _row(work, devices, device, p.sharded),
+                "split": _row(work, devices, device, p.split),
+                "gain": p.gain,
+            }
+            for p in points
+        ],
+        "equal_gb_per_s": equal,
+    }
+
+
+def _own(run: RunFile, backend: CudaConfig, work: Work, device: Device) -> dict:
+    own = candidate(work, backend.parallel, device, run.config.train.micro_batch_size, backend.recompute)
+    return _row(work, backend.parallel.processes, device, own)
+
+
+def stopping(directory: Path, parameters: int, step_seconds: float) -> dict[str, float | None]:
+    """What torchrun's --shutdown-timeout should be, from this machine's disk; None where it cannot be written."""
+    checkpoint_bytes, rate = CHECKPOINT_BYTES * parameters, disk_bytes_per_second(directory)
+    return {
+        "checkpoint_bytes": checkpoint_bytes,
+        "disk_bytes_per_second": rate,
+        "shutdown_timeout": None if rate is None else grace_seconds(checkpoint_bytes, rate, step_seconds),
+    }
 
 
 def bookkeeping(work: Work, devices: int, device: Device, tokens_per_second: float) -> dict[str, float]:
@@ -103,6 +164,7 @@ def _row(work: Work, devices: int, device: Device, c: Candidate) -> dict:
         "recompute": c.recompute,
         "memory_bytes": c.memory_bytes,
         "memory": c.memory,
+        "host_bytes_a_node": host_bytes(work.model, c.layout, device.devices_per_node),
         "fits": c.memory_bytes <= device.usable_bytes,
         "traffic_bytes": sent,
         "traffic": [vars(t) for t in c.traffic],

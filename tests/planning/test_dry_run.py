@@ -7,6 +7,7 @@ from crystal.cli.train import dry_run_text
 from crystal.data.corpus import packages
 from crystal.errors import ConfigError
 from crystal.planning import describe
+from crystal.planning.report import plan_run
 from crystal.run import load_run
 
 
@@ -88,3 +89,28 @@ def test_it_tells_that_a_run_goes_on(dry_run, make_run, train):
 def test_the_time_at_a_matmuls_rate_has_its_old_name_beside_the_right_one(dry_run):
     found = dry_run()
     assert found["seconds_at_matmul_rate"] == found["seconds_atmatmul_rate"] > 0
+
+
+def test_a_layout_of_gpus_is_told_from_the_planner_and_not_from_this_cpu():
+    words = ["backend.name=cuda", "backend.parallel.fsdp=8", "train.micro_batch_size=2"]
+    result = describe.dry_run(load_run("amber-7b", words))
+    planned = plan_run(load_run("amber-7b", words), 8, "a100-80gb")["own"]
+    assert result["layout"] == planned | {"device": "a100-80gb", "devices": 8}
+    assert result["memory_bytes"] == planned["memory_bytes"]
+    text = dry_run_text(result)
+    assert f"fsdp 8 on 8 x a100-80gb: {planned['memory_bytes'] / 1e9:.3g} GB" in text
+    assert "GFLOP/s" not in text
+
+
+@pytest.mark.parametrize("word", ["backend.dtype=fp32", "backend.device=cpu"])
+def test_what_the_planner_does_not_know_is_said(word):
+    result = describe.dry_run(load_run("amber-7b", ["backend.name=cuda", "backend.parallel.fsdp=8", word]))
+    assert result["layout"] is None
+    assert "memory is that of all 8 processes together; time is this machine's" in result["notes"]
+
+
+def test_what_training_would_refuse_of_a_backend_is_refused_on_paper():
+    with pytest.raises(ConfigError, match=r"backend\.device=cuda: weight_streaming computes on the cpu"):
+        load_run("amber-7b", ["backend.name=weight_streaming", "backend.device=cuda"])
+    on_csx = describe.dry_run(load_run("amber-7b", ["backend.name=cerebras", "backend.device=csx"]))
+    assert any("backend.cluster: training on csx needs a system's mgmt_address" in note for note in on_csx["notes"])

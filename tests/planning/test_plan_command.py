@@ -1,13 +1,19 @@
 """`crystal plan`, as it is typed: the published run, a run's own layout, mistakes in one line."""
 
 import json
+from pathlib import Path
 
 import pytest
 
+from crystal.errors import ConfigError
 from crystal.planning.device import load_device
 from crystal.planning.layouts import Work
-from crystal.planning.report import bookkeeping
+from crystal.planning.report import bookkeeping, plan_run, run_or_rung
+from crystal.run import load_run
+from crystal.zoo.build import parameter_count
 from crystal.zoo.config import model_config
+
+DOCS = (Path(__file__).parents[2] / "docs" / "planning.md").read_text(encoding="utf-8")
 
 
 def test_ambers_published_rate_is_33_7_percent_and_25_days(crystal):
@@ -22,6 +28,14 @@ def test_ambers_published_rate_is_33_7_percent_and_25_days(crystal):
     assert result["days"] == pytest.approx(25.0, abs=0.05)  # 1,258,448,486,400 tokens
     assert result["flops_per_step"] == result["flops_per_token"] * 4_587_520
     assert len(result["layouts"]) == 10
+
+
+def test_the_docs_show_what_is_printed(crystal):
+    words = "plan amber-7b --devices 224 --with devices_per_node=4 --tokens-per-second 582400 --top 3".split()
+    code, out, err = crystal(*words)
+    assert (code, err) == (0, "")
+    disk = out.index("torchrun --shutdown-timeout")  # which differs from disk to disk
+    assert f"$ crystal {' '.join(words)}\n{out[:disk]}" in DOCS
 
 
 def test_an_mfu_is_turned_into_the_rate_it_means():
@@ -58,9 +72,17 @@ def test_a_runs_own_layout_is_reckoned_too(crystal):
     assert (own["fsdp"], own["micro_batch_size"], own["recompute"]) == (224, 10, "block")
     assert own["memory_bytes"] == sum(own["memory"].values())
     assert own["step_seconds"] == pytest.approx(sum(own["seconds"].values()))
+    assert list(own["seconds"]) == ["compute", "contention", "tensor", "bubble", "exposed", "optimizer"]
+    assert all(0 < t["latency_seconds"] < t["seconds"] and t["calls"] for t in own["traffic"])
+    # 8 ranks a node of 224, which save 12 bytes of each weight between them; shards are uneven by a row of each tensor
+    assert own["host_bytes_a_node"] == pytest.approx(12 * json.loads(out)["parameters"] / 28, rel=0.03)
     code, out, err = crystal(*words.split())
     assert "the run file's own layout:" in out
-    assert "TFLOP/s bf16, of which 0.508 reached" in out  # inputs are shown
+    device = load_device("a100-80gb")  # whose inputs are shown
+    assert f"TFLOP/s bf16, of which {device.matmul_fraction} reached" in out
+    assert f"a step of a ring {device.intra_node_latency_us} us in a node and " in out
+    assert f"compute beside them loses {device.contention} of its pace" in out
+    assert f"host memory a node, pinned for a checkpoint's copies: {own['host_bytes_a_node'] / 1e9:.3g} GB" in out
 
 
 def test_devices_that_no_layout_can_use_are_left_out_and_it_is_said(crystal):
@@ -97,3 +119,13 @@ def test_a_dry_run_tells_the_memory_of_its_own_backend(crystal, changes, each):
     assert (code, err) == (0, "")
     result = json.loads(out)
     assert (result["memory_bytes"], result["disk_bytes"]) == (each * result["parameters"], 0)
+
+
+def test_a_rung_is_planned_under_its_familys_published_curriculum():
+    run = run_or_rung("crystalcoder-w1024-l16", ["curriculum.global_batch_size=256"])
+    assert run.config.model == model_config("crystalcoder-w1024-l16")
+    assert run.config.name == "crystalcoder-w1024-l16"
+    assert run.config.curriculum == load_run("crystalcoder-7b", ["curriculum.global_batch_size=256"]).config.curriculum
+    assert plan_run(run, 8, "a100-80gb")["parameters"] == parameter_count(run.config.model)
+    with pytest.raises(ConfigError, match=r"crystalcodr-w64: no such file"):
+        run_or_rung("crystalcodr-w64")
