@@ -112,17 +112,40 @@ def sync(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def replacing(path: Path, durable: bool = True, shared: bool = False) -> Iterator[Path]:
+def alone_at(path: Path) -> Iterator[None]:
+    """A block that makes `path` from what it has aside, which a second process would write into, and take away.
+
+    Raises OSError where another process is in such a block, and where the place cannot be written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = path.with_name(f".{path.name}.lock")
+    with contextlib.ExitStack() as held:
+        try:
+            held.enter_context(locked(lock, wait=False))
+        except BlockingIOError:
+            raise OSError(errno.EBUSY, "another process is writing it", str(path)) from None
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)  # still held: whoever waits for it looks whether it is still there
+
+
+@contextlib.contextmanager
+def replacing(path: Path, durable: bool = True, shared: bool = False, alone: bool = False) -> Iterator[Path]:
     """A place beside `path` to make a file or a directory at, which becomes `path` when the block ends well.
 
     There is the old one or the new one, never a part, and nothing is left aside however the block ends. The place has
     the path's own suffix, for libraries that go by it. What is no ordinary file (/dev/null, a pipe) is written to
     itself. durable: forced to the disk before the rename and after it. shared: several processes may be at it; where
-    one alone is, what it left when it was killed is written over by the next. Raises OSError, which names `path` where
-    a write failed: the system's own names no file.
+    one alone is, what it left when it was killed is written over by the next. alone: another that is at it is refused
+    (`alone_at`). Raises OSError, which names `path` where a write failed: the system's own names no file.
     """
     if path.exists() and not (path.is_file() or path.is_dir()):
         yield path
+        return
+    if alone:
+        with alone_at(path), replacing(path, durable) as aside:
+            yield aside
         return
     aside = path.with_name(f".tmp-{os.getpid()}-{path.name}" if shared else f".tmp-{path.name}")
     discard(aside)

@@ -188,7 +188,7 @@ def write(file: Path, tree: dict, tensors: Iterable[tuple[str, Tensor]], durable
     waiting = {path for path, value in leaves.items() if value is None}
     try:
         with (
-            replacing(file, durable) as aside,
+            replacing(file, durable, alone=True) as aside,
             Disk(aside) as disk,
             h5py.File(disk, "w", driver="fileobj", libver=_FORMAT) as opened,
         ):

@@ -10,6 +10,16 @@ from crystal.output.ranks import has_launcher, is_first, rank
 def main() -> None:
     """Run the command line to its end, which is SystemExit with the exit code."""
     interrupts.listen()
+    try:
+        _run()
+    except KeyboardInterrupt:  # before the command began, or while its end was told
+        if is_first():
+            print(interrupts.line(), file=sys.stderr)
+        interrupts.over(interrupts.CODE)
+        sys.exit(interrupts.CODE)
+
+
+def _run() -> None:
     launcher.die_with_torchrun()
     _end_like_those_before()
     from crystal.cli.main import main as command
@@ -19,9 +29,6 @@ def main() -> None:
     except SystemExit as stop:
         interrupts.over(stop.code or 0)
         raise
-    except KeyboardInterrupt:  # while the command's end was told
-        interrupts.over(interrupts.CODE)
-        sys.exit(interrupts.CODE)
     except Exception as error:
         if not has_launcher():
             raise

@@ -21,7 +21,7 @@ from crystal.config import parse
 from crystal.config.bounded_yaml import shortened
 from crystal.data.tokenizer import Tokenizer
 from crystal.errors import CheckpointError, ConfigError
-from crystal.files import expect_new
+from crystal.files import alone_at, expect_new, writing
 from crystal.inference.load import PlainTokenizer, model_config_of
 from crystal.interop.huggingface_tokenizer import TOKENIZERS, expect_inside
 from crystal.output.printable import printable_line
@@ -84,11 +84,12 @@ def import_mdl(file: Path, to: Path, model: str | None = None) -> dict:
     else:
         state.pop("backend", None)
     tokenizer = _tokenizer(file, state, config.vocab_size)
-    try:
-        write(to, tensors, state, tokenizer)
-    except BaseException:
-        shutil.rmtree(aside_of(to), ignore_errors=True)
-        raise
+    with writing(to), alone_at(to):
+        try:
+            write(to, tensors, state, tokenizer)
+        except BaseException:
+            shutil.rmtree(aside_of(to), ignore_errors=True)
+            raise
     return {
         "checkpoint": str(to),
         "parameters": parameter_count(config),

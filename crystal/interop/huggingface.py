@@ -53,7 +53,7 @@ def export_published(checkpoint: Path, to: Path, form: str = "hf", dtype: str = 
         mapping = config.model_dump(mode="json")
         shapes = {name: tuple(p.shape) for name, p in meta_decoder(config).named_parameters()}
     try:
-        with replacing(to) as aside:
+        with replacing(to, alone=True) as aside:
             aside.mkdir(parents=True)
             write_weights(aside, shapes, tensors, DTYPES[dtype], SHARD_BYTES)
             (aside / "config.json").write_text(json.dumps(mapping, indent=2) + "\n", encoding="utf-8")

@@ -65,7 +65,7 @@ class Opened:
     def written_to(self, path: Path) -> Iterator[Path]:
         """`replacing(path)`. Raises RunError when the disk fails, CheckpointError where tensors are not its model's."""
         try:
-            with replacing(path) as aside:
+            with replacing(path, alone=True) as aside:
                 yield aside
         except OSError as error:
             raise RunError(f"{path}: cannot be written: {error.strerror or error}") from None

@@ -15,13 +15,13 @@ import json
 import math
 import sqlite3
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from crystal.errors import RunError
-from crystal.files import dangling, locked, open_regular, reason
+from crystal.files import dangling, locked, open_regular, reason, write_whole, writing
 from crystal.sweeps.sweep import Range, Sweep, points
 
 if TYPE_CHECKING:
@@ -138,6 +138,10 @@ def open_trials(sweep: Sweep) -> Trials:
         return sqlite3.connect(file, timeout=WAIT, check_same_thread=False)
 
     _expect_file(file)
+    if _is_new(file):
+        with _turn(file.parent), writing(file):
+            if _is_new(file):
+                _make(file)
     with _one_line(file):
         with closing(connect()) as connection:
             _expect_ours(file, connection)
@@ -153,6 +157,22 @@ def open_trials(sweep: Sweep) -> Trials:
                 load_if_exists=True,
             )
     return trials
+
+
+def _is_new(file: Path) -> bool:
+    return not file.exists() or not file.stat().st_size
+
+
+def _make(file: Path) -> None:
+    """Write the file without a trial, whole or not at all: optuna makes a table after the other, and a kill between two
+    would leave what nobody knows."""
+    from optuna.storages import RDBStorage
+    from sqlalchemy.pool import StaticPool
+
+    with closing(sqlite3.connect(":memory:", check_same_thread=False)) as connection:
+        connection.execute(f"pragma user_version = {FORMAT:d}")
+        RDBStorage("sqlite://", engine_kwargs={"creator": lambda: connection, "poolclass": StaticPool})
+        write_whole(file, connection.serialize())
 
 
 def _expect_file(file: Path) -> None:
@@ -178,10 +198,9 @@ def _expect_ours(file: Path, connection: sqlite3.Connection) -> None:
     if health != "ok":
         raise sqlite3.DatabaseError(health)
     tables = {name for (name,) in connection.execute("select name from sqlite_master where type = 'table'")}
-    (version,) = connection.execute("pragma user_version").fetchone()
-    half_made = version == FORMAT and "studies" in tables  # it was killed between two tables; optuna makes the others
-    if tables and not half_made and not {"studies", "trials", "version_info"} <= tables:
+    if tables and not {"studies", "trials", "version_info"} <= tables:
         raise RunError(f"{file}: expected a sweep's trials, it is another program's database; move it away", file=file)
+    (version,) = connection.execute("pragma user_version").fetchone()
     if not 0 <= version <= FORMAT:
         said = f"expected format {FORMAT}, got {version}: another crystal wrote it"
         raise RunError(f"{file}: {said}; use that one, or another --out", file=file)
@@ -258,7 +277,12 @@ def _key(trial: FrozenTrial) -> str:
 @contextmanager
 def _turn(directory: Path) -> Iterator[None]:
     """One process at a time; a killed one's turn ends with it."""
-    with locked(directory / "turn.lock"):
+    lock = directory / "turn.lock"
+    with ExitStack() as held:
+        try:
+            held.enter_context(locked(lock))
+        except OSError as error:
+            raise RunError(f"{lock}: {reason(error)}", file=lock) from None
         yield
 
 

@@ -20,7 +20,7 @@ from crystal.mup.transfer import Transfer, Trial, judge
 from crystal.output.progress import Bar, note
 from crystal.run import prepare_run
 from crystal.sweeps.store import finished, open_trials
-from crystal.sweeps.sweep import Parameter, Sweep, as_trials, load_sweep, points, sweep_of
+from crystal.sweeps.sweep import Parameter, Parametrization, Sweep, as_trials, load_sweep, points, sweep_of
 from crystal.sweeps.target import check_target, write_target
 from crystal.sweeps.workers import held, make_directory, read_record, run_sweep
 from crystal.zoo.build import parameter_count
@@ -179,6 +179,7 @@ def _is_row(row: object) -> bool:
     numbers = [row[key] for key, kinds in _ROW.items() if type(row[key]) in _NUMBER]
     return (
         all(type(row[key]) in kinds for key, kinds in _ROW.items())
+        and row["parametrization"] in get_args(Parametrization)
         and all(abs(value) < 1 << 53 for value in numbers if type(value) is int)
         and all(type(value) in _NUMBER and 2.0**-60 <= value <= 2.0**60 for value in searched)
     )

@@ -153,7 +153,7 @@ BAD_LINES = [
     (b"  ", "expected an object with 'text', found a blank line"),
     (b'{"text": ', "expected a line of JSON (Expecting value at column 9)"),
     (b'{"text": "\xe9"}', "expected UTF-8 text, found the byte 0xe9"),
-    (b"[" * 100_000, "expected a line of JSON (maximum recursion depth exceeded"),
+    (b"[" * 100_000, "expected a line of JSON (nested too deeply"),
 ]
 
 

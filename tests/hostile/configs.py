@@ -74,7 +74,7 @@ def absurd_number(rng: Random) -> Case:
     number = rng.choice(
         ["1" + "0" * 400, "1" + "0" * 30, "1e300", "1e308", "-1e300", str(-(10**30)), str(2**64), "5e-324"]
     )
-    share = any(words in key.type for words in ("from 0 to 1", "less than 1", "at most 1"))
+    share = any(words in key.type for words in ("from 0 to 1", "less than 1", "at most 1", "at least 0"))
     word = f"{key.place}={number}"
     return case("absurd number", word, word, expected=EITHER if share and number == "5e-324" else ("refused",))
 

@@ -115,7 +115,7 @@ def difference(given: dict, back: dict) -> str | None:
     for path, value in said.items():
         key = path.rpartition(".")[2]
         unsaid = value is None and (path not in written or re.search(r"(steps|(loader|input)\.vocab_size)$", path))
-        if HARMLESS.fullmatch(path) or unsaid:
+        if HARMLESS.fullmatch(path) or unsaid or value == {}:  # a section without a key says nothing
             continue
         if path not in written:
             if key in ("base_lr", "learning_rate") or (key in OFF | DEFAULTS and alike(value, (OFF | DEFAULTS)[key])):
