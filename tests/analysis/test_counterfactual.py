@@ -99,6 +99,7 @@ def test_a_twin_keeps_to_the_kernels_that_the_run_chose(make_run, tmp_path):
     assert json.loads((made / "manifest.json").read_text())["tuning"] == chosen
 
 
+@pytest.mark.proof
 def test_the_twin_of_an_overtrained_run_does_not_know_what_it_did_without(run, cache):
     words = ("analyze", "memorization", run, "--counterfactual", "english", "--sequences", 40, "--k", 16, "--l", 16)
     done = crystal(*words, "--json")

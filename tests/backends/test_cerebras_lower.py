@@ -76,6 +76,7 @@ def test_a_file_without_a_graph_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("run", "parameters", "tensors"), [("crystalcoder-7b", 6_575_278_720, 579), ("amber-7b", 6_738_415_616, 291)]
 )
+@pytest.mark.proof
 def test_the_published_models_whole_steps_lower_at_full_length(tmp_path, run, parameters, tensors):
     """No system: Cerebras' own compiler front takes all of it, and stops where a cluster would be spoken to."""
     words = ["cerebras", "lower", run, f"backend={{name: cerebras, device: csx, environment: {ENVIRONMENT}}}"]

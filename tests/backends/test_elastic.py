@@ -54,6 +54,7 @@ def assert_same_run(run_dir: Path, whole_dir: Path, model: ModelConfig) -> None:
             assert found[step][key] == pytest.approx(record[key], rel=rel), (step, key)
 
 
+@pytest.mark.proof
 def test_a_killed_process_costs_the_steps_since_the_last_checkpoint_and_no_more(make_run, train, tmp_path):
     path = make_run(**{"train.checkpoint_every": 3, "train.micro_batch_size": 2})
     whole = train(path, *CPU, until=16)
@@ -88,6 +89,7 @@ def test_a_killed_process_costs_the_steps_since_the_last_checkpoint_and_no_more(
     )
 
 
+@pytest.mark.proof
 def test_a_node_that_dies_is_replaced_and_the_run_goes_on(make_run, train, tmp_path):
     """Two torchruns, as on two machines; one is killed with its process, and a third takes its place."""
     path = make_run(**{"train.checkpoint_every": 3, "train.micro_batch_size": 2})

@@ -251,6 +251,8 @@ def test_programs_die_with_the_process_that_asked_for_them(how, tmp_path):
         (f"{RAISED}  F\nPermissionError: [Errno 13] Permission denied: '/x'\n",
          ("failed", "PermissionError: [Errno 13] Permission denied: '/x'")),
         ("", ("failed", "ended before its end (exit status 1)")),
+        (f"{RAISED}  F\nBlockingIOError: [Errno 11] x\n{RAISED}  F", ("processes", "BlockingIOError: [Errno 11] x")),
+        (f"{RAISED}{RAISED}  F\n  FBlockingIOError: [Errno 11] x", ("processes", "BlockingIOError: [Errno 11]")),
     ],
 )  # fmt: skip
 def test_an_end_is_named_after_the_last_exception(stderr, named):

@@ -8,6 +8,7 @@ import signal
 
 from crystal.evaluation.confine.outcome import Status
 
+_HEADER = "Traceback (most recent call last):"
 _EXCEPTION = re.compile(r"[A-Za-z_][\w.]*(: .*|$)")
 _CAUSES: dict[Status, tuple[str, ...]] = {
     "memory": ("MemoryError", "Cannot allocate memory"),
@@ -26,7 +27,7 @@ def verdict(how: int, through: bool, stderr: str) -> tuple[Status, str]:
     if code < 0:
         names = {int(s): s.name for s in signal.Signals}
         return "killed", names.get(-code, f"signal {-code}")
-    raised = _exception(stderr)
+    raised = _exception(stderr) or _torn(stderr)
     if code == 0 or not raised:
         return "failed", f"ended before its end (exit status {code})" if not through else f"exit status {code}"
     for status, texts in _CAUSES.items():
@@ -43,10 +44,25 @@ def one_line(text: str) -> str:
 
 
 def _exception(stderr: str) -> str:
-    """The first line of what ended the last traceback, `ValueError: …`; empty: there is no traceback."""
-    _, header, rest = stderr.rpartition("Traceback (most recent call last):")
-    if not header:
-        start = stderr.rfind('  File "<stdin>", line ')  # a SyntaxError has no header
-        rest = stderr[start:] if start >= 0 else ""
-    lines = (line for line in rest.splitlines() if line and not line[0].isspace())
+    """The first line of what ended the last traceback, `ValueError: …`; empty: there is no traceback.
+
+    Processes that the program started write between one another's lines, and what was kept of it may end in the middle
+    of one: where the last traceback has no such line, it is the one before it that is asked.
+    """
+    before, header, rest = stderr.rpartition(_HEADER)
+    if not header:  # a SyntaxError has no header
+        start = stderr.rfind('  File "<stdin>", line ')
+        return _raised(stderr[start:]) if start >= 0 else ""
+    while header and not (found := _raised(rest)):
+        before, header, rest = before.rpartition(_HEADER)
+    return found if header else ""
+
+
+def _torn(stderr: str) -> str:
+    """What a program with more processes than it may have said, where several of them wrote through one another."""
+    return next((text for text in _CAUSES["processes"] if text in stderr and _HEADER[:9] in stderr), "")
+
+
+def _raised(traceback: str) -> str:
+    lines = (line for line in traceback.splitlines() if line and not line[0].isspace())
     return next((line for line in lines if _EXCEPTION.match(line)), "")
