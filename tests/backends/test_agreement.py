@@ -89,6 +89,7 @@ def test_each_goes_on_from_the_checkpoint_of_each(trained, writer, reader):
     assert_same_numbers(found, expected | {"steps": expected["steps"][1:]})
 
 
+@pytest.mark.proof
 def test_a_run_that_moves_between_backends_has_an_unbroken_loss_curve(make_run, train, tmp_path):
     """cpu, weight streaming across a stage's end, cuda in two processes across another, cpu.
 

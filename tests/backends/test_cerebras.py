@@ -166,6 +166,7 @@ def test_a_checkpoint_without_a_tensor_is_refused_by_name(pair):
 
 
 @needs_cerebras
+@pytest.mark.proof
 def test_crystal_train_runs_a_proxy_and_goes_on_from_its_checkpoint(make_run, train, tmp_path):
     """The ordinary loop across a change of stage: the cpu backend's losses; interrupted and continued, the same."""
 

@@ -247,6 +247,7 @@ def test_a_store_that_another_process_holds_is_refused_at_once(run, tmp_path, sh
     assert [row for row in listing(store) if LOCK not in row[0]] == [row for row in before if LOCK not in row[0]]
 
 
+@pytest.mark.proof
 def test_of_two_runs_that_begin_on_one_path_one_trains_and_one_is_refused(make_run, tmp_path):
     paths = []
     for name in ("a", "b"):
@@ -262,6 +263,7 @@ def test_of_two_runs_that_begin_on_one_path_one_trains_and_one_is_refused(make_r
     assert (record.owner, record.step) == (str(tmp_path / winner), 30)
 
 
+@pytest.mark.proof
 def test_a_process_that_has_ended_its_training_lets_another_go_on(make_run, train):
     path = make_run(backend={"name": "weight_streaming", "dtype": "fp32", "threads": 1})
     assert train(path, until=2).step == 2

@@ -15,6 +15,7 @@ def run(*arguments: str):
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.proof
 def test_trainers_take_turns_and_learn_the_same(dtype):
     done = run("--dtype", dtype, "--peers", "nanogpt", "--json")
     assert done.exit_code == 0, done.output

@@ -166,14 +166,15 @@ def test_what_was_told_to_be_ignored_stays_so_but_a_worker_hears_its_launchers_d
 def test_a_terminal_that_is_closed_is_no_error_of_a_run_that_saves(tmp_path):
     """SIGHUP, and writing to the terminal fails: it goes nowhere from then on."""
     code = (
-        "import signal, sys, time\n"
+        "import os, signal, sys, time\n"
         "from crystal.output import interrupts\n"
         "heard = []\n"
         "signal.signal(signal.SIGHUP, lambda *_: heard.append(interrupts.quiet_lost_terminal()))\n"
         "print('ready', flush=True)\n"
         "while not heard: time.sleep(0.005)\n"
         "print('words', flush=True); print('more', file=sys.stderr, flush=True)\n"
-        "open(sys.argv[1], 'w').write('saved')\n"
+        "file = open(sys.argv[1], 'w'); file.write('saved'); file.close()\n"
+        "os._exit(0)\n"  # as `interrupts.over` does: while Python ends, signals kill again
     )
     master, slave = os.openpty()
     place = tmp_path / "saved"

@@ -78,6 +78,7 @@ def test_the_schedule_rises_and_falls_in_a_line():
     assert at(20) == pytest.approx(0.08)
 
 
+@pytest.mark.proof
 def test_a_killed_sweep_goes_on_without_loss(sweep_file, tmp_path):
     """kill -9 of the command alone, not of its group: workers that lived on would run what a resume runs again."""
     out = tmp_path / "out"
