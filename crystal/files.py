@@ -88,10 +88,17 @@ def regular_bytes(path: Path, most: int = 1 << 28) -> bytes:
     return content
 
 
-def from_json(content: str | bytes) -> Any:
-    """What a JSON text says. Raises ValueError for everything that is none, nesting too deep for Python included."""
+def no_number(word: str) -> None:
+    """For json's `parse_constant`: refuses NaN and the infinities, which Python reads and JSON does not know."""
+    raise ValueError(f"{word} is no number")
+
+
+def from_json(content: str | bytes, finite: bool = False) -> Any:
+    """What a JSON text says. Raises ValueError for everything that is none, nesting too deep for Python included.
+
+    finite: also for numbers that are none (`no_number`)."""
     try:
-        return json.loads(content)
+        return json.loads(content, parse_constant=no_number if finite else None)
     except RecursionError:
         raise ValueError("nested too deeply") from None
 

@@ -25,7 +25,8 @@ def add_norm_reference(
     """The definition, op by op, in fp32 at least; the sum is rounded to its dtype before it is normalised."""
     summed = (widened(residual) + widened(x) * scale).to(residual.dtype)
     normal = widened(summed) if bias is None else widened(summed) - widened(summed).mean(-1, keepdim=True)
-    normal = normal * seen(torch.rsqrt(normal.square().mean(-1, keepdim=True) + eps)) * weight
+    rstd = torch.rsqrt(normal.square().mean(-1, keepdim=True) + eps)
+    normal = normal * seen(rstd, rstd) * weight
     return (normal if bias is None else normal + bias).to(x.dtype), summed
 
 

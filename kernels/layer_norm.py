@@ -10,14 +10,15 @@ from torch import Tensor
 
 from crystal.kernels.dispatch import differentiable, eager_cpu, use_triton, widened
 from crystal.kernels.norm import backward as norm_backward
-from crystal.kernels.norm import check, overflowed, seen
+from crystal.kernels.norm import check, seen
 from crystal.kernels.norm import forward as norm_forward
 
 
 def layer_norm_reference(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """The definition, op by op, in fp32 at least."""
     centred = widened(x) - widened(x).mean(-1, keepdim=True)
-    normal = centred * seen(torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps))
+    rstd = torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps)
+    normal = centred * seen(rstd, rstd)
     return (normal * weight + bias).to(x.dtype)
 
 
@@ -67,4 +68,4 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     if use_triton(x) or eager_cpu(x):
         return _layer_norm(x, weight, bias, eps)[0]
     y, _, rstd = torch.native_layer_norm(x.to(weight.dtype), x.shape[-1:], weight, bias, eps)
-    return (y if seen(rstd) is rstd else y * torch.where(overflowed(rstd), torch.nan, 1.0)).to(x.dtype)
+    return seen(y, rstd).to(x.dtype)

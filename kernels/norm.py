@@ -52,17 +52,13 @@ def check(x: Tensor, *vectors: Tensor) -> None:
             raise TypeError(f"norm weight or bias {vector.dtype} on {vector.device}: x is {x.dtype} on {x.device}")
 
 
-def overflowed(rstd: Tensor) -> Tensor:
-    """Where the sum of squares of a row left its dtype: 1 / sqrt(inf) is 0, and the row would be a row of zeros."""
-    return rstd == 0
-
-
-def seen(rstd: Tensor) -> Tensor:
-    """rstd, nan where the sum overflowed: whoever looks at the loss must see it.
+def seen(values: Tensor, rstd: Tensor) -> Tensor:
+    """Values of rows, nan, and so their gradient, in those whose sum of squares left its dtype: 1 / sqrt(inf) is 0, and
+    the row would be a row of zeros that nobody sees. rstd [..., 1].
 
     Not on other devices than CPU and CUDA: a graph that Cerebras' compiler is to read holds the norm and no more.
     """
-    return rstd.masked_fill(overflowed(rstd), torch.nan) if rstd.device.type in ("cpu", "cuda") else rstd
+    return values * torch.where(rstd == 0, torch.nan, 1.0) if rstd.device.type in ("cpu", "cuda") else values
 
 
 def forward(
@@ -82,11 +78,11 @@ def forward(
     if bias is None:
         wide = widened(x).contiguous()
         rstd = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
-        rstd = seen(rstd)
+        rstd = seen(rstd, rstd)
         # rounded before the weight, as the published LLaMA models were trained
         return ((wide * rstd).to(x.dtype) * weight).to(x.dtype), summed, None, rstd.flatten()
     y, mean, rstd = torch.native_layer_norm(widened(x), x.shape[-1:], widened(weight), widened(bias), eps)
-    return y.masked_fill_(overflowed(rstd), torch.nan).to(x.dtype), summed, mean.flatten(), seen(rstd).flatten()
+    return seen(y, rstd).to(x.dtype), summed, mean.flatten(), seen(rstd, rstd).flatten()
 
 
 def backward(

@@ -17,7 +17,8 @@ from crystal.kernels.norm import forward as norm_forward
 def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """The definition, op by op, in fp32 at least."""
     wide = widened(x)
-    return (wide * seen(torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)) * weight).to(x.dtype)
+    rstd = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return (wide * seen(rstd, rstd) * weight).to(x.dtype)
 
 
 def _forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:

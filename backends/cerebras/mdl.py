@@ -28,7 +28,7 @@ from crystal.backends.cerebras.hdf5 import LZ4 as LZ4
 from crystal.backends.cerebras.hdf5 import array_of, datasets, expect_own_data, expect_sound_texts
 from crystal.config.bounded_yaml import shortened
 from crystal.errors import CheckpointError
-from crystal.files import reason, replacing
+from crystal.files import from_json, reason, replacing
 from crystal.output.printable import printable_line
 
 VERSION = 0.5
@@ -156,16 +156,12 @@ def _values(file: Path, attributes: dict) -> tuple[dict[str, Any], dict[str, str
 def mapping_of(file: Path, key: str, text: Any) -> dict:
     """JSON that lies in a file's attribute. Raises CheckpointError."""
     try:
-        found = json.loads(text, parse_constant=_no_number)
-    except (TypeError, ValueError, RecursionError):
+        found = from_json(text, finite=True)
+    except (TypeError, ValueError):
         found = None
     if not isinstance(found, dict):
         raise CheckpointError(f"{file}: {key}: expected a JSON mapping, it is damaged")
     return found
-
-
-def _no_number(word: str) -> None:
-    raise ValueError(f"{word} is no number")
 
 
 def _damaged(file: Path, key: str, error: Exception) -> CheckpointError:

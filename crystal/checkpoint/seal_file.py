@@ -27,7 +27,7 @@ from crystal.backends.config import OptimizerConfig
 from crystal.config import Strict, load_yaml, parse
 from crystal.config.bounded_yaml import shortened
 from crystal.errors import CheckpointError, ConfigError
-from crystal.files import from_json, regular_bytes
+from crystal.files import from_json, no_number, regular_bytes
 from crystal.output.printable import printable_line
 from crystal.zoo.build import meta_decoder
 from crystal.zoo.config import ModelConfig
@@ -194,7 +194,7 @@ def _loaded(path: Path) -> dict:
     try:
         if path.exists() and not path.is_file():  # a directory; or a device, which has no end
             raise ValueError("it is no file")
-        content = json.loads(path.read_bytes().decode(), parse_constant=_no_number)
+        content = json.loads(path.read_bytes().decode(), parse_constant=no_number)
     except FileNotFoundError:
         raise CheckpointError(f"{path.parent}: expected a checkpoint directory, but {SEAL} is not there") from None
     except RecursionError:
@@ -205,10 +205,6 @@ def _loaded(path: Path) -> dict:
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: expected a checkpoint's seal, got {shortened(ascii(content))}", file=path)
     return content
-
-
-def _no_number(word: str) -> None:
-    raise ValueError(f"{word} is no number")
 
 
 def _expect_step(path: Path, state: StateEntry) -> None:

@@ -76,7 +76,7 @@ def read(path: Path) -> Result:
         return Result(content["step"], content["task"], metrics, content["n"], answers, about)
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}", file=path) from None
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(
             f"{path}: expected an evaluation's result of format {FORMAT}: {error}; remove it to evaluate again",
             file=path,

@@ -8,22 +8,22 @@ from __future__ import annotations
 
 import math
 import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from crystal.backends.cerebras import mdl
 from crystal.backends.config import OptimizerConfig
-from crystal.checkpoint import aside_of, locate, read, write
+from crystal.checkpoint import locate, read
 from crystal.checkpoint.seal_file import StateEntry, parameters
 from crystal.config import parse
 from crystal.config.bounded_yaml import shortened
 from crystal.data.tokenizer import Tokenizer
 from crystal.errors import CheckpointError, ConfigError
-from crystal.files import alone_at, expect_new, writing
+from crystal.files import expect_new
 from crystal.inference.load import PlainTokenizer, model_config_of
 from crystal.interop.huggingface_tokenizer import TOKENIZERS, expect_inside
+from crystal.interop.new_checkpoint import write_new
 from crystal.output.printable import printable_line
 from crystal.zoo.build import parameter_count
 from crystal.zoo.config import ModelConfig, model_config
@@ -84,12 +84,7 @@ def import_mdl(file: Path, to: Path, model: str | None = None) -> dict:
     else:
         state.pop("backend", None)
     tokenizer = _tokenizer(file, state, config.vocab_size)
-    with writing(to), alone_at(to):
-        try:
-            write(to, tensors, state, tokenizer)
-        except BaseException:
-            shutil.rmtree(aside_of(to), ignore_errors=True)
-            raise
+    write_new(to, tensors, state, tokenizer)
     return {
         "checkpoint": str(to),
         "parameters": parameter_count(config),

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
-from crystal.checkpoint import aside_of, write
-from crystal.files import alone_at, expect_new, writing
+from crystal.files import expect_new
 from crystal.interop.huggingface_read import read_json, read_published
 from crystal.interop.huggingface_tokenizer import choose
+from crystal.interop.new_checkpoint import write_new
 from crystal.interop.token_ids import imported
 from crystal.zoo.build import parameter_count
 
@@ -26,12 +25,7 @@ def import_published(directory: Path, to: Path) -> dict:
     chosen = choose(directory, read_json(directory / "config.json")["model_type"], config.vocab_size)
     state = {"model": config.model_dump(mode="json"), "imported_from": str(directory)}
     state |= imported(directory) | chosen.state
-    with writing(to), alone_at(to):
-        try:
-            write(to, ((f"model.{name}", tensor) for name, tensor in tensors), state, chosen.files)
-        except BaseException:
-            shutil.rmtree(aside_of(to), ignore_errors=True)
-            raise
+    write_new(to, ((f"model.{name}", tensor) for name, tensor in tensors), state, chosen.files)
     return {
         "checkpoint": str(to),
         "parameters": parameter_count(config),

@@ -24,6 +24,7 @@ from torch import Tensor
 from crystal.config import nearest
 from crystal.config.bounded_yaml import shortened
 from crystal.errors import CheckpointError
+from crystal.files import no_number
 from crystal.interop.huggingface_forms import (
     BUFFERS,
     TIED,
@@ -87,7 +88,7 @@ def read_json(path: Path) -> dict:
         if path.exists() and not path.is_file():  # a directory; a device or a pipe, which has no end
             raise ValueError("it is no file")
         text = path.read_text(encoding="utf-8")
-        mapping = json.loads(text, object_pairs_hook=_each_key_once, parse_constant=_no_number)
+        mapping = json.loads(text, object_pairs_hook=_each_key_once, parse_constant=no_number)
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file; expected a Hugging Face model directory") from None
     except RecursionError:
@@ -107,10 +108,6 @@ def _each_key_once(pairs: list[tuple]) -> dict:
         twice = next(key for key, _ in pairs if key in seen or seen.add(key))
         raise ValueError(f"key {twice!r} given twice")
     return mapping
-
-
-def _no_number(word: str) -> None:
-    raise ValueError(f"{word} is no number")
 
 
 def _shards(directory: Path, mapping: dict) -> tuple[list[Path], Path]:

@@ -136,7 +136,7 @@ def _mapping(path: Path) -> dict:
     """A tokenizer.json's mapping, empty where it is none: whoever loads it says so."""
     try:
         mapping = from_json(path.read_bytes())
-    except (ValueError, RecursionError):
+    except ValueError:
         return {}
     return mapping if isinstance(mapping, dict) else {}
 

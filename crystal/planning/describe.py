@@ -77,7 +77,7 @@ def dry_run(run: RunFile, stage: int | None = None, until: int | None = None) ->
     held = run_bytes(run.config.model, backend, micro_batches)
     rate = matmul_rate(backend.dtype or "bf16")
     on_gpus = isinstance(backend, CudaConfig) and backend.device == "cuda"
-    planned = planned_layout(run, DRY_RUN_DEVICE) if on_gpus else None
+    planned = planned_layout(run, curriculum, DRY_RUN_DEVICE) if on_gpus else None
     return {
         "name": run.config.name,
         "parameters": parameter_count(run.config.model),

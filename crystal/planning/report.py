@@ -9,6 +9,7 @@ from pathlib import Path
 
 from crystal.backends.config import CudaConfig
 from crystal.curriculum.resolve import resolve
+from crystal.curriculum.stages import Curriculum
 from crystal.errors import ConfigError
 from crystal.planning.crossing import crossing
 from crystal.planning.device import Device, load_device
@@ -62,7 +63,7 @@ def plan_run(
     backend, curriculum = run.config.backend, resolve(run.config.curriculum, run.source)
     if backend.name == "cuda" and backend.dtype == "fp32":
         raise run.error(("backend", "dtype"), f"expected bf16, which plans are made for, got {backend.dtype}")
-    work = Work(run.config.model, curriculum.seq_len, curriculum.global_batch_size, curriculum.steps)
+    work = _work(run, curriculum)
     given, devices = devices, max(n for n in sizes(work, device) if n <= devices)
     found = plan(work, devices, device)
     if not found:
@@ -98,15 +99,18 @@ def plan_run(
     return result
 
 
-def planned_layout(run: RunFile, device_name: str) -> dict | None:
+def planned_layout(run: RunFile, curriculum: Curriculum, device_name: str) -> dict | None:
     """A cuda run's own layout as a row of `plan_run`, with the `device` it was reckoned for, which nothing says to be
-    here. None for fp32 compute, which plans are not made for."""
-    backend, curriculum = run.config.backend, resolve(run.config.curriculum, run.source)
+    here. curriculum: the run's. None for fp32 compute, which plans are not made for."""
+    backend, device = run.config.backend, load_device(device_name)
     if backend.dtype == "fp32":
         return None
-    work = Work(run.config.model, curriculum.seq_len, curriculum.global_batch_size, curriculum.steps)
-    device = load_device(device_name)
-    return _own(run, backend, work, device) | {"device": device.name, "devices": backend.parallel.processes}
+    own = _own(run, backend, _work(run, curriculum), device)
+    return own | {"device": device.name, "devices": backend.parallel.processes}
+
+
+def _work(run: RunFile, curriculum: Curriculum) -> Work:
+    return Work(run.config.model, curriculum.seq_len, curriculum.global_batch_size, curriculum.steps)
 
 
 def _crossing(work: Work, devices: int, device: Device) -> dict:

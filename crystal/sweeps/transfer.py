@@ -161,7 +161,7 @@ def judge_again(file: Path, overrides: list[str], out: Path | None) -> dict:
     try:
         rows = from_json(regular_bytes(file, MAX_TRIALS_BYTES).decode())
         whole = isinstance(rows, list) and all(map(_is_row, rows))
-    except (ValueError, RecursionError):
+    except ValueError:
         whole = False
     except OSError as error:
         raise RunError(f"{file}: cannot be read: {reason(error)}", file=file) from None

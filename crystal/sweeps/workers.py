@@ -104,7 +104,7 @@ def read_record(directory: Path) -> dict:
         record = from_json(regular_bytes(file, MAX_RECORD).decode())
     except OSError as error:
         raise RunError(f"{file}: cannot be read: {reason(error)}", file=file) from None
-    except (ValueError, RecursionError) as error:  # no JSON, or no UTF-8
+    except ValueError as error:  # no JSON, or no UTF-8
         raise RunError(
             f"{file}: damaged: expected JSON, {error}; move it away and the same command goes on with the trials"
         ) from None

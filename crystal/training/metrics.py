@@ -17,7 +17,7 @@ from functools import cache
 from pathlib import Path
 
 from crystal.config import load_yaml
-from crystal.files import expect_regular, open_regular, replacing
+from crystal.files import expect_regular, from_json, open_regular, replacing
 from crystal.output.printable import printable_line
 
 
@@ -153,8 +153,8 @@ _PLAIN = (int, float, type(None))
 def _record(line: bytes) -> dict | None:
     """A line's record; None where it is damaged. What came later knows more keys, so those are taken as they are."""
     try:
-        record = json.loads(line.decode(), parse_constant=_no_number)
-    except (ValueError, RecursionError):
+        record = from_json(line.decode(), finite=True)
+    except ValueError:
         return None
     if not isinstance(record, dict) or type(record.get("step")) is not int:
         return None
@@ -168,10 +168,6 @@ def _record(line: bytes) -> dict | None:
         return None
     kinds = type(record.get("stage", 1)) is int and type(record.get("applied", True)) is bool
     return record if kinds and 0 <= record["step"] < 1 << 48 else None
-
-
-def _no_number(word: str) -> None:
-    raise ValueError(f"{word} is no number")
 
 
 def _keep(path: Path, last_step: int) -> None:

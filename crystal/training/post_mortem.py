@@ -68,7 +68,7 @@ def _read(directory: Path) -> list[dict]:
     """Records of the last start, by process."""
     found = []
     for file in sorted(records(directory).glob("rank-*.json")):
-        with contextlib.suppress(OSError, ValueError, TypeError, KeyError, RecursionError):  # damaged: as if not there
+        with contextlib.suppress(OSError, ValueError, TypeError, KeyError):  # damaged: as if not there
             record = from_json(file.read_text(encoding="utf-8"))
             datetime.datetime.fromisoformat(record["began"])
             record = {"end": None, "error": ""} | record

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from layouts import ROWS, batch, cuda, made, name_of, own
+from layouts import ROWS, batch, cuda, in_groups, made, name_of, own
 from torch.distributed._functional_collectives import all_reduce
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, distribute_tensor
@@ -68,11 +68,7 @@ def _say(rank: int, line: dict) -> None:
 
 def _worker(rank: int, root: Path) -> None:
     try:
-        for processes, cases in LAYOUTS.items():
-            if rank >= processes:
-                return
-            store = dist.FileStore(str(root / f"store-{processes}"), processes)
-            dist.init_process_group("gloo", store=store, rank=rank, world_size=processes)
+        for processes, cases in in_groups(rank, root, LAYOUTS):
             for model, sizes, settings in cases:
                 with Sanitizer() as sanitizer:
                     step = first_step(made(model, cuda(sizes, **settings)))
@@ -80,7 +76,6 @@ def _worker(rank: int, root: Path) -> None:
                 _say(rank, {"case": name_of(model, sizes, settings), "step": step, **seen})
             if processes == 2:
                 _say(rank, wrapped())
-            dist.destroy_process_group()
     except BaseException:
         traceback.print_exc()
         os._exit(1)

@@ -9,7 +9,7 @@ import multiprocessing
 import os
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -191,22 +191,29 @@ def together(processes: int, target: Callable, *arguments) -> None:
             process.join()
 
 
+def in_groups(rank: int, root: Path, layouts: dict[int, list]) -> Iterator[tuple[int, list]]:
+    """(number of processes, its cases) in turn, inside a gloo group of so many; a rank that a group has no place for is
+    done. root: a directory that all meet in."""
+    for processes, cases in layouts.items():
+        if rank >= processes:
+            return
+        store = dist.FileStore(str(root / f"store-{processes}"), processes)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=processes)
+        yield processes, cases
+        dist.destroy_process_group()
+
+
 def worker(rank: int, root: Path) -> None:
     """One of four processes; of those, two go on to the layouts of two."""
     torch.set_num_threads(1)
     torch.compile = functools.partial(torch.compile, backend="aot_eager")  # as it is traced, without a C++ compiler
     try:
-        for processes, cases in LAYOUTS.items():
-            if rank >= processes:
-                return
-            store = dist.FileStore(str(root / f"store-{processes}"), processes)
-            dist.init_process_group("gloo", store=store, rank=rank, world_size=processes)
+        for processes, cases in in_groups(rank, root, LAYOUTS):
             for model, sizes, settings in cases:
                 _case(model, sizes, settings, root / name_of(model, sizes, settings))
             if processes == 2:
                 for case in RESHAPED:
                     _reshaped(*case, root)
-            dist.destroy_process_group()
     except BaseException:
         traceback.print_exc()
         os._exit(1)  # the others wait for this one: whoever started us ends them

@@ -12,7 +12,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -43,6 +44,19 @@ class Case:
     name: str
     run: Callable[[Path], Outcome]
     expected: tuple[Word, ...] = ("refused",)
+
+
+def expect_right(cases: Iterable[Case], directory: Path) -> Counter:
+    """How many of each (kind, word) there were. Raises AssertionError naming the cases that ended otherwise than they
+    expected."""
+    words, wrong = Counter(), []
+    for number, case in enumerate(cases):
+        outcome = case.run(directory / str(number))
+        words[case.kind, outcome.word] += 1
+        if outcome.word not in case.expected:
+            wrong.append(f"{case.name}: {outcome.word}: {outcome.message}")
+    assert not wrong, "\n".join(wrong)
+    return words
 
 
 class _TooLong(BaseException):

@@ -4,9 +4,9 @@
 """
 
 import copy
-from collections import Counter
 
 import pytest
+from hostile.case import expect_right
 from hostile.model_zoo import KINDS, beds, cases, outcome, put, write
 from hostile.model_zoo_refused import REFUSED, REFUSED_OF_TRAINERS
 
@@ -14,13 +14,7 @@ COUNT, SEED = 105, 1
 
 
 def test_a_damaged_parameter_file_is_refused_in_one_line_or_read_as_it_says(tmp_path):
-    words, wrong = Counter(), []
-    for number, case in enumerate(cases(SEED, COUNT)):
-        result = case.run(tmp_path / str(number))
-        words[case.kind, result.word] += 1
-        if result.word not in case.expected:
-            wrong.append(f"{case.name}: {result.word}: {result.message}")
-    assert not wrong, "\n".join(wrong)
+    words = expect_right(cases(SEED, COUNT), tmp_path)
     assert {kind for kind, _ in words} == set(KINDS)
 
 
