@@ -12,7 +12,9 @@ def main() -> None:
     interrupts.listen()
     try:
         _run()
-    except KeyboardInterrupt:  # before the command began, or while its end was told
+    except (KeyboardInterrupt, Exception) as error:  # before the command began, or while its end was told
+        if not interrupts.is_end(error):
+            raise
         if is_first():
             print(interrupts.line(), file=sys.stderr)
         interrupts.over(interrupts.CODE)
@@ -30,7 +32,7 @@ def _run() -> None:
         interrupts.over(stop.code or 0)
         raise
     except Exception as error:
-        if not has_launcher():
+        if not has_launcher() or interrupts.is_end(error):
             raise
         _say_in_a_line(error)
         interrupts.over(1)

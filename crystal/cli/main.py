@@ -37,6 +37,7 @@ from crystal.cli.transfer import transfer
 from crystal.errors import CrystalError
 from crystal.files import cache_dir
 from crystal.output import interrupts, streams
+from crystal.output.imported import imported
 from crystal.output.ranks import is_first
 
 _usage = sys.modules[typer.BadParameter.__module__]  # typer's exceptions, be they of its own click or of click
@@ -68,7 +69,7 @@ def main() -> None:
         complain(usage_message(error))
         sys.exit(2)
     except ValueError as error:
-        kernels = sys.modules.get("crystal.kernels.dispatch")  # which imports torch: not to be imported here
+        kernels = imported("crystal.kernels.dispatch")  # which imports torch: not to be imported here
         if kernels is None or not isinstance(error, kernels.KernelModeError):
             raise
         complain(str(error))

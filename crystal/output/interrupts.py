@@ -27,6 +27,7 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 
 from crystal.output import launcher
+from crystal.output.imported import imported
 from crystal.output.ranks import has_launcher, in_group, is_first
 
 CODE = 130
@@ -115,16 +116,19 @@ def obeyed(command: Callable[[], int | None]) -> int | None:
     _state.__init__()
     try:
         return command()
-    except KeyboardInterrupt:
-        return CODE
-    except Exception:
-        if not _state.number:
+    except (KeyboardInterrupt, Exception) as error:
+        if not is_end(error):
             raise
         return CODE
     finally:
         _restore_terminal()
         if not lasting:
             _unlisten()
+
+
+def is_end(error: BaseException) -> bool:
+    """Whether a signal ends what raised this: any error after one may be what became of it."""
+    return isinstance(error, KeyboardInterrupt) or bool(_state.number)
 
 
 def line() -> str:
@@ -157,22 +161,24 @@ def over(code: int) -> None:
 def leave(number: int = 0) -> None:
     """End this process now, and those it started. number: the signal that asks for it, where none was heard here."""
     _state.number = _state.number or number
-    end_children()
-    _kill_workers()
-    _restore_terminal()
-    if is_first():
-        os.write(2, f"{line()}\n".encode())
-    os._exit(CODE)
+    try:
+        end_children()
+        _kill_workers()
+        _restore_terminal()
+        if is_first():
+            os.write(2, f"{line()}\n".encode())
+    finally:  # an error raised here, under C++ that imports Python, would be an abort
+        os._exit(CODE)
 
 
 def _restore_terminal() -> None:
-    progress = sys.modules.get("crystal.output.progress")
+    progress = imported("crystal.output.progress")
     if progress is not None:
         progress.restore()
 
 
 def _kill_workers() -> None:
-    multiprocessing = sys.modules.get("multiprocessing")
+    multiprocessing = imported("multiprocessing")
     for worker in multiprocessing.active_children() if multiprocessing else ():
         worker.kill()
 

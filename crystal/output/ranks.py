@@ -6,6 +6,8 @@ import datetime
 import os
 import sys
 
+from crystal.output.imported import imported
+
 
 def rank() -> int:
     """From 0; in a process group that somebody joined without torchrun's environment, the group's number."""
@@ -21,7 +23,7 @@ def has_launcher() -> bool:
 
 def in_group() -> bool:
     """Whether this process has joined a process group."""
-    distributed = sys.modules.get("torch.distributed")
+    distributed = imported("torch.distributed")
     return distributed is not None and distributed.is_available() and distributed.is_initialized()
 
 

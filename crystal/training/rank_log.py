@@ -24,6 +24,7 @@ from crystal.backends.base import Place
 from crystal.errors import CrystalError
 from crystal.files import write_whole
 from crystal.output import interrupts
+from crystal.output.imported import imported
 from crystal.training import post_mortem
 
 LIMIT = 1 << 20  # bytes of a log at its start, and what a start adds to it
@@ -65,7 +66,7 @@ def logged(directory: Path, place: Place, step: Callable[[], int]) -> Iterator[N
 
 def lost_another(error: BaseException) -> bool:
     """Whether an exchange failed because another process is not there any more."""
-    distributed = sys.modules.get("torch.distributed")
+    distributed = imported("torch.distributed")
     if distributed is None or not isinstance(error, RuntimeError):
         return False
     return isinstance(error, distributed.DistError) or "gloo/transport" in str(error)

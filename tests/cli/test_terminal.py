@@ -491,9 +491,20 @@ def test_sigterm_outside_training_is_the_same(terminal, run):
     assert term.lines[-1] == "crystal: terminated"
 
 
-@pytest.mark.parametrize("seconds", [0.15, 0.4, 1.0, 1.6])
+@pytest.mark.parametrize("every", [800, pytest.param(60, marks=pytest.mark.proof)])
+def test_an_interrupt_at_any_line_of_an_import_ends_the_command_at_once(every):
+    command = [sys.executable, str(Path(__file__).parent / "interrupt_imports.py"), str(every)]
+    done = subprocess.run([*command, "schedule", "amber-7b"], capture_output=True, text=True)
+    *table, last = done.stdout.splitlines()
+    assert [line for line in table if line.startswith("WRONG")] == []
+    ended, _, interrupted = last.partition("; interrupted at ")
+    assert ended == "the command ended with 0"
+    assert int(interrupted.split()[0]) > 150
+
+
+@pytest.mark.parametrize("seconds", [0.4, 1.0])
 def test_ctrl_c_while_torch_is_imported(seconds):
-    """In a process of its own, which has not imported it before."""
+    """In a process of its own, which has not imported it before; in the middle of C code too."""
     command = [sys.executable, "-m", "crystal.cli", "coord-check", "amber"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     while _cpu(process.pid) < seconds:
