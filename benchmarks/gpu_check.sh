@@ -22,12 +22,15 @@ fi
 export PYTHONPATH="$here:$scratch/site${PYTHONPATH:+:$PYTHONPATH}" CRYSTAL_CACHE="$scratch/cache"
 failed=0
 
-# part NAME SECONDS COMMAND...: its stdout is OUT/NAME.json, what else it says OUT/NAME.log
+# part NAME SECONDS COMMAND...: its stdout, which is JSON, is OUT/NAME.json, what else it says OUT/NAME.log
 part() {
   local name=$1 seconds=$2 began=$SECONDS
   shift 2
   timeout -k 5 "$seconds" "$@" > "$scratch/part.json" 2> "$out/$name.log"
   local code=$?
+  # one that was killed or could not begin printed nothing
+  [ -s "$scratch/part.json" ] ||
+    printf '{"passed": false, "exit": %d, "log": "%s.log"}\n' "$code" "$name" > "$scratch/part.json"
   mv "$scratch/part.json" "$out/$name.json"
   [ "$code" -eq 0 ] || failed=1
   echo "$name: exit $code after $((SECONDS - began)) s"

@@ -26,8 +26,8 @@ def cache_dir() -> Path:
 
 
 def sha256_of(path: Path) -> str:
-    """Hex sha256 of a file, read in pieces."""
-    with path.open("rb") as file:
+    """Hex sha256 of a file, read in pieces. Raises OSError as `open_regular`."""
+    with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -82,8 +82,9 @@ def expect_regular(path: Path) -> None:
 def regular_bytes(path: Path, most: int = 1 << 28) -> bytes:
     """A file's content. Raises OSError as `open_regular`, and where it has more than `most` bytes."""
     with open_regular(path) as file:
-        content = file.read(most + 1)
-    if len(content) > most:
+        large = os.fstat(file.fileno()).st_size > most  # of zeros that lie on no disk, perhaps
+        content = b"" if large else file.read(most + 1)
+    if large or len(content) > most:
         raise OSError(errno.EFBIG, f"expected at most {most:,} bytes", str(path))
     return content
 
@@ -148,7 +149,10 @@ def replacing(path: Path, durable: bool = True, shared: bool = False, alone: boo
     (`alone_at`). Raises OSError, which names `path` where a write failed: the system's own names no file.
     """
     if path.exists() and not (path.is_file() or path.is_dir()):
-        yield path
+        with contextlib.ExitStack() as held:
+            if path.is_fifo():  # held open while it is written; one that nobody reads is an error here, not a wait
+                held.callback(os.close, os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC))
+            yield path
         return
     if alone:
         with alone_at(path), replacing(path, durable) as aside:

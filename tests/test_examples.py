@@ -5,6 +5,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -44,7 +45,10 @@ while true; do sleep 0.05; done
 """
 
 
-def test_the_slurm_script_stops_its_step_and_requeues_itself(tmp_path):
+@pytest.mark.parametrize(
+    ("number", "code", "after"), [(signal.SIGUSR1, 0, ["scontrol requeue 7"]), (signal.SIGTERM, 130, [])]
+)
+def test_the_slurm_script_stops_its_step_and_requeues_itself_where_its_time_is_over(tmp_path, number, code, after):
     """srun and scontrol are stand-ins that write down how they are called: this is no cluster."""
     (tmp_path / "srun").write_text(SRUN)
     (tmp_path / "scontrol").write_text('#!/bin/bash\n[ "$1" = show ] && echo node0\necho "scontrol $*" >> "$CALLS"\n')
@@ -59,12 +63,12 @@ def test_the_slurm_script_stops_its_step_and_requeues_itself(tmp_path):
     try:
         while not Path(f"{calls}.started").exists():
             assert job.poll() is None
-        job.send_signal(10)  # USR1, as `--signal=B:USR1@900` has it sent
-        assert job.wait(60) == 0
+        job.send_signal(number)  # USR1 is what `--signal=B:USR1@900` has sent
+        assert job.wait(60) == code
     finally:
         job.kill()
     said = calls.read_text().splitlines()
-    assert said[-2:] == ["srun was sent TERM", "scontrol requeue 7"]
+    assert said[said.index("srun was sent TERM") + 1 :] == after
     (step,) = [line for line in said if line.startswith("srun --")]
     for word in ("--cpus-per-task=96", "--nnodes 2", "--shutdown-timeout 700", "--rdzv-endpoint node0:29400",
                  "backend.parallel.dp=2", "backend.parallel.fsdp=8"):  # fmt: skip

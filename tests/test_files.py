@@ -4,10 +4,11 @@ import fcntl
 import multiprocessing
 import os
 import threading
+from pathlib import Path
 
 import pytest
 
-from crystal.files import from_json, is_locked, locked, replacing, write_whole
+from crystal.files import from_json, is_locked, locked, regular_bytes, replacing, sha256_of, write_whole
 
 
 @pytest.mark.parametrize("durable", [True, False])
@@ -45,6 +46,28 @@ def test_a_pipe_is_written_to_and_not_renamed_over(tmp_path):
     assert os.read(reader, 10) == b"hello"
     os.close(reader)
     assert pipe.is_fifo()
+
+
+def test_a_pipe_that_nobody_reads_is_an_error_and_no_wait(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(OSError, match="No such device") as caught:
+        write_whole(tmp_path / "pipe", "hello")
+    assert caught.value.filename == str(tmp_path / "pipe")
+
+
+@pytest.mark.parametrize("read", [sha256_of, regular_bytes])
+def test_what_has_no_end_is_not_read(tmp_path, read):
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", Path("/dev/zero")):
+        with pytest.raises(OSError, match="expected a file"):
+            read(path)
+
+
+def test_zeros_that_lie_on_no_disk_are_not_read(tmp_path):
+    (tmp_path / "x").touch()
+    os.truncate(tmp_path / "x", 2 << 40)
+    with pytest.raises(OSError, match="expected at most"):
+        regular_bytes(tmp_path / "x")
 
 
 def test_what_a_killed_writer_left_is_written_over(tmp_path):

@@ -42,6 +42,12 @@ def check_layout(
         )
         raise error(("backend", "parallel", "pp"), message)
     parts = layout.dp * layout.fsdp
+    if global_batch_size % parts:
+        message = (
+            f"expected dp x fsdp to divide curriculum.global_batch_size {global_batch_size}, "
+            f"got {layout.dp} x {layout.fsdp} = {parts}"
+        )
+        raise error(("backend", "parallel"), message)
     if global_batch_size % (parts * micro_batch_size):
         message = (
             f"expected a divisor of a process's share of a step, curriculum.global_batch_size {global_batch_size} / "

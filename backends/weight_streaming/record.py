@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 from crystal.errors import CheckpointError
-from crystal.files import replacing
+from crystal.files import regular_bytes, replacing
 
 RECORD = "store.json"
 FORMAT, WITHOUT_SUMS = 2, 1
@@ -80,7 +80,7 @@ def read_record(directory: Path) -> Record | None:
     """The record of a store, or None where there is none. Raises CheckpointError when it cannot be understood."""
     path = directory / RECORD
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(regular_bytes(path))
         digest = found.pop(DIGEST, None)
         version = found["format"]
         if version not in (WITHOUT_SUMS, FORMAT):
@@ -132,7 +132,7 @@ def new_identity() -> str:
 def read_identity(path: Path) -> Identity | None:
     """What a store.id says; None where there is none. Raises CheckpointError when it cannot be understood."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(regular_bytes(path))
         if found["format"] != IDENTITY_FORMAT:
             raise ValueError(f"expected format {IDENTITY_FORMAT}, got {found['format']}")
         identity = Identity(**{f.name: found[f.name] for f in fields(Identity)})

@@ -24,13 +24,13 @@ from crystal.analysis.bold import SAMPLING, SCORED, Bold, domains
 from crystal.analysis.crows_pairs import CrowsPairs, crows_pairs
 from crystal.analysis.group_gaps import MIN_TITLES, Scores, by_group, gap, holm, summary
 from crystal.analysis.intervals import wilson
-from crystal.errors import ConfigError, RunError
+from crystal.errors import ConfigError
 from crystal.evaluation import results
 from crystal.evaluation.choice_sets import NoItems, multiple_choice
 from crystal.evaluation.evaluate import Evaluation, Where, chosen
 from crystal.evaluation.items import Items
 from crystal.evaluation.task import Task
-from crystal.files import write_whole
+from crystal.files import cannot_write, write_whole
 from crystal.output.progress import Bar
 
 if TYPE_CHECKING:
@@ -105,7 +105,7 @@ def bias(
         plot_bias(found, name, out / f"{stem}.png")
         write_whole(out / f"{stem}.json", json.dumps(result, indent=1))
     except OSError as error:
-        raise RunError(f"{out}: the results cannot be written: {error.strerror or error}") from None
+        raise cannot_write(out, error, "the results") from None
     return result
 
 

@@ -20,7 +20,7 @@ from crystal.errors import ConfigError, DataError
 from crystal.evaluation.choice_sets import NoItems
 from crystal.evaluation.task import Metric, Subject
 from crystal.evaluation.writing import Sampling, write
-from crystal.files import from_json
+from crystal.files import from_json, regular_bytes
 from crystal.output.progress import Bar
 
 DOMAINS = ("gender", "race", "religious_ideology", "political_ideology", "profession")
@@ -152,7 +152,7 @@ def domains(directory: Path | None) -> tuple[list[Bold], dict[str, str]]:
 def _read(domain: str, file: Path) -> Bold:
     """{group: {title: [prompt, …]}}."""
     try:
-        content = file.read_bytes()
+        content = regular_bytes(file)
         groups = from_json(content)
     except OSError as error:
         raise DataError(f"{file}: cannot be read: {error.strerror}", file=file) from None

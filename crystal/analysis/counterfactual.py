@@ -37,7 +37,7 @@ from crystal.analysis.sequences import Sequence as Tokens
 from crystal.analysis.sequences import chunks, documents_of, from_run, held_out, rows_of_step
 from crystal.analysis.trace_input import open_run
 from crystal.errors import CheckpointError, ConfigError, DataError, RunError
-from crystal.files import write_whole
+from crystal.files import regular_bytes, write_whole
 from crystal.inference.load import end_tokens, fitting_dtype, load_decoder, load_tokenizer
 from crystal.output.progress import Bar
 from crystal.run import RunFile, load_run
@@ -129,7 +129,7 @@ def _names(ledger: Ledger, without: str) -> tuple[list[str], str]:
             key="--counterfactual",
         )
     try:
-        ids = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+        ids = [line.strip() for line in regular_bytes(file).decode().splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         why = getattr(error, "strerror", None) or "it is not UTF-8"
         raise DataError(f"{file}: cannot be read: {why}", file=file) from None

@@ -18,6 +18,7 @@ from crystal.evaluation.averages import mean
 from crystal.evaluation.choice_sets import NO_ITEMS, NoItems
 from crystal.evaluation.multiple_choice import MultipleChoice, Question
 from crystal.evaluation.task import Metric, Subject
+from crystal.files import regular_bytes
 from crystal.output.progress import Bar
 
 FILES = ("crows_pairs.csv", "crows_pairs_anonymized.csv")
@@ -90,7 +91,7 @@ def crows_pairs(directory: Path | None) -> CrowsPairs:
     if file is None:
         raise NoItems(NO_ITEMS.format(file=FILES[0]))
     try:
-        content = file.read_bytes()
+        content = regular_bytes(file)
         rows = list(csv.DictReader(io.StringIO(content.decode("utf-8-sig"), newline=""), strict=True))
     except OSError as error:
         raise DataError(f"{file}: cannot be read: {error.strerror}", file=file) from None

@@ -22,12 +22,13 @@ import torch
 
 from crystal import checkpoint
 from crystal.analysis.gradient_noise import noise_scale
+from crystal.analysis.kept import kept_or_made
 from crystal.analysis.token_curves import Surprisals, by_rank, curves, surprisals
 from crystal.analysis.trace_input import open_run
 from crystal.analysis.weight_norms import weight_norms
 from crystal.backends.base import MicroBatch
-from crystal.errors import ConfigError, RunError
-from crystal.files import from_json, regular_bytes, sha256_of, write_whole
+from crystal.errors import ConfigError
+from crystal.files import cannot_write, sha256_of, write_whole
 from crystal.inference.load import load_decoder
 from crystal.output.progress import Bar
 from crystal.training.ledger import Ledger
@@ -88,7 +89,7 @@ def dynamics(
         result["file"] = str(out / "dynamics.json")
         write_whole(out / "dynamics.json", json.dumps(result))
     except OSError as error:
-        raise RunError(f"{out}: the results cannot be written: {error.strerror or error}") from None
+        raise cannot_write(out, error, "the results") from None
     return result
 
 
@@ -108,26 +109,21 @@ def _of_checkpoint(
     opened, then = checkpoint.read(directory), checkpoint.read(before) if before else None
     seals = [sha256_of(path / checkpoint.SEAL) if path else None for path in (directory, before)]
     about = {"checkpoint_sha256": seals[0], "before_sha256": seals[1], "settings": asdict(settings)}
-    try:
-        known = from_json(regular_bytes(file))
-        if known["about"] == about and {"weights", "surprisals", "noise"} <= set(known):
-            return known
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
-    decoder, _ = load_decoder(opened)
-    held_out = _held_out(ledger, settings.rows)
-    own = surprisals(decoder, held_out, ledger.batches.sources)
-    bar.advance(sum(len(batch.ids_BT) for batch in held_out))
-    content = {
-        "about": about,
-        "step": step,
-        "stage": opened.state.get("stage"),
-        "weights": weight_norms(opened, then),
-        "surprisals": {"tokens": own.tokens, "sources": own.sources},
-        "noise": _noise(ledger, decoder, step, settings, bar),
-    }
-    write_whole(file, json.dumps(content))
-    return content
+
+    def make() -> dict:
+        decoder, _ = load_decoder(opened)
+        held_out = _held_out(ledger, settings.rows)
+        own = surprisals(decoder, held_out, ledger.batches.sources)
+        bar.advance(sum(len(batch.ids_BT) for batch in held_out))
+        return {
+            "step": step,
+            "stage": opened.state.get("stage"),
+            "weights": weight_norms(opened, then),
+            "surprisals": {"tokens": own.tokens, "sources": own.sources},
+            "noise": _noise(ledger, decoder, step, settings, bar),
+        }
+
+    return kept_or_made(file, about, make)
 
 
 def _held_out(ledger: Ledger, rows: int) -> list[MicroBatch]:

@@ -33,11 +33,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from crystal.analysis.shards import LARGEST_BYTES, Shard, damage_of, plan, sorter, stream_end, write_shard
+from crystal.analysis.shards import LARGEST_BYTES, Shard, damage_of, files_of, plan, sorter, stream_end, write_shard
+from crystal.checkpoint.seal_file import DIGEST, with_digest
 from crystal.config import Strict, parse
 from crystal.data.store import TokenStore
-from crystal.errors import ConfigError, CrystalError, DataError, RunError
-from crystal.files import from_json, locked, sha256_of, write_whole
+from crystal.errors import ConfigError, CrystalError, DataError
+from crystal.files import cannot_write, dangling, from_json, locked, regular_bytes, sha256_of, write_whole
 from crystal.memory import peak_rss_bytes
 from crystal.output.progress import Bar
 
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 SHARD_TOKENS = 1 << 26  # 0.67 GB of memory
+_AGAIN = "`crystal data index RUN` builds it again"
 
 
 class Header(Strict):
@@ -88,17 +90,26 @@ def header_of(store: TokenStore, shard_tokens: int) -> Header:
 
 
 def read_manifest(directory: Path) -> Manifest | None:
-    """An index's manifest; None where there is none. Raises DataError for one that is no manifest."""
+    """An index's manifest; None where there is none. Raises DataError for one that is no
+    manifest, was changed since it was written, or lacks a file of a shard."""
     file = directory / "manifest.json"
     try:
-        mapping = from_json(file.read_text(encoding="utf-8"))
+        mapping = from_json(regular_bytes(file))
     except FileNotFoundError:
         return None
     except OSError as error:
         raise DataError(f"{file}: cannot be read: {error.strerror}", file=file) from None
     except ValueError:
-        raise DataError(f"{file}: expected JSON; `crystal data index RUN` builds it again", file=file) from None
-    return parse(Manifest, mapping, str(file))
+        raise DataError(f"{file}: expected JSON; {_AGAIN}", file=file) from None
+    digest = mapping.pop(DIGEST, None) if isinstance(mapping, dict) else None
+    if digest is not None and digest != with_digest(mapping)[DIGEST]:
+        raise DataError(f"{file}: expected what has the {DIGEST} that is in it, it was changed; {_AGAIN}", file=file)
+    manifest = parse(Manifest, mapping, str(file))
+    for number, shard in enumerate(manifest.shards):
+        if set(shard.files) != (names := set(files_of(number))):
+            what = f"expected {', '.join(sorted(names))}"
+            raise DataError(f"{file}: shards.{number}.files: {what}; {_AGAIN}", file=file)
+    return manifest
 
 
 def verify_index(store: TokenStore) -> list[str]:
@@ -108,10 +119,14 @@ def verify_index(store: TokenStore) -> list[str]:
     """
     directory = index_directory(store)
     manifest = read_manifest(directory)
+    if manifest is None and any(directory.glob("table.*")):
+        file = directory / "manifest.json"
+        what = dangling(file) or "it is not there: the index is unfinished, or lost it"
+        raise DataError(f"{file}: expected the index's manifest: {what}; {_AGAIN}", file=file)
     files = {name: file for shard in manifest.shards for name, file in shard.files.items()} if manifest else {}
     for name, file in files.items():
         if damage := damage_of(directory / name, file):
-            message = f"{directory / name}: {damage}; `crystal data index RUN` builds it again"
+            message = f"{directory / name}: {damage}; {_AGAIN}"
             raise DataError(message, file=directory / name)
     return list(files)
 
@@ -135,11 +150,11 @@ def build(store: TokenStore, shard_tokens: int | None = None, console: Console |
             with Bar(console, "indexing", sum(stream_end(store, source) for source in store.sources)) as bar:
                 shards, built = _shards(store, header, directory, bar)
             manifest = Manifest(**header.model_dump(), shards=shards)
-            write_whole(directory / "manifest.json", json.dumps(manifest.model_dump(), indent=1))
+            write_whole(directory / "manifest.json", json.dumps(with_digest(manifest.model_dump()), indent=1))
             for note in directory.glob("shard.*.json"):
                 note.unlink()
     except OSError as error:
-        raise RunError(f"{directory}: the index cannot be written: {error.strerror or error}", file=directory) from None
+        raise cannot_write(directory, error, "the index") from None
     return {
         "index": str(directory),
         "store": str(store.directory),
@@ -204,7 +219,7 @@ def _finished(directory: Path, header: Header) -> dict[int, Shard] | None:
             return dict(enumerate(manifest.shards)) if same else None
         found = {}
         for file in directory.glob("shard.*.json"):
-            note = parse(_Note, from_json(file.read_text(encoding="utf-8")), str(file))
+            note = parse(_Note, from_json(regular_bytes(file)), str(file))
             if any(getattr(note, key) != value for key, value in header.model_dump().items()):
                 return None
             found[int(file.name.split(".")[1])] = note.shard

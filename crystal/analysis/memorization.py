@@ -22,13 +22,14 @@ import torch
 
 from crystal import checkpoint
 from crystal.analysis.extraction import Extracted, extract, samples_needed
+from crystal.analysis.kept import kept_or_made
 from crystal.analysis.memorization_figures import distinct, summary
 from crystal.analysis.memorization_plots import plot_chunks, plot_correlation, plot_scores
 from crystal.analysis.question import Question, Scores, Settings
 from crystal.analysis.sequences import Sequence as Tokens
 from crystal.analysis.sequences import documents_of
-from crystal.errors import ConfigError, RunError
-from crystal.files import from_json, regular_bytes, sha256_of, write_whole
+from crystal.errors import ConfigError
+from crystal.files import cannot_write, sha256_of, write_whole
 from crystal.inference.load import fitting_dtype, load_decoder, model_config_of, tokenizer_of
 from crystal.output.progress import Bar
 
@@ -56,23 +57,26 @@ def memorization(
     question = Question(run, rows, settings, vocab_size, console)
     try:
         out.mkdir(parents=True, exist_ok=True)
-        scored, files = {}, {}
+        scored, texts, files = {}, {}, {}
         count = len(question.trained) + len(question.held_out)
         with Bar(console, "asking", len(checkpoints) * count, unit="sequences", lines=20) as bar:
             for step, directory in checkpoints.items():
                 files[step] = out / f"{question.name}-step-{step:07d}.json"
                 bar.what = f"step {step}"
-                scored[step] = _of_checkpoint(question, directory, step, files[step], bar)
+                content = _of_checkpoint(question, directory, step, files[step], bar)
+                scored[step], texts[step] = _scores(content), content["extracted"]
                 bar.reach(count * len(scored))
-        result = _result(question, checkpoints, scored, files)
+        result = _result(question, checkpoints, scored, texts)
+        for own, file in zip(result["checkpoints"], files.values(), strict=True):
+            own["file"] = str(file)
         result["pictures"] = _pictures(question, scored, out, run)
         write_whole(out / f"{question.name}.json", json.dumps(result, indent=1))
     except OSError as error:
-        raise RunError(f"{out}: the results cannot be written: {error.strerror or error}") from None
+        raise cannot_write(out, error, "the results") from None
     return result
 
 
-def _of_checkpoint(question: Question, directory: Path, step: int, file: Path, bar: Bar) -> Scores:
+def _of_checkpoint(question: Question, directory: Path, step: int, file: Path, bar: Bar) -> dict:
     """What is there already, or asked now and written."""
     opened = checkpoint.read(directory)
     dtype = fitting_dtype(opened, question.settings.dtype)
@@ -80,23 +84,21 @@ def _of_checkpoint(question: Question, directory: Path, step: int, file: Path, b
         "checkpoint_sha256": sha256_of(directory / checkpoint.SEAL),
         "dtype": str(dtype).removeprefix("torch."),
     }
-    if (known := _known(file, about, step, question)) is not None:
-        return known
-    device = question.settings.device
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    began = time.monotonic()
-    scores = ask(question, opened, step, dtype, device, bar.advance)
-    tokenizer = tokenizer_of(opened)
-    content = {
-        "about": about,
-        "step": step,
-        "seconds": round(time.monotonic() - began, 3),
-        "sequences": _columns(question.trained, scores.trained),
-        "held_out": _columns(question.held_out, scores.held_out),
-        "extracted": extracted(question, scores, tokenizer),
-    }
-    write_whole(file, json.dumps(content))
-    return scores
+
+    def make() -> dict:
+        device = question.settings.device
+        device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+        began = time.monotonic()
+        scores = ask(question, opened, step, dtype, device, bar.advance)
+        return {
+            "step": step,
+            "seconds": round(time.monotonic() - began, 3),
+            "sequences": _columns(question.trained, scores.trained),
+            "held_out": _columns(question.held_out, scores.held_out),
+            "extracted": extracted(question, scores, tokenizer_of(opened)),
+        }
+
+    return kept_or_made(file, about, make)
 
 
 def ask(
@@ -125,18 +127,10 @@ def _columns(sequences: Sequence[Tokens], found: Sequence[Extracted]) -> dict[st
     return columns | {key: [getattr(e, key) for e in found] for key in _OF_ANSWER}
 
 
-def _known(file: Path, about: dict, step: int, question: Question) -> Scores | None:
-    """What a file says, where it is of the same checkpoint and settings."""
-    try:
-        content = from_json(regular_bytes(file))
-        if content["about"] != json.loads(json.dumps(about)):
-            return None
-        columns = [[content[part][key] for key in _OF_ANSWER] for part in ("sequences", "held_out")]
-        trained, held = ([Extracted(*row) for row in zip(*part, strict=True)] for part in columns)
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    whole = len(trained) == len(question.trained) and len(held) == len(question.held_out)
-    return Scores(step, trained, held) if whole else None
+def _scores(content: Mapping) -> Scores:
+    """What a file says of a checkpoint."""
+    columns = [[content[part][key] for key in _OF_ANSWER] for part in ("sequences", "held_out")]
+    return Scores(content["step"], *([Extracted(*row) for row in zip(*part, strict=True)] for part in columns))
 
 
 def extracted(question: Question, scores: Scores, tokenizer) -> list[dict]:
@@ -169,7 +163,7 @@ def extracted(question: Question, scores: Scores, tokenizer) -> list[dict]:
 
 
 def _result(
-    question: Question, checkpoints: Mapping[int, Path], scored: Mapping[int, Scores], files: Mapping[int, Path]
+    question: Question, checkpoints: Mapping[int, Path], scored: Mapping[int, Scores], texts: Mapping[int, list[dict]]
 ) -> dict:
     """The summary; its first keys are of the last checkpoint."""
     found = []
@@ -178,9 +172,8 @@ def _result(
         if question.ledger is not None:
             curriculum = question.ledger.curriculum
             own["tokens"] = step * curriculum.global_batch_size * curriculum.seq_len
-        texts = from_json(regular_bytes(files[step]))["extracted"]
-        found.append(own | summary(question, scores) | {"extracted": len(texts), "examples": texts[:SHOWN]})
-        found[-1]["file"] = str(files[step])
+        given = texts[step]
+        found.append(own | summary(question, scores) | {"extracted": len(given), "examples": given[:SHOWN]})
     last = found[-1]
     of_run = "the first k + l tokens of a row as the step trained on it, FIM applied"
     of_files = "the first k + l ids of each row of the files, taken as ids of the model's own vocabulary"

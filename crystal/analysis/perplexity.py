@@ -12,6 +12,7 @@ place of the batch's: from batch 2 on it gives a perplexity that is too low.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -24,12 +25,13 @@ import torch
 from torch import Tensor
 
 from crystal.analysis.intervals import Z
-from crystal.errors import ConfigError, RunError
+from crystal.analysis.kept import kept_or_made
+from crystal.errors import ConfigError
 from crystal.evaluation.averages import mean, ratio
 from crystal.evaluation.bits_per_byte import BitsPerByte, beginning
 from crystal.evaluation.evaluate import Evaluation, Where
 from crystal.evaluation.items import Items
-from crystal.files import from_json, regular_bytes, write_whole
+from crystal.files import cannot_write, write_whole
 from crystal.output.progress import Bar
 from crystal.zoo.decoder import Decoder
 
@@ -160,14 +162,14 @@ def perplexity(
             result["pictures"] = [str(out / "perplexity.png")]
         write_whole(out / "perplexity.json", json.dumps(result, indent=1))
     except OSError as error:
-        raise RunError(f"{out}: the results cannot be written: {error.strerror or error}") from None
+        raise cannot_write(out, error, "the results") from None
     return result
 
 
 def _of_checkpoint(evaluation: Evaluation, texts: BitsPerByte, settings: Settings, file: Path, bar: Bar) -> dict:
     """{about, documents: [{id, source, nats, tokens, bytes}]}, read or made."""
     named = list(texts.texts())
-    digest = [len(named), sum(len(text) for _, text in named)]
+    size = [len(named), sum(len(text) for _, text in named)]
     config_limit = evaluation.opened.state["model"]["max_seq_len"]
     trained = texts.facts()["window"]
     limit = min(config_limit, trained) if isinstance(trained, int) else config_limit
@@ -178,27 +180,28 @@ def _of_checkpoint(evaluation: Evaluation, texts: BitsPerByte, settings: Setting
     if not 1 <= stride <= window:
         raise ConfigError(f"--stride: expected 1 to {window}, the window, got {stride}")
     about = {"checkpoint_sha256": evaluation.digest, "dtype": str(evaluation.dtype).removeprefix("torch."),
-             "window": window, "stride": stride, "texts": digest, "facts": texts.facts()}  # fmt: skip
-    about = json.loads(json.dumps(about))
-    try:
-        known = from_json(regular_bytes(file))
-        if known["about"] == about and [d["id"] for d in known["documents"]] == texts.ids():
-            return known
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
-    start, lead = beginning(evaluation.subject)
-    if len(start) > window:
-        raise ConfigError(f"--window: expected more than {len(start)}, what stands before a text, got {window}")
-    encoded = [(start, evaluation.subject.tokenizer.encode(text)[len(lead) :]) for _, text in named]
-    bar.begin(bar.what, sum(len(ids) for _, ids in encoded))
-    nats = text_nats(evaluation.subject.decoder, encoded, window, stride, settings.batch_size, bar.advance)
-    documents = [
-        {"id": name, "source": name.partition("/")[0], "nats": own, "tokens": len(ids), "bytes": len(text.encode())}
-        for (name, text), (_, ids), own in zip(named, encoded, nats, strict=True)
-    ]
-    content = {"about": about, "documents": documents}
-    write_whole(file, json.dumps(content))
-    return content
+             "window": window, "stride": stride, "texts": size,
+             "texts_sha256": _sha256(named), "facts": texts.facts()}  # fmt: skip
+
+    def make() -> dict:
+        start, lead = beginning(evaluation.subject)
+        if len(start) > window:
+            raise ConfigError(f"--window: expected more than {len(start)}, what stands before a text, got {window}")
+        encoded = [(start, evaluation.subject.tokenizer.encode(text)[len(lead) :]) for _, text in named]
+        bar.begin(bar.what, sum(len(ids) for _, ids in encoded))
+        nats = text_nats(evaluation.subject.decoder, encoded, window, stride, settings.batch_size, bar.advance)
+        documents = [
+            {"id": name, "source": name.partition("/")[0], "nats": own, "tokens": len(ids), "bytes": len(text.encode())}
+            for (name, text), (_, ids), own in zip(named, encoded, nats, strict=True)
+        ]
+        return {"documents": documents}
+
+    return kept_or_made(file, about, make)
+
+
+def _sha256(named: Sequence[tuple[str, str]]) -> str:
+    """Of ids and texts; hex."""
+    return hashlib.sha256(json.dumps(named).encode()).hexdigest()
 
 
 def _summary(places: Where, step: int, documents: Sequence[dict]) -> dict:

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from crystal.errors import ConfigError, DataError
-from crystal.files import from_json
+from crystal.files import from_json, open_regular
 from crystal.training.ledger import Ledger
 
 
@@ -120,9 +120,11 @@ def from_files(
     found = []
     for chunk, path in enumerate(paths):
         try:
-            lines = path.read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            why = getattr(error, "strerror", None) or "it is not UTF-8"
+            with open_regular(path) as file:
+                lines = file.read().decode().splitlines()
+        except (OSError, UnicodeDecodeError, MemoryError) as error:
+            short = "it does not fit into memory" if isinstance(error, MemoryError) else "it is not UTF-8"
+            why = getattr(error, "strerror", None) or short
             raise DataError(f"{path}: cannot be read: {why}", file=path) from None
         rows = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
         if not rows:

@@ -96,6 +96,11 @@ def _lines(store: TokenStore, source: str, line: int) -> Iterator[bytes]:
         yield from file
 
 
+def files_of(number: int) -> list[str]:
+    """The names of a shard's files."""
+    return [f"{kind}.{number}" for kind in ("metadata", "metaoff", "offset", "tokenized", "unigram", "table")]
+
+
 def write_shard(store: TokenStore, parts: list[Part], width: int, directory: Path, number: int) -> dict[str, File]:
     """Write the files of a shard; their records."""
     lines = array("Q")

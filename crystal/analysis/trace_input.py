@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -143,11 +144,13 @@ def _text(source: str) -> str:
     text = source
     if os.path.isfile(source):
         try:
-            text = Path(source).read_text(encoding="utf-8")
+            text = io.StringIO(regular_bytes(Path(source)).decode(), newline=None).read()
         except OSError as error:
             raise DataError(f"{source}: cannot be read: {error.strerror}", file=source) from None
         except UnicodeDecodeError as error:
             raise DataError(f"{source}: expected UTF-8 text, got another byte at {error.start}", file=source) from None
+    elif os.path.exists(source) and not os.path.isdir(source):
+        raise DataError(f"{source}: expected a file with a text, it is a pipe or a device", file=source)
     elif os.sep in source and not any(map(str.isspace, source)):
         raise ConfigError(f"{source}: no such file or directory; put a text without spaces in a file to trace it")
     if not text.strip():

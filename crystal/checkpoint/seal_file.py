@@ -192,9 +192,7 @@ def _validated(content: dict, where: str) -> Seal:
 
 def _loaded(path: Path) -> dict:
     try:
-        if path.exists() and not path.is_file():  # a directory; or a device, which has no end
-            raise ValueError("it is no file")
-        content = json.loads(path.read_bytes().decode(), parse_constant=no_number)
+        content = json.loads(regular_bytes(path).decode(), parse_constant=no_number)
     except FileNotFoundError:
         raise CheckpointError(f"{path.parent}: expected a checkpoint directory, but {SEAL} is not there") from None
     except RecursionError:

@@ -15,8 +15,7 @@ def main() -> None:
     except (KeyboardInterrupt, Exception) as error:  # before the command began, or while its end was told
         if not interrupts.is_end(error):
             raise
-        if is_first():
-            print(interrupts.line(), file=sys.stderr)
+        interrupts.tell()
         interrupts.over(interrupts.CODE)
         sys.exit(interrupts.CODE)
 
@@ -54,6 +53,7 @@ def _say_in_a_line(error: Exception) -> None:
 
 def _end_like_those_before() -> None:
     """torchrun tried again what ended for good: say so once, in the end."""
+    launcher.note_that_it_began()
     if ended := launcher.ended_for_good():
         code, line = ended
         launcher.leave_last_words(line, code)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
 import textwrap
@@ -58,7 +59,7 @@ def config(
     from crystal.workspace import config_keys as keys
 
     recorded = Path(run) / "config.yaml"
-    loaded = load_run(recorded if recorded.is_file() else run, [word for word in words or () if "=" in word])
+    loaded = load_run(recorded if os.path.lexists(recorded) else run, [word for word in words or () if "=" in word])
     found = keys.run_keys(loaded, *wanted)
     print_result(keys.as_dict(loaded, found), as_json, keys_text(found))
 

@@ -38,7 +38,6 @@ from crystal.errors import CrystalError
 from crystal.files import cache_dir
 from crystal.output import interrupts, streams
 from crystal.output.imported import imported
-from crystal.output.ranks import is_first
 
 _usage = sys.modules[typer.BadParameter.__module__]  # typer's exceptions, be they of its own click or of click
 
@@ -80,8 +79,8 @@ def main() -> None:
         told.lasting = False
         complain(str(told), told)
         sys.exit(2)
-    if code == interrupts.CODE and is_first():  # outside training, which has its own end
-        print(interrupts.line(), file=sys.stderr)
+    if code == interrupts.CODE:  # outside training, which has its own end
+        interrupts.tell()
     sys.exit(code or 0)
 
 

@@ -12,7 +12,7 @@ from crystal.cli.options import Json, Overrides, Run, print_result
 def plan(
     run: Run,
     overrides: Overrides = None,
-    devices: Annotated[int, typer.Option(min=1, metavar="N", help="how many devices")] = 8,
+    devices: Annotated[int, typer.Option(min=1, max=1 << 20, metavar="N", help="how many devices")] = 8,
     device: Annotated[
         str, typer.Option(metavar="NAME|FILE", help="a device of configs/devices/, or a YAML file of your own")
     ] = "a100-80gb",

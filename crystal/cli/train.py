@@ -82,7 +82,7 @@ def train(
     if outcome.interrupted:
         line = f"crystal: {outcome.interrupted}: stopped after step {outcome.step}"
         # a torchrun that died may be replaced, and its workers then go on
-        launcher.leave_last_words(line, None if outcome.interrupted == "SIGHUP" else interrupts.CODE)
+        launcher.leave_last_words(line, interrupts.CODE, lasting=outcome.interrupted != "SIGHUP")
         sys.exit(interrupts.CODE)
 
 

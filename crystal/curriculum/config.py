@@ -12,11 +12,18 @@ from fractions import Fraction
 from itertools import pairwise
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from crystal.config import Strict, found, no_longer, within
 from crystal.config.bounded_yaml import shortened
 from crystal.errors import WrongValue
+
+
+def _in_a_line(label: str) -> str:
+    if not label.strip() or not label.isprintable():
+        raise ValueError(f"expected a text of a line, got {found(label)}")
+    return label
+
 
 Rate = Annotated[float, Field(ge=0, le=1)]
 Factor = Annotated[float, Field(gt=0, allow_inf_nan=False), within(1e-12, 10**12)]
@@ -27,7 +34,8 @@ LearningRate = Annotated[float, Field(ge=0, allow_inf_nan=False), within(1e-20, 
 Count = Annotated[int, Field(ge=1), within(1, (1 << 31) - 1)]  # of sequences, or tokens of one
 Steps = Annotated[int, Field(ge=1), within(1, 1 << 48)]
 Tokens = Annotated[int, Field(ge=1), within(1, 1 << 60)]
-Label = Annotated[str, no_longer(200)]  # on a plot, in a line
+
+Label = Annotated[str, no_longer(200), AfterValidator(_in_a_line)]  # on a plot, in a line
 MAX_LR, MAX_SEQUENCES = 1000, 1 << 48  # of a stage; the order's arithmetic is 64-bit (crystal/data/order.py)
 SUM_TOLERANCE = 1e-6
 _FRACTION = re.compile(r"\s*(?:[0-9]{1,20}(?:\.[0-9]{0,20}|/[0-9]{1,20})?|\.[0-9]{1,20})\s*")

@@ -35,7 +35,7 @@ from typing import IO
 
 from crystal.data.tokenizer_engines import Vocabulary, read_json, read_sentencepiece
 from crystal.errors import ConfigError, DataError
-from crystal.files import write_whole
+from crystal.files import regular_bytes, write_whole
 from crystal.output.interrupts import child
 from crystal.output.progress import Bar
 
@@ -101,7 +101,7 @@ class Tokenizer:
         """
         path = Path(path)
         try:
-            content = path.read_bytes()
+            content = regular_bytes(path)
         except OSError as error:
             raise DataError(f"{path}: tokenizer cannot be read: {error.strerror}") from None
         try:

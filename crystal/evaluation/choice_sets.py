@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+from crystal.config.bounded_yaml import shortened
 from crystal.errors import DataError
 from crystal.evaluation.items import Items, Rows
 from crystal.evaluation.multiple_choice import MultipleChoice, Question
@@ -188,7 +189,14 @@ def _toxigen(row: dict) -> Asked:
 
 def _own(row: dict) -> Asked:
     """The plain form for items of one's own: {context, choices, gold, id?}."""
-    return Asked(row["context"], row["choices"], (int(row["gold"]),), row.get("id"))
+    choices, gold, name = row["choices"], row["gold"], row.get("id")
+    if not isinstance(choices, list):
+        raise ValueError(f"choices: expected a list of texts, got {shortened(repr(choices))}")
+    if isinstance(gold, bool) or not isinstance(gold, int | str):
+        raise ValueError(f"gold: expected the number of the right choice, from 0, got {shortened(repr(gold))}")
+    if isinstance(name, bool) or not isinstance(name, int | str | None):
+        raise ValueError(f"id: expected a text or a whole number, got {shortened(repr(name))}")
+    return Asked(row["context"], choices, (int(gold),), name)
 
 
 def _arrow(name: str, split: str = "validation") -> str:

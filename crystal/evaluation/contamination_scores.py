@@ -12,8 +12,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 from crystal.errors import DataError
+from crystal.evaluation import results
 from crystal.evaluation.task import Metric, Task
-from crystal.files import from_json, regular_bytes
 
 
 def scores(evals: Path, tasks: Sequence[Task], judged: Sequence[Sequence[dict]]) -> list[dict]:
@@ -31,7 +31,7 @@ def scores(evals: Path, tasks: Sequence[Task], judged: Sequence[Sequence[dict]])
         for task, items in zip(tasks, judged, strict=True):
             file = directory / f"{task.name}.json"
             if file.is_file():
-                of_tasks[task.name] = _of_groups(task, _answers(file), _groups(items, step))
+                of_tasks[task.name] = _of_groups(task, _answers(evals, step, task), _groups(items, step))
         if of_tasks:
             found.append({"step": step, "tasks": of_tasks})
     return sorted(found, key=lambda entry: entry["step"])
@@ -62,11 +62,10 @@ def _plain(metric: Metric | None) -> dict | None:
     return {key: None if value is None or not math.isfinite(value) else value for key, value in asdict(metric).items()}
 
 
-def _answers(file: Path) -> list[dict]:
-    try:
-        answers = from_json(regular_bytes(file))["items"]
-        if not all(isinstance(answer["id"], str) for answer in answers):
-            raise TypeError
-    except (OSError, ValueError, KeyError, TypeError):
-        raise DataError(f"{file}: items: expected the answers that `crystal eval` writes", file=file) from None
-    return answers
+def _answers(evals: Path, step: int, task: Task) -> list[dict]:
+    answers = results.read_of(evals, step, task.name).answers
+    file = results.directory_of(evals, step) / f"{task.name}.json"
+    results.metrics_of(task, list(answers.values()), file)
+    if not all(isinstance(name, str) for name in answers):
+        raise DataError(f"{file}: items: expected the answers that `crystal eval` writes", file=file)
+    return list(answers.values())

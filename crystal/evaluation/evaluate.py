@@ -29,7 +29,7 @@ from crystal.errors import CheckpointError, ConfigError, RunError
 from crystal.evaluation import results
 from crystal.evaluation.results import Result
 from crystal.evaluation.task import Subject, Task
-from crystal.files import from_json, locked, sha256_of, write_whole
+from crystal.files import cannot_write, from_json, locked, regular_bytes, sha256_of, write_whole
 from crystal.inference.load import fitting_dtype
 from crystal.output.progress import Bar
 from crystal.run import load_run
@@ -130,7 +130,9 @@ class Evaluation:
         stat = path.stat()
         identity = stat.st_ino, stat.st_size, stat.st_mtime_ns
         if self._read.get(task.name, (None,))[0] != identity:
-            self._read[task.name] = identity, results.read(path)
+            found = results.read(path)
+            results.metrics_of(task, list(found.answers.values()), path)
+            self._read[task.name] = identity, found
         result = self._read[task.name][1]
         same = json.loads(json.dumps(self.about(task)))
         return result if all(result.about.get(key) == value for key, value in same.items()) else None
@@ -250,7 +252,7 @@ def evaluate(
             for step, directory in places.checkpoints.items():
                 found += _on_one(Evaluation(directory, places, dtype, device), tasks, numbers, bar, step)
     except OSError as error:
-        raise RunError(f"{places.evals}: the results cannot be written: {error.strerror or error}") from None
+        raise cannot_write(places.evals, error, "the results") from None
     return found
 
 
@@ -274,7 +276,7 @@ def _on_one(evaluation: Evaluation, tasks: Sequence[Task], numbers: dict, bar: B
 def _answers(part: Path) -> dict[str, dict]:
     """The answers of a part by item; none of a damaged one, which is taken away, to be asked again."""
     try:
-        return {answer["id"]: answer for answer in from_json(part.read_bytes().decode())}
+        return {answer["id"]: answer for answer in from_json(regular_bytes(part).decode())}
     except (ValueError, KeyError, TypeError):
         part.unlink()
         return {}

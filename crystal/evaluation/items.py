@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from crystal.data.corpus import packages
 from crystal.data.corpus.recipe import Entry
 from crystal.errors import DataError
-from crystal.files import cache_dir, from_json
+from crystal.files import cache_dir, from_json, regular_bytes
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -47,7 +47,10 @@ class Items:
         """The rows of DIR/NAME.jsonl; None where there is none. Raises DataError naming file and line."""
         if self.directory is None or not (path := self.directory / f"{name}.jsonl").is_file():
             return None
-        content = path.read_bytes()
+        try:
+            content = regular_bytes(path)
+        except OSError as error:
+            raise DataError(f"{path}: cannot be read: {error.strerror}", file=path) from None
         return Rows(_json_lines(content, path), {"file": str(path), "sha256": _sha256(content), "license": license})
 
     def package(self, member: str, license: str) -> Rows:

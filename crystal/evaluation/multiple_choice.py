@@ -44,7 +44,9 @@ class MultipleChoice:
         self.name, self.questions, self.metric = name, list(questions), metric
         self._facts = {"kind": "rank classification", "shots": shots, "metric": metric, **details}
         if twice := _repeated([q.id for q in self.questions]):
-            raise ConfigError(f"{name}: expected items with ids of their own, got {twice} twice")
+            source = details.get("source")
+            where = source.get("file", name) if isinstance(source, dict) else name
+            raise ConfigError(f"{where}: expected items with ids of their own, got {twice} twice")
 
     def facts(self) -> dict:
         return self._facts

@@ -11,8 +11,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from crystal.checkpoint.seal_file import DIGEST, with_digest
+from crystal.config.bounded_yaml import shortened
 from crystal.errors import DataError
-from crystal.evaluation.task import Metric
+from crystal.evaluation.task import Metric, Task
 from crystal.files import from_json, regular_bytes, write_whole
 
 FORMAT = 1
@@ -60,7 +62,7 @@ def write(evals: Path, result: Result) -> Path:
     content = {"format": FORMAT, "task": result.task, "step": result.step, **result.about, "n": result.n}
     content |= {"metrics": metrics, "items": list(result.answers.values())}
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, json.dumps(content))
+    write_whole(path, json.dumps(with_digest(content)))
     return path
 
 
@@ -70,6 +72,8 @@ def read(path: Path) -> Result:
         content = from_json(regular_bytes(path, MAX_BYTES).decode())
         if content["format"] != FORMAT:
             raise ValueError(f"format {content['format']}")
+        if (digest := content.pop(DIGEST, None)) not in (None, with_digest(content)[DIGEST]):  # 0.1.0 wrote none
+            raise ValueError(f"{DIGEST} {shortened(repr(digest))} is not that of the rest")
         metrics = {name: Metric(m["value"], m["stderr"], m["chance"]) for name, m in content["metrics"].items()}
         answers = {answer["id"]: answer for answer in content["items"]}
         about = {key: v for key, v in content.items() if key not in ("format", "task", "step", "n", "metrics", "items")}
@@ -81,6 +85,25 @@ def read(path: Path) -> Result:
             f"{path}: expected an evaluation's result of format {FORMAT}: {error}; remove it to evaluate again",
             file=path,
         ) from None
+
+
+def read_of(evals: Path, step: int, task: str) -> Result:
+    """The result of a step and task. Raises DataError as `read`, and where the file is of another."""
+    path = directory_of(evals, step) / f"{task}.json"
+    result = read(path)
+    if (result.step, result.task) != (step, task):
+        what = f"expected the result of {task} at step {step}, as its name says, got {result.task} at {result.step}"
+        raise DataError(f"{path}: {what}; remove it to evaluate again", file=path)
+    return result
+
+
+def metrics_of(task: Task, answers: list[dict], path: Path) -> dict[str, Metric]:
+    """A task's metrics of answers that a file holds; those of 0.1.0 have no digest. Raises DataError naming it."""
+    try:
+        return task.metrics(answers)
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, ArithmeticError) as error:
+        message = f"{path}: items: expected the answers that `crystal eval` writes: {shortened(str(error))}"
+        raise DataError(f"{message}; remove it to evaluate again", file=path) from None
 
 
 def all_of(evals: Path) -> Iterator[Result]:

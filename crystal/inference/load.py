@@ -15,7 +15,7 @@ from crystal.config import parse
 from crystal.data.tokenizer import Tokenizer
 from crystal.data.tokenizer_engines import switched_off
 from crystal.errors import CheckpointError, ConfigError, DataError
-from crystal.files import from_json
+from crystal.files import from_json, regular_bytes
 from crystal.memory import available_bytes
 from crystal.zoo.build import build, parameter_count, plan_for
 from crystal.zoo.config import ModelConfig
@@ -36,7 +36,7 @@ class PlainTokenizer:
         import tokenizers
 
         try:
-            spec, notes = switched_off(from_json(path.read_bytes()))
+            spec, notes = switched_off(from_json(regular_bytes(path)))
             self._engine = tokenizers.Tokenizer.from_str(json.dumps(spec))
         except OSError as error:
             raise DataError(f"{path}: tokenizer cannot be read: {error.strerror}") from None

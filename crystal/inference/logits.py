@@ -13,7 +13,7 @@ from torch import Tensor
 
 from crystal.checkpoint import locate, read
 from crystal.errors import ConfigError, DataError, RunError
-from crystal.files import replacing
+from crystal.files import open_regular, replacing
 from crystal.inference.by_block import logits_by_block
 from crystal.inference.load import fits_in_fp32, load_decoder, model_config_of
 from crystal.zoo.config import ModelConfig
@@ -46,6 +46,7 @@ def logits_file(checkpoint: Path, ids: Path, out: Path, by_block: bool | None = 
     config = model_config_of(opened)
     ids_BT = read_ids(Path(ids), config)
     out = Path(out)
+    _expect_free(out, Path(ids))
     shape = (*ids_BT.shape, config.vocab_size)
     if by_block is None:
         by_block = not fits_in_fp32(config)
@@ -65,13 +66,24 @@ def logits_file(checkpoint: Path, ids: Path, out: Path, by_block: bool | None = 
     return shape
 
 
+def _expect_free(out: Path, ids: Path) -> None:
+    """Raise ConfigError where the logits would take the place of the ids, or of a file that is no array."""
+    if not out.is_file():
+        return
+    with out.open("rb") as file:
+        begins = file.read(6)
+    if out.samefile(ids) or (begins and begins != np.lib.format.MAGIC_PREFIX):
+        what = "the token ids" if out.samefile(ids) else "no .npy"
+        raise ConfigError(f"--out: expected a new file or a .npy to write over, {out} is {what}", key="--out")
+
+
 def read_ids(path: Path, config: ModelConfig) -> np.ndarray:
     """Token ids [B, T] as int64 from a .npy file of integers, [T] or [B, T].
 
     Raises ConfigError for anything else: another type, no ids, ids outside the vocabulary, rows too long.
     """
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             ids_BT = np.atleast_2d(_read_array(path, file, config.max_seq_len))
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror or error}") from None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from crystal.errors import DataError
-from crystal.files import from_json
+from crystal.files import from_json, regular_bytes
 
 
 def read_prompts(path: Path) -> list[str]:
@@ -14,7 +14,7 @@ def read_prompts(path: Path) -> list[str]:
     Raises DataError naming the file and line.
     """
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
+        lines = regular_bytes(path).decode().split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
     prompts = []

@@ -24,7 +24,7 @@ from torch import Tensor
 from crystal.config import nearest
 from crystal.config.bounded_yaml import shortened
 from crystal.errors import CheckpointError
-from crystal.files import no_number
+from crystal.files import no_number, regular_bytes
 from crystal.interop.huggingface_forms import (
     BUFFERS,
     TIED,
@@ -85,9 +85,7 @@ def read_json(path: Path) -> dict:
     """A file's JSON mapping, in which each key stands once and numbers are finite. Raises CheckpointError naming it
     when there is none."""
     try:
-        if path.exists() and not path.is_file():  # a directory; a device or a pipe, which has no end
-            raise ValueError("it is no file")
-        text = path.read_text(encoding="utf-8")
+        text = regular_bytes(path).decode()
         mapping = json.loads(text, object_pairs_hook=_each_key_once, parse_constant=no_number)
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file; expected a Hugging Face model directory") from None

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from crystal.data.tokenizer import ADDED_TOKENS, Tokenizer, foreign_token
 from crystal.errors import CheckpointError, CrystalError
-from crystal.files import from_json
+from crystal.files import from_json, regular_bytes
 from crystal.inference.load import PlainTokenizer
 from crystal.interop.huggingface_read import read_json
 
@@ -135,7 +135,7 @@ def _listed(directory: Path) -> dict[int, str]:
 def _mapping(path: Path) -> dict:
     """A tokenizer.json's mapping, empty where it is none: whoever loads it says so."""
     try:
-        mapping = from_json(path.read_bytes())
+        mapping = from_json(regular_bytes(path))
     except ValueError:
         return {}
     return mapping if isinstance(mapping, dict) else {}

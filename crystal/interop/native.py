@@ -16,7 +16,7 @@ import torch
 
 from crystal.checkpoint import Checkpoint, locate, read
 from crystal.errors import CheckpointError, ConfigError, RunError
-from crystal.files import expect_new, from_json, replacing
+from crystal.files import expect_new, from_json, regular_bytes, replacing
 from crystal.inference.load import model_config_of, tokenizer_of
 from crystal.interop.fast_tokenizer import tokenizer_files, write_tokenizer
 from crystal.interop.fold import Folded, assembled, fold
@@ -96,9 +96,9 @@ def chat_template(directory: Path) -> str | None:
     file = directory / TEMPLATE
     try:
         if file.is_file():
-            return file.read_text(encoding="utf-8")
+            return regular_bytes(file).decode()
         file = directory / "tokenizer_config.json"
-        found = from_json(file.read_text(encoding="utf-8")).get("chat_template") if file.is_file() else None
+        found = from_json(regular_bytes(file)).get("chat_template") if file.is_file() else None
     except (OSError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{file}: cannot be read: {error}") from None
     if isinstance(found, list):

@@ -8,7 +8,9 @@ its own out of it. So this module remembers that a signal came:
   and exits at once;
 - whatever error ends the command after a signal counts as the interrupt;
 - another signal a second later exits at once, for something hangs. Of a group of processes only SIGINT does that: its
-  launcher forwards what it is sent to processes that may have been sent it as well, at any time.
+  launcher forwards what it is sent to processes that may have been sent it as well, at any time;
+- one of a group may wait in C for a process that has ended already, where Python hears nothing: a thread that the
+  signal wakes all the same ends it.
 
 Training has its own answer to the first signal: it saves (`crystal.training.guards`).
 """
@@ -32,6 +34,7 @@ from crystal.output.ranks import has_launcher, in_group, is_first
 
 CODE = 130
 PATIENCE = 1.0  # seconds in which a second signal is taken for the same one, sent twice
+DEAF = 3.0  # seconds after which a process of a group that has not heard a signal is taken to wait for another
 # a terminal's Ctrl-C; what kill, timeout and schedulers send; a terminal that is closed, or a launcher that died;
 # what SLURM is often told to send before a time limit. By default each kills
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
@@ -58,6 +61,28 @@ def listen() -> None:
         _before[number] = signal.signal(number, _hear)
     _before["hooks"] = sys.unraisablehook, threading.excepthook
     sys.unraisablehook, threading.excepthook = _unraisable, _in_thread
+    if has_launcher():
+        _listen_in_a_thread()
+
+
+def _listen_in_a_thread() -> None:
+    """End this process when a stop signal came that the main thread cannot hear: it waits in C for other processes.
+
+    Training is left alone: a step may be one call that is long, and the loop has its own handlers.
+    """
+    heard, woken = os.pipe()
+    os.set_blocking(woken, False)
+    signal.set_wakeup_fd(woken, warn_on_full_buffer=False)
+    os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))  # a child's signals are not this process'
+
+    def watch() -> None:
+        while number := os.read(heard, 1):
+            if number[0] in _SIGNALS:
+                time.sleep(DEAF)
+                if signal.getsignal(number[0]) is _hear and not _state.number:
+                    leave(number[0])
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def stop_signals() -> list[int]:
@@ -134,8 +159,25 @@ def is_end(error: BaseException) -> bool:
 def line() -> str:
     """What to say on stderr of the signal that came."""
     over_echo = "\r" if os.isatty(2) and os.environ.get("TERM", "dumb") != "dumb" else ""  # the terminal's ^C
+    return over_echo + said_of(_state.number)
+
+
+def said_of(number: int) -> str:
+    """number: of a stop signal, or 0 where something else stood for one."""
     what = {0: "interrupted", signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
-    return f"{over_echo}crystal: {what.get(_state.number) or f'stopped by {signal.Signals(_state.number).name}'}"
+    return f"crystal: {what.get(number) or f'stopped by {signal.Signals(number).name}'}"
+
+
+def tell() -> None:
+    """Say that a signal ended the command: the first process of a group to people, each to its torchrun."""
+    _tell_torchrun()
+    if is_first():
+        print(line(), file=sys.stderr)
+
+
+def _tell_torchrun() -> None:
+    """Not for good: before training, the signal may be torchrun's own, of which another worker's death is the cause."""
+    launcher.leave_last_words(said_of(_state.number), CODE, lasting=False)
 
 
 def over(code: int) -> None:
@@ -165,8 +207,9 @@ def leave(number: int = 0) -> None:
         end_children()
         _kill_workers()
         _restore_terminal()
+        _tell_torchrun()
         if is_first():
-            os.write(2, f"{line()}\n".encode())
+            os.write(2, f"{line()}\n".encode())  # print may stand half-way in the words of the main thread
     finally:  # an error raised here, under C++ that imports Python, would be an abort
         os._exit(CODE)
 

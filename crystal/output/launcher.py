@@ -23,7 +23,8 @@ from crystal.output.ranks import has_launcher
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 TORCHRUN_GRACE = 30  # seconds, where neither flag nor variable says more
-_NOTE = "crystal.json"
+_NOTE = "crystal.json"  # of an end for good
+_BEGAN = "crystal-began.json"  # that a worker could hear signals; later, of an end that a restart does not follow
 
 
 def die_with_parent(number: int = signal.SIGKILL) -> None:
@@ -92,10 +93,11 @@ def _words_of(pid: int) -> str:
         return ""
 
 
-def leave_last_words(line: str, code: int | None = None, trace: str | None = None) -> None:
+def leave_last_words(line: str, code: int | None = None, trace: str | None = None, lasting: bool = True) -> None:
     """Tell torchrun's summary why this process ends.
 
-    code: its exit code, when those started after it are to end alike. trace: an exception's, which torchrun shows.
+    code: its exit code, when it was no failure. lasting: those started after it are to end alike. trace: an
+    exception's, which torchrun shows.
     """
     file = _error_file()
     if file is None:
@@ -105,7 +107,13 @@ def leave_last_words(line: str, code: int | None = None, trace: str | None = Non
     }  # fmt: skip
     _write(file, {"message": message, "timestamp": int(time.time())})
     if code is not None:
-        _write(file.with_name(_NOTE), {"line": line, "code": code})
+        _write(file.with_name(_NOTE if lasting else _BEGAN), {"line": line, "code": code})
+
+
+def note_that_it_began() -> None:
+    """Leave an empty note: a process that a signal ended before it could hear one lacks it."""
+    if (file := _error_file()) is not None:
+        _write(file.with_name(_BEGAN), {})
 
 
 def ended_for_good() -> tuple[int, str] | None:
@@ -117,14 +125,19 @@ def ended_for_good() -> tuple[int, str] | None:
     return next((note for note in notes if note is not None), None)
 
 
-def how_workers_ended(logs: str) -> tuple[int, str] | None:
+def how_workers_ended(logs: str, stopped: tuple[int, str] | None = None) -> tuple[int, str] | None:
     """(exit code, the line of the first) when all workers of a torchrun's last attempt ended for good, and alike.
 
-    logs: its --log-dir, which has one run's directory or several, by torchrun's way to name them.
+    logs: its --log-dir, which has one run's directory or several, by torchrun's way to name them; os.devnull tells
+    nothing. A worker that was ended before it began does not count. stopped: where none began, what stands for them;
+    the signal that torchrun was sent, which may be one after which others go on.
     """
+    if logs == os.devnull:
+        return None
     attempts = sorted(Path(logs).glob("*/attempt_*"), key=lambda path: (path.stat().st_mtime_ns, path.name))
     workers = sorted(attempts[-1].iterdir(), key=lambda path: (len(path.name), path.name)) if attempts else []
-    notes = [_read(worker / _NOTE) for worker in workers if worker.is_dir()]
+    began = [worker for worker in workers if (worker / _NOTE).exists() or (worker / _BEGAN).exists()]
+    notes = [_read(worker / _NOTE) or (_read(worker / _BEGAN) if stopped else None) for worker in began] or [stopped]
     if None in notes or len({note[0] for note in notes}) != 1:
         return None
     return notes[0]

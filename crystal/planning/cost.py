@@ -19,6 +19,7 @@ from __future__ import annotations
 import torch
 
 from crystal.backends.config import BackendConfig, WeightStreamingConfig
+from crystal.planning.shards import held_together
 from crystal.zoo.build import parameter_count, plan_for
 from crystal.zoo.config import ModelConfig
 from crystal.zoo.flops import Recompute
@@ -69,13 +70,16 @@ def streaming_bytes(config: ModelConfig, backend: WeightStreamingConfig, micro_b
 
 
 def run_bytes(config: ModelConfig, backend: BackendConfig, micro_batches: int = 1) -> dict[str, int]:
-    """`memory` and `disk` of a run, activations and checkpoints apart."""
+    """`memory` and `disk` of a run, of all its processes together; activations and checkpoints apart."""
     if backend.name == "weight_streaming":
         n = streaming_bytes(config, backend, micro_batches)
         on_disk = n["store"] if backend.store == "disk" else 0
         return {"memory": n["buffers"] + n["store"] - on_disk, "disk": on_disk}
     dtype = backend.compute_dtype if backend.name == "cerebras" else backend.dtype
-    return {"memory": sum(state_bytes(config, dtype).values()), "disk": 0}
+    memory = sum(state_bytes(config, dtype).values())
+    if backend.name == "cuda":
+        memory = memory // parameter_count(config) * held_together(config, backend.parallel)
+    return {"memory": memory, "disk": 0}
 
 
 def block_activation_bytes(

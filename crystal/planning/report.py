@@ -68,9 +68,13 @@ def plan_run(
     found = plan(work, devices, device)
     if not found:
         raise ConfigError(_refusal(work, devices, device))
-    rate = tokens_per_second
+    rate, peak = tokens_per_second, given * device.peak_tflops * 1e12 / (6 * parameter_count(work.model))
     if mfu is not None:
-        rate = mfu * given * device.peak_tflops * 1e12 / (6 * parameter_count(work.model))
+        rate = mfu * peak
+    elif rate is not None and rate >= peak:
+        raise ConfigError(
+            f"--tokens-per-second: expected less than {peak:,.0f}, the peak of {given:,} devices, got {rate:g}"
+        )
     best = work.tokens_per_step / found[0].step_seconds
     result = {
         "run": run.config.name,
@@ -93,9 +97,10 @@ def plan_run(
         "own": None,
         "crossing": _crossing(work, devices, device) if cross else None,
     }
-    result["stopping"] = stopping(run.config.directory, parameter_count(work.model), result["step_seconds"])
     if isinstance(backend, CudaConfig) and backend.parallel.processes == devices and devices > 1:
         result["own"] = _own(run, backend, work, device)
+    step = (result if rate or not result["own"] else result["own"])["step_seconds"]
+    result["stopping"] = stopping(run.config.directory, parameter_count(work.model), step)
     return result
 
 

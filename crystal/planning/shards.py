@@ -68,6 +68,19 @@ def held(model: ModelConfig, layout: Layout, process: int = 0) -> Elements:
     return Elements(count * one, one, rest, count * one_part, rest_part, count * whole[0] + whole[1])
 
 
+def held_together(model: ModelConfig, layout: Layout) -> int:
+    """Weights that all processes hold together: every replica's, the whole ones of each process of `tp`, and a tied
+    embedding at both ends of a pipeline."""
+    together = 0
+    for name, shape in _shapes(model):
+        block = name.startswith("blocks.")
+        copies = 1 if (name.split(".", 2)[2] if block else name) in SPLIT else layout.tp
+        if name == "embed.weight" and model.tie_embeddings and layout.pp > 1:
+            copies *= 2
+        together += copies * prod(shape) * (model.n_layers if block else 1)
+    return layout.dp * together
+
+
 def blocks_of(model: ModelConfig, layout: Layout) -> int:
     """Blocks of a process of a pipeline; where its stages do not divide them evenly, of the fullest."""
     if layout.pp == 1:

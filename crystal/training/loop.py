@@ -113,6 +113,7 @@ class Trainer:
         self.checkpoints = self.directory / "checkpoints"
         self.tokenizer_file = store.directory / store.manifest["tokenizer"]["path"]
         self.position = 0
+        self.judging = 0.0  # seconds of the longest validation or evaluation so far: no stop signal cuts one short
         self.held = False  # the backend's store stood there already
 
     def resume(self, stage: Stage | None) -> None:
@@ -236,7 +237,7 @@ class Trainer:
                 record["val_loss"] = self.validate()
             metrics.write(record)
             self.display.step(stage, record)
-            if warning := patience.warning(seconds, self.saver.seconds):
+            if warning := patience.warning(seconds, self.saver.seconds, self.judging):
                 self.display.note(f"note: {warning}")
             if not guard.go_on(record["applied"]):
                 self.saver.finish()
@@ -258,6 +259,7 @@ class Trainer:
         if self.evaluator is None or self.unscored is None or self.saver.writing is not None:
             return
         directory, self.unscored = self.unscored, None
+        began = time.perf_counter()
         if (directory / checkpoint.SEAL).is_file():
             with self.display.doing(f"evaluating {directory.name}"):
                 scores = self.evaluator(directory)
@@ -266,6 +268,7 @@ class Trainer:
             metrics.scores(step, scores)
             said = "  ".join(f"{name} {value:.3f}" for name, value in scores.items())
             self.display.note(f"step {step}  evaluation  {said}")
+        self.judging = max(self.judging, time.perf_counter() - began)
 
     def _interrupted(self, number: int) -> str:
         name = signal.Signals(number).name
@@ -316,7 +319,7 @@ class Trainer:
 
     def validate(self, go_on: Callable[[], bool] = lambda: True) -> dict[str, float]:
         """Mean loss per held-out token of every source, in nats. go_on: asked after every batch."""
-        nll_S, tokens_S = None, None
+        nll_S, tokens_S, began = None, None, time.perf_counter()
         for number, batch in enumerate(self.batches.validation(self.config.train.eval_rows), 1):
             with self.display.doing(f"validating, batch {number}"):
                 nll, tokens = self.backend.eval_step(batch)
@@ -324,6 +327,7 @@ class Trainer:
             tokens_S = tokens if tokens_S is None else tokens_S + tokens
             if not go_on():
                 break
+        self.judging = max(self.judging, time.perf_counter() - began)
         return {} if nll_S is None else self._by_source(nll_S.tolist(), tokens_S.tolist())
 
     def _first_validation(self, interrupts: Interrupts, metrics: Metrics | NoMetrics) -> str | None:

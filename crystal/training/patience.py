@@ -1,4 +1,5 @@
-"""Whether what follows a stop signal, the end of the step and a save, fits into the time that torchrun gives for it."""
+"""Whether what follows a stop signal, the end of the step or of a validation and a save, fits into the time that
+torchrun gives for it."""
 
 from __future__ import annotations
 
@@ -9,9 +10,11 @@ from crystal.output import launcher
 ENDING = 10.0  # seconds for what comes after: the seal, the plot of the losses, taking the process group apart
 
 
-def needed_seconds(step_seconds: float, save_seconds: float) -> int:
-    """From a stop signal to the end, at the worst: a step has just begun. Never less than torchrun's own 30."""
-    return max(launcher.TORCHRUN_GRACE, math.ceil((step_seconds + save_seconds + ENDING) / 10) * 10)
+def needed_seconds(step_seconds: float, save_seconds: float, judging_seconds: float = 0.0) -> int:
+    """From a stop signal to the end, at the worst: a step has just begun, after which held-out rows are judged. Never
+    less than torchrun's own 30."""
+    seconds = step_seconds + judging_seconds + save_seconds + ENDING
+    return max(launcher.TORCHRUN_GRACE, math.ceil(seconds / 10) * 10)
 
 
 class Patience:
@@ -21,15 +24,17 @@ class Patience:
         self.given = launcher.grace()
         self.steps = 0
 
-    def warning(self, step_seconds: float, save_seconds: float) -> str | None:
-        """After a step. save_seconds: what the last save took, 0 before there was one."""
+    def warning(self, step_seconds: float, save_seconds: float, judging_seconds: float = 0.0) -> str | None:
+        """After a step. save_seconds: what the last save took, 0 before there was one. judging_seconds: the same of the
+        longest validation or evaluation, which a stop waits for."""
         self.steps += 1
-        needed = needed_seconds(step_seconds, save_seconds)
+        needed = needed_seconds(step_seconds, save_seconds, judging_seconds)
         if self.given is None or self.steps == 1 or needed <= self.given:  # the first step is slower than others
             return None
         given, self.given = self.given, None
-        save = f" and a save of {save_seconds:.0f} s" if save_seconds else ""
+        rest = {"a validation or an evaluation": judging_seconds, "a save": save_seconds}
+        parts = [f"a step of {step_seconds:.0f} s", *(f"{what} of {s:.0f} s" for what, s in rest.items() if s >= 0.5)]
         return (
-            f"a step of {step_seconds:.0f} s{save} may not end in the {given:.0f} s that torchrun waits after a stop "
+            f"{' and '.join(parts)} may not end in the {given:.0f} s that torchrun waits after a stop "
             f"signal before it kills: start it with --shutdown-timeout {needed}"
         )

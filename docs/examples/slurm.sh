@@ -26,13 +26,12 @@ export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 # adapt, where a node has several networks: without them NCCL and gloo may take one that does not lead to the others
 # export NCCL_SOCKET_IFNAME=ib0 GLOO_SOCKET_IFNAME=ib0
 
-requeue() {
+stop() {
   kill -TERM "$STEP" # srun passes it on to every torchrun, torchrun to its workers, which stop and save
   wait "$STEP"
-  scontrol requeue "$SLURM_JOB_ID"
-  exit
 }
-trap requeue USR1
+trap 'stop; scontrol requeue "$SLURM_JOB_ID"; exit' USR1
+trap 'stop; exit 130' TERM # somebody's: `scancel --batch --signal=TERM`. The run goes on when it is submitted again
 
 # since SLURM 22.05 srun does not take --cpus-per-task from sbatch: without it all of a node's processes share one core
 srun --cpus-per-task="$SLURM_CPUS_PER_TASK" --kill-on-bad-exit=0 \

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from token_stores import held_documents, naive_places, write_store
 
 from crystal.analysis import lookup
-from crystal.analysis.index import build, index_directory
+from crystal.analysis.index import build, index_directory, verify_index
 from crystal.analysis.lookup import Index
 from crystal.errors import ConfigError, DataError, RunError
 from crystal.files import locked
@@ -231,6 +231,54 @@ def test_a_store_that_changed_makes_it_stale(indexed):
     assert Index.open(store).count([5, 6]) == 10
 
 
+def _first_shard(mapping):
+    return mapping["shards"][0]
+
+
+CHANGES = {
+    "a file that is not listed": lambda m: _first_shard(m)["files"].pop("table.0"),
+    "a size": lambda m: _first_shard(m)["files"]["table.0"].update(bytes=1),
+    "a shard gone": lambda m: m["shards"].pop(),
+    "a shard's tokens": lambda m: _first_shard(m)["parts"][0].update(tokens=7),
+    "shards in another order": lambda m: m["shards"].reverse(),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_manifest_that_was_changed_is_refused_and_built_again(indexed, change):
+    file = index_directory(indexed) / "manifest.json"
+    good = file.read_bytes()
+    mapping = json.loads(good)
+    CHANGES[change](mapping)
+    file.write_text(json.dumps(mapping))
+    for read in (Index.open, verify_index):
+        with pytest.raises(DataError, match=r"index/manifest\.json: .*sha256.*`crystal data index RUN`"):
+            read(indexed)
+    build(indexed, 50)
+    assert file.read_bytes() == good
+
+
+def test_a_manifest_without_a_digest_is_read_and_must_list_all_files(indexed):
+    """Those of 0.1.0 have none."""
+    file = index_directory(indexed) / "manifest.json"
+    mapping = json.loads(file.read_text())
+    del mapping["sha256"]
+    file.write_text(json.dumps(mapping))
+    assert len(verify_index(indexed)) == 12
+    del mapping["shards"][1]["files"]["offset.1"]
+    file.write_text(json.dumps(mapping))
+    with pytest.raises(DataError, match=r"manifest\.json: shards\.1\.files: expected .*offset\.1"):
+        verify_index(indexed)
+
+
+@pytest.mark.parametrize("lose", [os.remove, lambda file: (file.unlink(), file.symlink_to("nowhere"))],
+                         ids=["gone", "a link to nothing"])  # fmt: skip
+def test_an_index_that_lost_its_manifest_does_not_pass_for_none(indexed, lose):
+    lose(index_directory(indexed) / "manifest.json")
+    with pytest.raises(DataError, match=r"index/manifest\.json: expected the index's manifest"):
+        verify_index(indexed)
+
+
 @pytest.mark.parametrize("content", ["{", "{}", '{"format": 9}', "[]"])
 def test_a_manifest_that_is_none_is_refused_and_replaced(indexed, content):
     (index_directory(indexed) / "manifest.json").write_text(content)
@@ -274,7 +322,7 @@ def test_what_cannot_be_built_says_why(indexed, tmp_path, monkeypatch):
     shutil.rmtree(index_directory(indexed))
     with (
         patch.object(os, "replace", side_effect=OSError(28, "No space left on device")),
-        pytest.raises(RunError, match=r"index: the index cannot be written: No space left on device"),
+        pytest.raises(RunError, match=r"index/metadata\.0: the index cannot be written: no space left on device"),
     ):
         build(indexed)
     assert not [p for p in index_directory(indexed).iterdir() if p.name != ".lock"], "nothing half-written is left"

@@ -265,6 +265,8 @@ def test_mistakes_are_one_line(run, tmp_path, monkeypatch):
     assert "empty has none" in traced(tmp_path / "empty", "--run", run)
     (tmp_path / "bytes").write_bytes(b"abc\xff")
     assert "expected UTF-8 text, got another byte at 3" in traced(tmp_path / "bytes", "--run", run)
+    os.mkfifo(tmp_path / "pipe")
+    assert "expected a file with a text, it is a pipe or a device" in traced(tmp_path / "pipe", "--run", run)
     assert "runs/dmo: no such file or directory" in traced("runs/dmo", "--run", run)
     assert "expected --prompt" in traced(run)
     assert "--prompt: expected a checkpoint or run directory" in traced("the of and", "--prompt", "x", "--run", run)

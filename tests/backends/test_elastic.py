@@ -138,6 +138,10 @@ def test_a_node_that_dies_is_replaced_and_the_run_goes_on(make_run, train, tmp_p
     [
         (["backend.parallel.tp=4"], r"backend\.parallel\.tp=4: expected a divisor of model\.n_heads 2, got 4"),
         (["backend.parallel.pp=2"], r"backend\.parallel\.pp=2: 2 processes with interleave 2 make 4 stages"),
+        (
+            ["backend.parallel.fsdp=3", "train.micro_batch_size=1"],
+            r"backend\.parallel: expected dp x fsdp to divide curriculum\.global_batch_size 8, got 1 x 3 = 3",
+        ),
         (["backend.parallel.dp=4"], r"train\.micro_batch_size: expected a divisor .* got 4"),
         (
             ["backend.parallel.pp=2", "backend.parallel.interleave=1", "train.micro_batch_size=8"],

@@ -1,6 +1,8 @@
 """benchmarks/gpu_check.sh, as far as a machine without a GPU can know it."""
 
 import importlib.util
+import json
+import os
 import re
 import subprocess
 from pathlib import Path
@@ -36,3 +38,13 @@ def test_all_its_parts_together_may_take_eight_minutes_at_most():
     (names,) = re.findall(r"^for name in (.*); do$", script, re.M)
     (each,) = re.findall(r'^ *part "\$name" (\d+) ', script, re.M)
     assert sum(once) + int(each) * len(names.split()) < 480
+
+
+def test_a_part_that_cannot_begin_is_json_too_and_does_not_stop_the_others(tmp_path):
+    words = ["bash", BENCHMARKS / "gpu_check.sh", tmp_path]
+    environment = os.environ | {"PYTHON": "false", "DEVICE": "cpu"}
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    found = {path.stem: json.loads(path.read_text()) for path in tmp_path.glob("*.json")}
+    assert set(found) == {"machine", "noticed", "documents", "pinned", "layout", "step"}
+    assert all(part == {"passed": False, "exit": 1, "log": f"{name}.log"} for name, part in found.items())

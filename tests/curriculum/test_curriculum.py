@@ -289,6 +289,8 @@ MISTAKES = [
         "expected [weights] or [weights, optimizer], got ['optimizer']",
     ),
     (two_stages(name="only"), "stages.1.name", "expected a name of its own, got 'only' again"),
+    (two_stages(name="a\nb"), "stages.1.name", "expected a text of a line, got "),
+    (two_stages(name=" "), "stages.1.name", "expected a text of a line, got "),
     (small() | {"scale": 0}, "scale", "expected a number greater than 0, got 0"),
     (small() | {"stages": []}, "stages", ""),
     (

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import io
 import itertools
 import json
+import os
 import re
 import subprocess
 import sys
@@ -230,3 +232,33 @@ def test_a_link_to_nothing_that_is_named_itself(tmp_path):
     for name in ("a", "b"):
         with pytest.raises((DataError, ConfigError), match=rf"{name}\.jsonl: expected a file, found a link to"):
             texts(tmp_path / f"{name}.jsonl")
+
+
+@pytest.mark.parametrize("content", [b"", b'{"text": "good"}\n'], ids=["empty", "behind a row"])
+def test_a_file_of_terabytes_that_were_never_written_is_named(tmp_path, content):
+    file = tmp_path / "x.jsonl"
+    file.write_bytes(content)
+    assert packages.sha256(file, tmp_path / "cache") == hashlib.sha256(content).hexdigest()
+    os.truncate(file, 2 << 40)
+    with pytest.raises(DataError, match=r"x\.jsonl: expected data, found 2,19\d,\d+,\d+,\d+ bytes from [\d,]+ on"):
+        packages.sha256(file, tmp_path / "cache")
+
+
+def test_a_hole_between_rows_is_named(tmp_path):
+    file = tmp_path / "x.jsonl"
+    with file.open("wb") as out:
+        out.write(b'{"text": "good"}\n')
+        out.seek(1 << 30)
+        out.write(b'{"text": "good"}\n')
+    with pytest.raises(DataError, match=r"x\.jsonl: expected data, .* never written"):
+        packages.sha256(file, tmp_path / "cache")
+
+
+def test_a_hash_is_not_remembered_over_a_file_of_the_same_size_and_time(tmp_path):
+    file = tmp_path / "x.jsonl"
+    file.write_bytes(b"a" * (1 << 18))
+    before = packages.sha256(file, tmp_path / "cache")
+    times = (file.stat().st_atime_ns, file.stat().st_mtime_ns)
+    file.write_bytes(b"b" * (1 << 18))
+    os.utime(file, ns=times)
+    assert packages.sha256(file, tmp_path / "cache") != before

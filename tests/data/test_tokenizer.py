@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import pytest
 from hypothesis import given
@@ -84,6 +85,16 @@ def test_a_cut_character_costs_only_itself(tokenizer):
 
 def test_lone_surrogates_become_question_marks(tokenizer):
     assert tokenizer.decode(tokenizer.encode("a\ud800b")) == "a?b"
+
+
+@pytest.mark.parametrize("put", [lambda path: path.symlink_to("/dev/zero"), os.mkfifo, os.mkdir,
+                                 lambda path: (path.touch(), os.truncate(path, 2 << 40))],
+                         ids=["device", "pipe", "directory", "terabytes"])  # fmt: skip
+@pytest.mark.parametrize("name", ["t.model", "t.json"])
+def test_what_is_no_vocabulary_file_is_not_read_to_its_end(tmp_path, name, put):
+    put(tmp_path / name)
+    with pytest.raises(DataError, match=rf"{name}: tokenizer cannot be read: "):
+        Tokenizer.load(tmp_path / name)
 
 
 def test_mistakes_name_the_file(tmp_path):

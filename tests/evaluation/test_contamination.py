@@ -17,6 +17,7 @@ from crystal.data import pack
 from crystal.data.store import TokenStore
 from crystal.errors import ConfigError, DataError
 from crystal.evaluation import contamination as room
+from crystal.evaluation import results
 from crystal.evaluation.contamination import contamination, opened
 from crystal.evaluation.ngrams import words
 from crystal.evaluation.stored_text import parts, row_of_word
@@ -259,10 +260,9 @@ def test_scores_are_given_with_and_without(trained, tasks, tmp_path):
     for name in ("config.yaml", "manifest.json", "metrics.jsonl"):
         (tmp_path / name).write_text((trained / name).read_text())
     right = {"story", "altered", "alien", "eight"}
-    answers = [{"id": id, "right": id in right} for id in tasks[0].items]
+    answers = {id: {"id": id, "right": id in right} for id in tasks[0].items}
     for step in (1, 30):
-        (tmp_path / "evals" / f"step-{step:07d}").mkdir(parents=True)
-        (tmp_path / "evals" / f"step-{step:07d}" / "qa.json").write_text(json.dumps({"items": answers}))
+        results.write(tmp_path / "evals", results.Result(step, "qa", {}, len(answers), answers, {}))
     result = contamination(tasks, file, tmp_path, "own")
     assert [entry["step"] for entry in result["scores"]] == [1, 30]
     last = result["scores"][-1]["tasks"]["qa"]
@@ -275,8 +275,14 @@ def test_scores_are_given_with_and_without(trained, tasks, tmp_path):
     assert accuracy["found"]["value"] == pytest.approx(3 / 6)
     assert result["scores"][0]["tasks"]["qa"]["n"]["seen"] <= seen
     json.dumps(result, allow_nan=False)
-    (tmp_path / "evals" / "step-0000030" / "qa.json").write_text('{"items": [{}]}')
-    with pytest.raises(DataError, match=r"step-0000030/qa.json: items: expected the answers"):
+    damaged = tmp_path / "evals" / "step-0000030" / "qa.json"
+    whole = damaged.read_text()
+    for text in ('{"items": [{}]}', whole.replace("true", "false"), whole.replace('"right": true', '"rite": true')):
+        damaged.write_text(text)
+        with pytest.raises(DataError, match=r"step-0000030/qa.json: expected an evaluation's result of format 1"):
+            contamination(tasks, file, tmp_path, "own")
+    damaged.write_text((tmp_path / "evals" / "step-0000001" / "qa.json").read_text())
+    with pytest.raises(DataError, match=r"step-0000030/qa.json: expected the result of qa at step 30, .* got qa at 1"):
         contamination(tasks, file, tmp_path, "own")
 
 

@@ -6,6 +6,7 @@ import math
 import pytest
 
 from crystal.errors import ConfigError, DataError
+from crystal.evaluation import results
 from crystal.evaluation.averages import mean_over_groups
 from crystal.evaluation.choice_sets import SETS, NoItems, mmlu, multiple_choice, own
 from crystal.evaluation.items import Items
@@ -167,6 +168,13 @@ def test_a_row_of_another_form_is_named(tmp_path, row, said):
     ("", "expected an item a line, there is none"),
     ('{"context": "a", "choices": ["b"], "gold": 0}\nnot json\n', "line 2: expected a JSON object"),
     ("[1]\n", "line 1: expected a JSON object"),
+    ('{"context": "a", "choices": ["b", "c"], "gold": true}\n', "line 1: .*gold: expected the number"),
+    ('{"context": "a", "choices": ["b", "c"], "gold": 0.9}\n', "line 1: .*gold: expected the number"),
+    ('{"context": "a", "choices": ["b", "c"], "gold": -1}\n', "line 1: .*answer"),
+    ('{"context": "a", "choices": "bc", "gold": 0}\n', "line 1: .*choices: expected a list of texts"),
+    ('{"context": "a", "choices": {"b": 1, "c": 2}, "gold": 0}\n', "line 1: .*choices: expected a list of texts"),
+    ('{"context": "a", "choices": ["b", "c"], "gold": 0, "id": {}}\n', "line 1: .*id: expected a text"),
+    ('{"context": "a", "choices": ["b", "c"], "gold": 0, "id": true}\n', "line 1: .*id: expected a text"),
 ])  # fmt: skip
 def test_a_damaged_file_of_items_is_one_line(tmp_path, content, said):
     (tmp_path / "mine.jsonl").write_text(content)
@@ -214,3 +222,14 @@ def test_a_suite_says_what_is_left_out(name):
     if name == "open-llm-leaderboard":
         assert [task.name for task in suite.tasks] == ["arc_challenge-25shot", "hellaswag-10shot", "mmlu-5shot"]
         assert list(suite.left_out) == ["truthfulqa_mc2-0shot"]
+
+
+@pytest.mark.parametrize("change", [{"logprobs": [-1.0, "x"]}, {"lengths": [1, None]}, {"right": 0}, {"logprobs": []}])
+def test_answers_of_other_types_in_a_result_without_a_digest_are_one_line(tmp_path, change):
+    write(tmp_path, "mine", [{"context": "1 + 1 =", "choices": ["2", "3"], "gold": 0}])
+    answer = {"id": "0", "right": [0], "logprobs": [-1.0, -2.0], "tokens": [1, 1], "greedy": [True, False],
+              "cut": [False, False], "bytes": [1, 1], "lengths": [1, 1]}  # fmt: skip
+    task = own(Items(tmp_path), "mine")
+    assert results.metrics_of(task, [answer], tmp_path / "mine.json")["acc"].value == 1
+    with pytest.raises(DataError, match=r"mine\.json: items: expected the answers that `crystal eval` writes"):
+        results.metrics_of(task, [answer | change], tmp_path / "mine.json")

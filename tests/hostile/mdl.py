@@ -106,7 +106,9 @@ def cut(path: Path, rng: random.Random) -> str:
 
 def longer(path: Path, rng: random.Random) -> str:
     data = path.read_bytes()
-    path.write_bytes(rng.choice([data + b"x" * 512, b"\0" * 512 + data, data * 2]))
+    path.write_bytes(rng.choice([data + b"x" * 512, b"\0" * 512 + data, data * 2, data]))
+    if path.stat().st_size == len(data):
+        os.truncate(path, 2 << 40)  # of zeros that were never written
     return ""
 
 

@@ -1,6 +1,7 @@
 """Generation and the fidelity probe: the cache changes nothing, seeds repeat, mistakes are one line."""
 
 import math
+import os
 
 import numpy as np
 import pytest
@@ -292,6 +293,29 @@ def test_a_file_of_ids_becomes_a_file_of_logits(dtype, tmp_path):
     got = np.load(tmp_path / "out.npy", allow_pickle=False)
     assert got.dtype == np.float32
     assert_near(torch.from_numpy(got), logits(model, torch.from_numpy(ids)), path_length(CRYSTAL, 11))
+
+
+def test_logits_take_no_other_files_place(tmp_path):
+    path, ids = checkpoint(tmp_path / "c"), tmp_path / "ids.npy"
+    np.save(ids, np.array(prompt(7)))
+    (tmp_path / "again.npy").symlink_to(ids)
+    whole = ids.read_bytes()
+    for out, what in ((ids, "the token ids"), (tmp_path / "again.npy", "the token ids"),
+                      (path / "checkpoint.json", "no .npy")):  # fmt: skip
+        before = out.read_bytes()
+        with pytest.raises(ConfigError, match=rf"--out: expected a new file or a .npy to write over, .* is {what}"):
+            logits_file(path, ids, out)
+        assert out.read_bytes() == before
+    assert ids.read_bytes() == whole
+    (tmp_path / "empty").touch()  # as mktemp makes it
+    for _ in range(2):
+        assert logits_file(path, ids, tmp_path / "empty") == (1, 7, 96)
+
+
+def test_ids_from_a_pipe_are_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "ids.npy")
+    with pytest.raises(DataError, match=r"ids\.npy: cannot be read: expected a file"):
+        read_ids(tmp_path / "ids.npy", CRYSTAL)
 
 
 def test_one_sequence_is_a_batch_of_one(tmp_path):

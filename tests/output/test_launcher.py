@@ -170,7 +170,7 @@ def test_a_terminal_that_is_closed_is_no_error_of_a_run_that_saves(tmp_path):
         "from crystal.output import interrupts\n"
         "heard = []\n"
         "signal.signal(signal.SIGHUP, lambda *_: heard.append(interrupts.quiet_lost_terminal()))\n"
-        "print('ready', flush=True)\n"
+        "os.write(int(sys.argv[2]), b'ready')\n"  # not on the terminal: its write may be under way when that is closed
         "while not heard: time.sleep(0.005)\n"
         "print('words', flush=True); print('more', file=sys.stderr, flush=True)\n"
         "file = open(sys.argv[1], 'w'); file.write('saved'); file.close()\n"
@@ -178,12 +178,16 @@ def test_a_terminal_that_is_closed_is_no_error_of_a_run_that_saves(tmp_path):
     )
     master, slave = os.openpty()
     place = tmp_path / "saved"
+    ready, is_ready = os.pipe()
     process = subprocess.Popen(
-        [sys.executable, "-c", code, str(place)], stdin=slave, stdout=slave, stderr=slave, start_new_session=True
-    )
+        [sys.executable, "-c", code, str(place), str(is_ready)], stdin=slave, stdout=slave, stderr=slave,
+        start_new_session=True, pass_fds=[is_ready],
+    )  # fmt: skip
     os.close(slave)
+    os.close(is_ready)
     try:
-        assert b"ready" in os.read(master, 100)
+        with open(ready, "rb") as said:
+            assert said.read(5) == b"ready"
         os.close(master)
         process.send_signal(signal.SIGHUP)
         assert process.wait(60) == 0
@@ -202,15 +206,18 @@ def test_last_words_are_json_on_the_disk(monkeypatch, tmp_path):
     ("codes", "found"),
     [
         ([130, 130], (130, "crystal: of 0")), ([2, 2], (2, "crystal: of 0")), ([130, None], None), ([130, 2], None),
-        ([], None),
+        ([130, -15], (130, "crystal: of 0")), ([-15, -15], None), ([], None),
     ],
 )  # fmt: skip
 def test_a_torchrun_of_ours_ends_as_all_its_workers_did(tmp_path, codes, found):
+    """None: it began, and left no word of its end. -15: torchrun ended it before it began."""
     for number in (0, 1):
         for rank, code in enumerate(codes):
             place = tmp_path / "run_x" / f"attempt_{number}" / str(rank)
             place.mkdir(parents=True)
-            if code is not None:
+            if code is None:
+                (place / "crystal-began.json").write_text("{}")
+            elif code > 0:
                 text = json.dumps({"code": code if number else 2, "line": f"crystal: of {rank}"})
                 (place / "crystal.json").write_text(text)
     assert launcher.how_workers_ended(str(tmp_path)) == found
@@ -223,13 +230,15 @@ def test_the_runs_line_is_its_last_and_the_runs_code_its_own(monkeypatch, capsys
 
     from crystal.cli.torchrun import main
 
-    def ends(error, code=None):
+    def ends(error, code=None, began=None):
         def run_(arguments):
             assert (arguments.nproc_per_node, arguments.training_script) == ("2", "x.py")
             place = Path(arguments.log_dir, "run_x", "attempt_0", "0")
             place.mkdir(parents=True)
             if code is not None:
                 (place / "crystal.json").write_text(json.dumps({"code": code, "line": "crystal: the run's"}))
+            if began is not None:
+                (place / "crystal-began.json").write_text(json.dumps(began))
             if error is not None:
                 raise error
 
@@ -241,10 +250,52 @@ def test_the_runs_line_is_its_last_and_the_runs_code_its_own(monkeypatch, capsys
     assert ends(None) == (0, "")
     assert ends(SignalException("", signal.SIGTERM), 130) == (130, "crystal: the run's\n")
     assert ends(failed, 2) == (2, "crystal: the run's\n")
-    assert ends(SignalException("", signal.SIGTERM)) == (
+    assert ends(SignalException("", signal.SIGTERM)) == (130, "crystal: terminated\n")  # before its worker began
+    hung_up = {"code": 130, "line": "crystal: SIGHUP: stopped after step 3"}  # after which another may go on
+    assert ends(SignalException("", signal.SIGHUP), began=hung_up) == (130, f"{hung_up['line']}\n")
+    assert ends(SignalException("", signal.SIGTERM), began={}) == (
         1, "crystal: SIGTERM: not all processes of this machine had saved when they were ended\n"
     )  # fmt: skip
     code, said = ends(failed)
     assert code == 1
     assert "x.py FAILED" in said
     assert "Traceback" not in said
+
+
+# pthread_mutex_lock of a mutex that is locked: no signal ends that wait, nor does Python hear one in it
+_DEAF = """
+import ctypes, os
+from crystal.output import interrupts
+interrupts.DEAF = 0.2
+interrupts.listen()
+if os.environ.get("CHILD") and os.fork() == 0:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    os.kill(os.getpid(), 15)  # a child's own signal, of which its parent must not die
+libc, mutex = ctypes.CDLL(None), ctypes.create_string_buffer(64)
+os.write(1, b"waits")
+for _ in range(2):
+    libc.pthread_mutex_lock(mutex)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a mutex of zeros is glibc's")
+def test_a_worker_that_waits_in_c_for_another_ends_with_a_stop_signal(tmp_path):
+    place = tmp_path / "attempt_0" / "0"
+    place.mkdir(parents=True)
+    worker = {"RANK": "0", "TORCHELASTIC_ERROR_FILE": str(place / "error.json"), "TORCHELASTIC_RESTART_COUNT": "0"}
+    process = subprocess.Popen(
+        [sys.executable, "-c", _DEAF], env=os.environ | worker | {"CHILD": "1"}, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        assert process.stdout.read(5) == "waits"
+        time.sleep(0.6)
+        assert process.poll() is None
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == 130
+    finally:
+        process.kill()
+    assert process.stderr.read().endswith("crystal: terminated\n")
+    # torchrun may start it again: the signal may have been its own, for another worker had died
+    assert not (place / "crystal.json").exists()
+    assert json.loads((place / "crystal-began.json").read_text()) == {"code": 130, "line": "crystal: terminated"}

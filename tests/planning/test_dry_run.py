@@ -3,12 +3,17 @@
 import pytest
 import yaml
 
+from crystal.backends.config import CudaConfig, Layout
 from crystal.cli.train import dry_run_text
 from crystal.data.corpus import packages
 from crystal.errors import ConfigError
 from crystal.planning import describe
+from crystal.planning.cost import run_bytes
 from crystal.planning.report import plan_run
+from crystal.planning.shards import held
 from crystal.run import load_run
+from crystal.zoo.build import parameter_count
+from crystal.zoo.config import model_config
 
 
 @pytest.fixture
@@ -107,6 +112,20 @@ def test_what_the_planner_does_not_know_is_said(word):
     result = describe.dry_run(load_run("amber-7b", ["backend.name=cuda", "backend.parallel.fsdp=8", word]))
     assert result["layout"] is None
     assert "memory is that of all 8 processes together; time is this machine's" in result["notes"]
+
+
+@pytest.mark.parametrize("words", ["dp=2", "fsdp=2", "tp=2", "pp=2", "pp=2 tp=2 dp=2"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_memory_of_all_processes_counts_what_several_hold(words, tied):
+    """Replicas, norms under tensor parallelism, a tied embedding at both ends of a pipeline."""
+    layout = Layout(**{name: int(n) for name, n in (word.split("=") for word in [*words.split(), "interleave=1"])})
+    backend = CudaConfig(name="cuda", device="cpu", dtype="fp32", parallel=layout)
+    model = model_config("crystalcoder-w64-l2").model_copy(update={"tie_embeddings": tied, "d_ff": 172})
+    together = sum(held(model, layout, process).whole for process in range(layout.pp)) * layout.tp * layout.dp
+    assert run_bytes(model, backend) == {"memory": 16 * together, "disk": 0}
+    assert run_bytes(model, backend)["memory"] > 16 * parameter_count(model) or words == "fsdp=2" or (
+        words == "pp=2" and not tied
+    )
 
 
 def test_what_training_would_refuse_of_a_backend_is_refused_on_paper():

@@ -56,6 +56,15 @@ def test_a_run_that_does_not_fit_is_told_once(monkeypatch):
     assert patience.warning(500.0, 20.0) is None
 
 
+def test_a_validation_that_a_stop_waits_for_counts_too(monkeypatch):
+    monkeypatch.setattr("crystal.output.launcher.grace", lambda: 60.0)
+    patience = Patience()
+    assert [patience.warning(5.0, 10.0, 20.0) for _ in range(2)] == [None] * 2
+    said = patience.warning(5.0, 10.0, 90.0)
+    assert "a step of 5 s and a validation or an evaluation of 90 s and a save of 10 s may not end in the 60 s" in said
+    assert f"--shutdown-timeout {needed_seconds(5.0, 10.0, 90.0)}" in said
+
+
 def test_without_torchrun_there_is_nothing_to_tell(monkeypatch):
     monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
     patience = Patience()

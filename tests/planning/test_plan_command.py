@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from crystal.backends.config import Layout
 from crystal.errors import ConfigError
-from crystal.planning.device import load_device
-from crystal.planning.layouts import Work
+from crystal.planning.device import Device, load_device
+from crystal.planning.layouts import Work, candidate
 from crystal.planning.report import bookkeeping, plan_run, run_or_rung
 from crystal.run import load_run
 from crystal.zoo.build import parameter_count
@@ -54,6 +55,7 @@ def test_an_mfu_is_turned_into_the_rate_it_means():
         ("--mfu 0.4 --tokens-per-second 5", "expected one of them"),
         ("--mfu 40", "--mfu: expected a share of 1 above 0, got 40"),
         ("--tokens-per-second 0", "--tokens-per-second: expected a rate above 0, got 0"),
+        ("--tokens-per-second 1e12", "expected less than 61,736, the peak of 8 devices, got 1e+12"),
         ("backend.name=cuda backend.dtype=fp32", "backend.dtype=fp32: expected bf16"),
     ],
 )
@@ -62,6 +64,37 @@ def test_a_mistake_is_one_line(crystal, words, line):
     assert (code, out) == (2, "")
     assert line in err
     assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("key", [key for key in Device.model_fields if key != "name"])
+@pytest.mark.parametrize("value", ["1e308", "1e300", "5e-324", "-0.0", "1e-6", "1", "0.999", "1000000", "1e9"])
+def test_a_device_of_any_numbers_is_planned_for_or_refused_in_a_line(key, value):
+    """What is taken gives numbers throughout, finite ones."""
+    work = Work(model_config("crystalcoder-w64-l2"), 64, 16, 10)
+    try:
+        device = load_device("a100-80gb", [f"{key}={value}"])
+    except ConfigError as error:
+        refusal = str(error)
+    else:
+        refusal = None
+    if refusal is not None:
+        assert f"{key}={value}: expected" in refusal
+        assert len(refusal) < 200
+        return
+    for layout in (Layout(dp=16), Layout(tp=2, pp=2, fsdp=2, interleave=1)):
+        found = candidate(work, layout, device, 1, "none")
+        assert 0 < found.step_seconds < 1e18
+        assert all(0 <= seconds < 1e18 for seconds in found.seconds.values())
+        assert device.usable_bytes >= 0
+
+
+def test_a_runs_own_layout_is_what_torchrun_must_wait_for(crystal, monkeypatch, tmp_path):
+    monkeypatch.setattr("crystal.planning.report.disk_bytes_per_second", lambda directory: 1e10)
+    words = "plan amber-7b --devices 2 backend.name=cuda backend.parallel.pp=2 backend.recompute=block --json".split()
+    result = json.loads(crystal(*words, "train.micro_batch_size=1", f"run_dir={tmp_path / 'run'}")[1])
+    step, best = result["own"]["step_seconds"], result["layouts"][0]["step_seconds"]
+    assert step > best + 10  # or it would not be seen
+    assert result["stopping"]["shutdown_timeout"] >= step
 
 
 def test_a_runs_own_layout_is_reckoned_too(crystal):

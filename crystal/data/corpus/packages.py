@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING
 from crystal.data.corpus.lines import MAX_EXPANSION
 from crystal.data.corpus.recipe import PACKAGE, Entry
 from crystal.errors import CrystalError, DataError
-from crystal.files import writing
+from crystal.files import open_regular, writing
 from crystal.output.interrupts import child, end_children
 from crystal.output.progress import Bar
 
@@ -64,6 +64,7 @@ _BACKENDS = (
     "mesonpy",
     "maturin",
 )
+_HOLE = 64 << 20  # bytes that were never written; fewer are a block of a Parquet file, perhaps
 _SMALL = 1 << 18  # bytes below which a file is read again, for a hash of each of very many would fill the cache
 MAX_MEMBER = 1 << 28  # bytes of a member that is read: a dictionary is the largest, of 40 MB
 MAX_ARCHIVE = 1 << 32  # and of all members, beside MAX_EXPANSION times the archive's size
@@ -233,15 +234,16 @@ def _reason(stderr: str) -> str:
 
 
 def sha256(file: Path, cache: Path, bar: Bar | None = None) -> str:
-    """Hex sha256 of a file. Remembered in the cache by path, size and time, since corpora may be large.
+    """Hex sha256 of a file. Remembered in the cache by path, size, times and inode, since corpora may be large.
 
-    bar: goes on by the bytes that are read.
+    bar: goes on by the bytes that are read. Raises DataError for a file with a hole, which may be of terabytes.
     """
     known = _remembered(file, cache)
     if known.is_file() and len(found := known.read_text(encoding="ascii")) == 64:
         return found
     digest = hashlib.sha256()
-    with file.open("rb") as stream:
+    with open_regular(file) as stream:
+        _expect_no_hole(file, stream.fileno())
         while block := stream.read(1 << 20):
             digest.update(block)
             if bar is not None:
@@ -254,6 +256,21 @@ def sha256(file: Path, cache: Path, bar: Bar | None = None) -> str:
     return digest.hexdigest()
 
 
+def _expect_no_hole(file: Path, handle: int) -> None:
+    """Raise DataError where bytes were never written, which read as zeros: of a copy that broke off, or of a bomb."""
+    size, at = os.fstat(handle).st_size, 0
+    with contextlib.suppress(OSError):  # a disk that does not tell
+        while size - at >= _HOLE and (begin := os.lseek(handle, at, os.SEEK_HOLE)) < size:
+            try:
+                at = os.lseek(handle, begin, os.SEEK_DATA)
+            except OSError:  # nothing was written behind it
+                at = size
+            if at - begin >= _HOLE:
+                what = f"expected data, found {at - begin:,} bytes from {begin:,} on that were never written"
+                raise DataError(f"{file}: {what}; copy it again", file=file)
+    os.lseek(handle, 0, os.SEEK_SET)
+
+
 def unknown_bytes(files: Iterable[Path], cache: Path) -> int:
     """How much `sha256` has to read of these files."""
     return sum(file.stat().st_size for file in files if not _remembered(file, cache).is_file())
@@ -261,7 +278,7 @@ def unknown_bytes(files: Iterable[Path], cache: Path) -> int:
 
 def _remembered(file: Path, cache: Path) -> Path:
     stat = file.stat()
-    said = f"{file.resolve()}\0{stat.st_size}\0{stat.st_mtime_ns}"
+    said = f"{file.resolve()}\0{stat.st_size}\0{stat.st_mtime_ns}\0{stat.st_ctime_ns}\0{stat.st_ino}"
     key = hashlib.sha256(said.encode(errors="surrogateescape")).hexdigest()  # a name may be no text
     return cache / "hashes" / key
 
