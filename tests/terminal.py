@@ -170,7 +170,7 @@ def _shell(terminal, report, **how):
         os.setpgid(job, job)
     os.tcsetpgrp(handle, job)
     code = os.waitstatus_to_exitcode(os.waitpid(job, 0)[1])
-    end = time.monotonic() + 2
+    end = time.monotonic() + 20  # a large process takes its time to be gone, on a busy machine
     while (left := [p for p in _session(os.getpid()) if p != os.getpid()]) and time.monotonic() < end:
         time.sleep(0.02)
     names = [Path(f"/proc/{p}/cmdline").read_text().replace("\0", " ") for p in left if Path(f"/proc/{p}").exists()]

@@ -227,13 +227,13 @@ def test_programs_die_with_the_process_that_asked_for_them(how, tmp_path):
     mark = f"crystal-orphan-{os.getpid()}-{how}"
     command = [sys.executable, "-c", STARTS, mark]
     with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, start_new_session=True) as asked:
-        give_up = time.monotonic() + 20
+        give_up = time.monotonic() + 100
         while len(left_over(mark)) < 2:  # it, and what it started
             assert time.monotonic() < give_up
             time.sleep(0.02)
         asked.send_signal(how)
-        asked.wait(15)
-    give_up = time.monotonic() + 10
+        asked.wait(100)
+    give_up = time.monotonic() + 100
     while left_over(mark):
         assert time.monotonic() < give_up
         time.sleep(0.02)
