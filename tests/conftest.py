@@ -7,6 +7,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("CRYSTAL_TUNING", os.path.join(os.path.dirname(__file__), "tuning.json"))
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that wait sleep: the workers share the cores
 
+import signal
 import sys
 from pathlib import Path
 
@@ -16,6 +17,11 @@ from hypothesis import settings
 from rich.console import Console
 
 sys.path.insert(0, str(Path(__file__).parent))
+
+# what nohup and a shell's `&` ignore is ignored by whatever is started here too, and many tests send it
+for ignored in (signal.SIGINT, signal.SIGHUP):
+    if signal.getsignal(ignored) is signal.SIG_IGN:
+        signal.signal(ignored, signal.default_int_handler if ignored == signal.SIGINT else signal.SIG_DFL)
 
 # workers that share the cores have one thread each: more would wait for one another, most of all on a busy machine
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)

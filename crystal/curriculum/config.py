@@ -20,7 +20,7 @@ from crystal.errors import WrongValue
 
 
 def _in_a_line(label: str) -> str:
-    if not label.strip() or not label.isprintable():
+    if not label.strip() or label.splitlines() != [label]:
         raise ValueError(f"expected a text of a line, got {found(label)}")
     return label
 
