@@ -30,7 +30,6 @@ def _command(words, prints, environment):
 
     os.environ |= environment
     torch.set_num_threads(1)
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # tests under nohup would have it ignored, as nohup asks for
     with open(prints, "a") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)

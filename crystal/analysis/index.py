@@ -34,7 +34,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from crystal.analysis.shards import LARGEST_BYTES, Shard, damage_of, files_of, plan, sorter, stream_end, write_shard
-from crystal.checkpoint.seal_file import DIGEST, with_digest
+from crystal.checkpoint.seal_file import DIGEST, digest_of, with_digest
 from crystal.config import Strict, parse
 from crystal.data.store import TokenStore
 from crystal.errors import ConfigError, CrystalError, DataError
@@ -102,7 +102,7 @@ def read_manifest(directory: Path) -> Manifest | None:
     except ValueError:
         raise DataError(f"{file}: expected JSON; {_AGAIN}", file=file) from None
     digest = mapping.pop(DIGEST, None) if isinstance(mapping, dict) else None
-    if digest is not None and digest != with_digest(mapping)[DIGEST]:
+    if digest is not None and digest != digest_of(mapping):
         raise DataError(f"{file}: expected what has the {DIGEST} that is in it, it was changed; {_AGAIN}", file=file)
     manifest = parse(Manifest, mapping, str(file))
     for number, shard in enumerate(manifest.shards):

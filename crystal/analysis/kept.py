@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from crystal.checkpoint.seal_file import DIGEST, with_digest
+from crystal.checkpoint.seal_file import DIGEST, digest_of, with_digest
 from crystal.files import expect_regular, from_json, regular_bytes, write_whole
 
 
@@ -32,7 +32,7 @@ def _undamaged(file: Path) -> dict | None:
         content = from_json(regular_bytes(file))
     except (OSError, ValueError):
         return None
-    if not isinstance(content, dict) or content.get(DIGEST) != with_digest(content)[DIGEST]:
+    if not isinstance(content, dict) or content.get(DIGEST) != digest_of(content):
         return None
     del content[DIGEST]
     return content

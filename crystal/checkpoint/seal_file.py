@@ -126,10 +126,11 @@ def format_of(shards: dict[str, dict], store: str | None) -> int:
 def with_digest(content: dict) -> dict:
     """A seal with its own digest, JSON-ready."""
     content = json.loads(json.dumps(content))
-    return content | {DIGEST: _digest(content)}
+    return content | {DIGEST: digest_of(content)}
 
 
-def _digest(content: dict) -> str:
+def digest_of(content: dict) -> str:
+    """Hex sha256 of what was read from JSON, but for a digest that is in it."""
     rest = {key: value for key, value in content.items() if key != DIGEST}
     return hashlib.sha256(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
@@ -166,7 +167,7 @@ def _read_seal(path: Path) -> dict:
         )
     if content.get(DIGEST) is None and content.get("files") is not None:
         raise CheckpointError(f"{path}: {DIGEST}: expected the seal's digest, it is not there", file=path, key=DIGEST)
-    if content.get(DIGEST) not in (None, _digest(content)):
+    if content.get(DIGEST) not in (None, digest_of(content)):
         raise CheckpointError(f"{path}: expected what has the {DIGEST} that is in it, the file has changed", file=path)
     try:
         seal = _validated(content, str(path))

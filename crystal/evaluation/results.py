@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from crystal.checkpoint.seal_file import DIGEST, with_digest
+from crystal.checkpoint.seal_file import DIGEST, digest_of, with_digest
 from crystal.config.bounded_yaml import shortened
 from crystal.errors import DataError
 from crystal.evaluation.task import Metric, Task
@@ -72,7 +72,7 @@ def read(path: Path) -> Result:
         content = from_json(regular_bytes(path, MAX_BYTES).decode())
         if content["format"] != FORMAT:
             raise ValueError(f"format {content['format']}")
-        if (digest := content.pop(DIGEST, None)) not in (None, with_digest(content)[DIGEST]):  # 0.1.0 wrote none
+        if (digest := content.pop(DIGEST, None)) not in (None, digest_of(content)):  # 0.1.0 wrote none
             raise ValueError(f"{DIGEST} {shortened(repr(digest))} is not that of the rest")
         metrics = {name: Metric(m["value"], m["stderr"], m["chance"]) for name, m in content["metrics"].items()}
         answers = {answer["id"]: answer for answer in content["items"]}

@@ -72,8 +72,9 @@ def _expect_free(out: Path, ids: Path) -> None:
         return
     with out.open("rb") as file:
         begins = file.read(6)
-    if out.samefile(ids) or (begins and begins != np.lib.format.MAGIC_PREFIX):
-        what = "the token ids" if out.samefile(ids) else "no .npy"
+    same = out.samefile(ids)
+    if same or (begins and begins != np.lib.format.MAGIC_PREFIX):
+        what = "the token ids" if same else "no .npy"
         raise ConfigError(f"--out: expected a new file or a .npy to write over, {out} is {what}", key="--out")
 
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
-from crystal.checkpoint.seal_file import DIGEST, with_digest
+from crystal.checkpoint.seal_file import DIGEST, digest_of, with_digest
 from crystal.config import Strict, parse
 from crystal.errors import ConfigError, CrystalError, RunError
 from crystal.files import from_json, reason, regular_bytes, write_whole
@@ -115,7 +115,7 @@ def read_record(directory: Path) -> dict:
         )
     if not isinstance(record, dict) or record.get("format") != FORMAT:
         raise RunError(f"{file}: expected the record of a sweep, format {FORMAT}; use another --out")
-    if record.pop(DIGEST, None) not in (None, with_digest(record)[DIGEST]):  # 0.1.0 wrote none
+    if record.pop(DIGEST, None) not in (None, digest_of(record)):  # 0.1.0 wrote none
         raise RunError(f"{file}: expected what has the {DIGEST} that is in it, the file has changed; move it away")
     try:
         parse(_Record, record, str(file))
